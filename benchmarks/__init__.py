@@ -1,0 +1,1 @@
+"""Tables of speed and quality, and the picture checker they rest on."""

@@ -1,0 +1,117 @@
+"""Rule tables of the transformer: diffusers' names on one side, our parameter tree on the other.
+
+A table is a list of `Rule`s and holds no logic: to see where a tensor goes, search its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jitjax.config import TransformerConfig
+from jitjax.models import flux
+
+from .engine import Rule, Tree, check, fill, leaf_shapes, leaf_types
+
+Source = str | tuple[str, ...]
+
+TRANSFORMER_IGNORED: tuple[str, ...] = ()
+"""Tensors in a transformer's file that carry nothing."""
+
+
+def linear(target: str, source: Source, blocks: int | None = None) -> list[Rule]:
+    """Kernel and bias of one linear layer; several sources are fused into one layer.
+
+    The bias is a `flat` one: it is given the axes of the layer's output, where it has several.
+    """
+    sources = (source,) if isinstance(source, str) else source
+    kernel, bias = ("linear", "flat") if len(sources) == 1 else ("fused", "fused_bias")
+    weights, biases = (tuple(f"{s}.{part}" for s in sources) for part in ("weight", "bias"))
+    return [
+        Rule(f"{target}/kernel", weights, kernel, blocks),
+        Rule(f"{target}/bias", biases, bias, blocks),
+    ]
+
+
+def scale(target: str, source: str, blocks: int | None = None) -> Rule:
+    """The weight of an RMSNorm."""
+    return Rule(f"{target}/scale", (f"{source}.weight",), "same", blocks)
+
+
+def transformer_rules(config: TransformerConfig) -> list[Rule]:
+    """diffusers `FluxTransformer2DModel` -> `jitjax.models.flux.FluxTransformer`."""
+    double, single = config.num_layers, config.num_single_layers
+    embed, d, s = "time_text_embed", "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+    guidance = [
+        *linear("guidance_in/up", f"{embed}.guidance_embedder.linear_1"),
+        *linear("guidance_in/down", f"{embed}.guidance_embedder.linear_2"),
+    ]
+    return [
+        *linear("image_in", "x_embedder"),
+        *linear("text_in", "context_embedder"),
+        *linear("sigma_in/up", f"{embed}.timestep_embedder.linear_1"),
+        *linear("sigma_in/down", f"{embed}.timestep_embedder.linear_2"),
+        *linear("pooled_in/up", f"{embed}.text_embedder.linear_1"),
+        *linear("pooled_in/down", f"{embed}.text_embedder.linear_2"),
+        *(guidance if config.guidance_embeds else []),
+        # image stream of the double blocks
+        *linear("double_blocks/image_modulation", f"{d}.norm1.linear", double),
+        *linear(
+            "double_blocks/image_attention/qkv",
+            (f"{d}.attn.to_q", f"{d}.attn.to_k", f"{d}.attn.to_v"),
+            double,
+        ),
+        scale("double_blocks/image_attention/query_norm", f"{d}.attn.norm_q", double),
+        scale("double_blocks/image_attention/key_norm", f"{d}.attn.norm_k", double),
+        *linear("double_blocks/image_attention_out", f"{d}.attn.to_out.0", double),
+        *linear("double_blocks/image_mlp/up", f"{d}.ff.net.0.proj", double),
+        *linear("double_blocks/image_mlp/down", f"{d}.ff.net.2", double),
+        # text stream of the double blocks
+        *linear("double_blocks/text_modulation", f"{d}.norm1_context.linear", double),
+        *linear(
+            "double_blocks/text_attention/qkv",
+            (f"{d}.attn.add_q_proj", f"{d}.attn.add_k_proj", f"{d}.attn.add_v_proj"),
+            double,
+        ),
+        scale("double_blocks/text_attention/query_norm", f"{d}.attn.norm_added_q", double),
+        scale("double_blocks/text_attention/key_norm", f"{d}.attn.norm_added_k", double),
+        *linear("double_blocks/text_attention_out", f"{d}.attn.to_add_out", double),
+        *linear("double_blocks/text_mlp/up", f"{d}.ff_context.net.0.proj", double),
+        *linear("double_blocks/text_mlp/down", f"{d}.ff_context.net.2", double),
+        # single blocks
+        *linear("single_blocks/modulation", f"{s}.norm.linear", single),
+        *linear(
+            "single_blocks/attention/qkv",
+            (f"{s}.attn.to_q", f"{s}.attn.to_k", f"{s}.attn.to_v"),
+            single,
+        ),
+        scale("single_blocks/attention/query_norm", f"{s}.attn.norm_q", single),
+        scale("single_blocks/attention/key_norm", f"{s}.attn.norm_k", single),
+        *linear("single_blocks/mlp_up", f"{s}.proj_mlp", single),
+        *linear("single_blocks/out", f"{s}.proj_out", single),
+        # output
+        *linear("final_modulation", "norm_out.linear"),
+        *linear("image_out", "proj_out"),
+    ]
+
+
+def transformer_from_state(
+    state: Mapping[str, np.ndarray], config: TransformerConfig, dtype: Any = None
+) -> Tree:
+    """Parameters of `FluxTransformer` from a diffusers state dictionary of NumPy arrays.
+
+    Args:
+        state: name -> array, with exactly the names of diffusers' `FluxTransformer2DModel`.
+        config: sizes of the transformer.
+        dtype: of the result; None keeps each array's own.
+
+    Raises:
+        ConversionError: keys or shapes do not fit; the message lists all of them.
+    """
+    rules, shapes = transformer_rules(config), leaf_shapes(flux.abstract_params(config))
+    sources = {name: tuple(value.shape) for name, value in state.items()}
+    check(rules, shapes, sources, what="transformer", ignored=TRANSFORMER_IGNORED)
+    types = leaf_types(rules, {name: value.dtype for name, value in state.items()}, dtype)
+    return fill(rules, shapes, types, state.__getitem__)

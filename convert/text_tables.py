@@ -1,0 +1,105 @@
+"""Rule tables of the two text encoders: transformers' names on one side, our trees on the other.
+
+Canonical names are those of the published FLUX files. transformers 5 writes others: its
+`CLIPTextModel` drops the prefix `text_model.`, and either of T5's two tied names may be the one
+kept. `*_ALIASES` say how to read those; `canonical_names` applies them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from jitjax.config import CLIPConfig, T5Config
+
+from .engine import Rule
+
+T5_ALIASES: dict[str, str] = {r"^encoder\.embed_tokens\.weight$": "shared.weight"}
+"""Other spelling (a regular expression) -> canonical name (its replacement)."""
+
+T5_IGNORED: tuple[str, ...] = ("encoder.embed_tokens.weight",)
+"""Tensors that carry nothing: the copy of `shared.weight`, where a file holds both."""
+
+CLIP_ALIASES: dict[str, str] = {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}
+"""Other spelling (a regular expression) -> canonical name (its replacement)."""
+
+CLIP_IGNORED: tuple[str, ...] = ("text_model.embeddings.position_ids",)
+"""Tensors that carry nothing: the numbers 0, 1, 2, ... in files of old versions."""
+
+
+def canonical_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Canonical name -> name in the file, for every tensor of a file.
+
+    Where a file has a tensor under both spellings, the canonical one is taken and the other keeps
+    its own name, so that the check of the table sees it: it is either ignored or an error.
+    """
+    names = set(names)
+    out: dict[str, str] = {}
+    for name in sorted(names):
+        canonical = name
+        for pattern, replacement in aliases.items():
+            canonical = re.sub(pattern, replacement, canonical)
+        out[name if canonical in names else canonical] = name
+    return out
+
+
+def t5_rules(config: T5Config) -> list[Rule]:
+    """transformers `T5EncoderModel` -> `jitjax.models.t5.T5Encoder`."""
+    layers = config.num_layers
+    attention, mlp = "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
+    q, k, v, out = (f"{attention}.SelfAttention.{name}.weight" for name in "qkvo")
+    dense = f"{mlp}.DenseReluDense"
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return [
+        Rule("token_embedding/embedding", ("shared.weight",)),
+        Rule("relative_bias/embedding", (bias,)),
+        Rule("blocks/attention_norm/scale", (f"{attention}.layer_norm.weight",), "same", layers),
+        Rule("blocks/attention/qkv/kernel", (q, k, v), "fused", layers),
+        Rule("blocks/attention/out/kernel", (out,), "linear", layers),
+        Rule("blocks/mlp_norm/scale", (f"{mlp}.layer_norm.weight",), "same", layers),
+        Rule(
+            "blocks/mlp/gate_up/kernel",
+            (f"{dense}.wi_0.weight", f"{dense}.wi_1.weight"),
+            "fused",
+            layers,
+        ),
+        Rule("blocks/mlp/down/kernel", (f"{dense}.wo.weight",), "linear", layers),
+        Rule("final_norm/scale", ("encoder.final_layer_norm.weight",)),
+    ]
+
+
+def clip_rules(config: CLIPConfig) -> list[Rule]:
+    """transformers `CLIPTextModel` -> `jitjax.models.clip.CLIPText`."""
+    layers = config.num_hidden_layers
+    block = "text_model.encoder.layers.{i}"
+    attention = tuple(f"{block}.self_attn.{name}_proj" for name in "qkv")
+    embeddings = "text_model.embeddings"
+
+    def norm(target: str, source: str, blocks: int | None = None) -> list[Rule]:
+        return [
+            Rule(f"{target}/scale", (f"{source}.weight",), "same", blocks),
+            Rule(f"{target}/bias", (f"{source}.bias",), "same", blocks),
+        ]
+
+    def linear(target: str, source: str) -> list[Rule]:
+        return [
+            Rule(f"blocks/{target}/kernel", (f"{block}.{source}.weight",), "linear", layers),
+            Rule(f"blocks/{target}/bias", (f"{block}.{source}.bias",), "same", layers),
+        ]
+
+    return [
+        Rule("token_embedding/embedding", (f"{embeddings}.token_embedding.weight",)),
+        Rule("position_embedding/embedding", (f"{embeddings}.position_embedding.weight",)),
+        *norm("blocks/attention_norm", f"{block}.layer_norm1", layers),
+        Rule(
+            "blocks/attention/qkv/kernel", tuple(f"{s}.weight" for s in attention), "fused", layers
+        ),
+        Rule(
+            "blocks/attention/qkv/bias", tuple(f"{s}.bias" for s in attention), "fused_bias", layers
+        ),
+        *linear("attention/out", "self_attn.out_proj"),
+        *norm("blocks/mlp_norm", f"{block}.layer_norm2", layers),
+        *linear("mlp/up", "mlp.fc1"),
+        *linear("mlp/down", "mlp.fc2"),
+        *norm("final_norm", "text_model.final_layer_norm"),
+    ]

@@ -1,0 +1,168 @@
+"""`denoise`: the staged solve with FLUX plugged in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jitjax.anchors import first_anchors as draw_first_anchors
+from jitjax.checkpoint import FluxParams
+from jitjax.config import Plan, TransformerConfig, get_plan
+from jitjax.latents import Grid, draw_noise
+from jitjax.models.flux import FluxTransformer
+from jitjax.schedule import plan_sigmas
+from jitjax.solve import jit_solve
+from jitjax.text import Conditioning
+
+
+@dataclass(frozen=True)
+class FluxVelocity:
+    """FLUX as a velocity function for `jit_solve`; computes in the dtype of its parameters."""
+
+    config: TransformerConfig
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b m d"],
+        positions: Int[Array, "b m 3"],
+        sigma: Array,
+        valid: Array | None,
+        args: tuple[Any, Conditioning, Array | None],
+    ) -> Float[Array, "b m d"]:
+        """Velocities at the anchors; `args` are (parameters, conditioning, guidance)."""
+        params, conditioning, guidance = args
+        model = FluxTransformer(self.config, dtype=jax.tree.leaves(params)[0].dtype)
+        return model.apply(
+            {"params": params},
+            tokens,
+            positions,
+            conditioning.text,
+            conditioning.pooled,
+            jnp.broadcast_to(sigma, tokens.shape[:1]),
+            guidance,
+            valid,
+        )
+
+
+def batch_keys(key: Key[Array, "..."], batch: int) -> Key[Array, " b"]:
+    """One key per sample: `key` folded with 0, 1, ...; or `key` itself if it is `batch` keys.
+
+    Sample i of a batch is made from its own key alone, so `key=keys[i : i + 1]` makes it again.
+
+    Raises:
+        ValueError: `key` is not a `jax.random` key, or not of the shape [] or [batch].
+    """
+    key = jnp.asarray(key)
+    if key.dtype == jnp.uint32 and key.ndim and key.shape[-1] == 2:  # jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key is {key.dtype} {list(key.shape)}; expected jax.random.key(seed) or an array "
+            "of such keys"
+        )
+    if key.ndim == 0:
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key is {list(key.shape)} keys; expected one, or [{batch}]")
+    return key
+
+
+def denoise(
+    params: FluxParams,
+    conditioning: Conditioning,
+    noise: Float[Array, "b n d"],
+    *,
+    plan: str | Plan = "4x",
+    grid: Grid | None = None,
+    guidance: float | Float[Array, " b"] = 3.5,
+    key: Key[Array, "..."] | None = None,
+    microflow_noise: Float[Array, "b n d"] | None = None,
+    first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Array, "b n d"]:
+    """Noise to clean tokens by the FLUX transformer, following `plan`.
+
+    Pure, and traces under `jit`, `vmap` and `grad`, unless `progress` is given. The choice of
+    anchors is piecewise constant in all inputs: no gradient passes through it.
+
+    Args:
+        params: parameters; only the transformer's are used.
+        conditioning: what `encode_prompt` returns, or embeddings computed elsewhere.
+        noise: standard normal tokens, float32, d = 64 as (channel, row in patch, column in
+            patch), row-major.
+        plan: a name in `PLANS` or a `Plan`.
+        grid: rows and columns of tokens; by default a square.
+        guidance: strength of the guidance embedding; ignored by models without one.
+        key: one `jax.random` key, or one per sample, for what is not given below.
+        microflow_noise: noise of the micro-flow's targets, instead of what the plan says.
+        first_anchors: positions of the first stage's anchors, for all samples or per sample.
+        solver: a diffrax solver; Euler by default.
+        progress: called with 1 after every step.
+
+    Returns:
+        clean tokens, float32, for `decode`.
+
+    Raises:
+        ValueError: an unknown plan; arrays whose shapes do not fit the model, the plan or one
+            another; a key that is missing and needed. Before anything is compiled.
+    """
+    plan = get_plan(plan)
+    config = params.config.transformer
+    if noise.ndim != 3 or noise.shape[2] != config.in_channels:
+        raise ValueError(
+            f"noise is {list(noise.shape)}; expected [batch, tokens, {config.in_channels}]"
+        )
+    b, n, _ = noise.shape
+    grid = grid or (math.isqrt(n), math.isqrt(n))
+    if grid[0] * grid[1] != n or min(grid) < 1:
+        raise ValueError(
+            f"noise has {n} tokens; expected {grid[0]} x {grid[1]} (give `grid` if the picture "
+            "is not square)"
+        )
+    conditioning.check(params.config, batch=b)
+    strength = jnp.asarray(guidance, jnp.float32)
+    if strength.shape not in ((), (b,)):
+        raise ValueError(f"guidance is {list(strength.shape)}; expected one number, or [{b}]")
+
+    sparse = plan.budgets(n)[0] < n
+    draw_anchors = sparse and first_anchors is None
+    draw_fresh = sparse and microflow_noise is None and plan.microflow_noise == "fresh"
+    if draw_anchors or draw_fresh:
+        if key is None:
+            raise ValueError(
+                "key is None; this plan needs one for "
+                + " and ".join(["first_anchors"] * draw_anchors + ["microflow_noise"] * draw_fresh)
+            )
+        keys = jax.vmap(jax.random.split)(batch_keys(key, b))
+        if draw_anchors:
+            budget = plan.budgets(n)[0]
+            first_anchors = jax.vmap(lambda k: draw_first_anchors(k, grid, budget))(keys[:, 0])
+        if draw_fresh:
+            microflow_noise = draw_noise(keys[:, 1], grid, noise.shape[2]).astype(noise.dtype)
+    if first_anchors is not None:
+        first_anchors = jnp.asarray(first_anchors)
+        if first_anchors.ndim == 1:
+            first_anchors = jnp.broadcast_to(first_anchors, (b, first_anchors.shape[0]))
+
+    embedded = jnp.broadcast_to(strength, (b,)) if config.guidance_embeds else None
+    return jit_solve(
+        FluxVelocity(config),
+        noise,
+        jnp.asarray(plan_sigmas(plan, n, params.config), noise.dtype),
+        plan=plan,
+        grid=grid,
+        first_anchors=first_anchors,
+        microflow_noise=microflow_noise,
+        args=(params.transformer, conditioning, embedded),
+        solver=solver,
+        text_tokens=conditioning.text.shape[1],
+        progress=progress,
+    )

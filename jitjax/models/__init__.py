@@ -1,0 +1,1 @@
+"""The FLUX networks as Flax modules."""

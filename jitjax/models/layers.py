@@ -1,0 +1,151 @@
+"""Pieces of the FLUX transformer: embeddings of scalars, rotary positions, attention, MLP.
+
+Whatever the `dtype` of the network, sinusoids, rotations and normalisations are computed in
+float32: they are cheap, and the first to suffer from rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+EPSILON = 1e-6
+"""Of every normalisation in FLUX."""
+SCALAR_WIDTH = 256
+"""Width of the sinusoidal embedding of sigma and of the guidance scale."""
+THETA = 10_000.0
+"""Base of the rotary frequencies, one for all position axes."""
+
+Rotation = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
+
+
+def sinusoids(values: Float[Array, " b"], width: int = SCALAR_WIDTH) -> Float[Array, "b width"]:
+    """Cosines, then sines, of `values` at geometrically falling frequencies from 1 to 1/10000.
+
+    float32. Reference: diffusers `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`.
+    """
+    half = width // 2
+    # Values reach thousands, so the last bit of a frequency shows in the phase (by 5e-4). The
+    # exponent is rounded to float32 as in the reference, and its exponential correctly rounded.
+    exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
+    exponents = (exponents / np.float32(half)).astype(np.float64)
+    frequencies = np.exp(exponents).astype(np.float32)
+    phases = values.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1)
+
+
+def rotations(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> Rotation:
+    """Cosines and sines by which pairs of query and key channels turn, float32.
+
+    Args:
+        positions: position ids, one column per axis (0, row, column).
+        widths: channels per axis; they sum to the head width.
+
+    Reference: diffusers `FluxPosEmbed`.
+    """
+    phases = []
+    for axis, width in enumerate(widths):
+        frequencies = THETA ** -(np.arange(0, width, 2, dtype=np.float64) / max(width, 1))
+        one_axis = positions.astype(jnp.float32)[:, :, axis, None]
+        phases.append(one_axis * frequencies.astype(np.float32)[None, None, :])
+    angle = jnp.concatenate(phases, axis=-1)[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "b s heads width"], rotation: Rotation) -> Float[Array, ...]:
+    """Turn neighbouring channel pairs of `x` by their angles. float32 inside and out."""
+    cos, sin = rotation
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape)
+
+
+def modulate(
+    x: Float[Array, "b s h"], shift: Float[Array, "b h"], scale: Float[Array, "b h"]
+) -> Float[Array, "b s h"]:
+    """LayerNorm without weights, then `x * (1 + scale) + shift`; float32 inside."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + EPSILON)
+    scale, shift = (v.astype(jnp.float32)[:, None, :] for v in (scale, shift))
+    return (normal * (1 + scale) + shift).astype(x.dtype)
+
+
+def finite(x: Float[Array, ...]) -> Float[Array, ...]:
+    """Clip a float16 residual stream to what float16 can hold, as diffusers does."""
+    return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
+
+
+class Perceptron(nn.Module):
+    """Two linear layers, `up` and `down`, with an activation between.
+
+    Reference: diffusers `FeedForward("gelu-approximate")`, and with `silu` `TimestepEmbedding` and
+    `PixArtAlphaTextProjection`.
+    """
+
+    inner: int
+    outer: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... outer"]:
+        x = nn.Dense(self.inner, dtype=self.dtype, name="up")(x)
+        x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
+        return nn.Dense(self.outer, dtype=self.dtype, name="down")(x)
+
+
+def modulation(
+    conditioning: Float[Array, "b h"], parts: int, dtype: Any, name: str
+) -> list[Float[Array, "b h"]]:
+    """`parts` vectors per sample, by a linear layer `name` of the calling module.
+
+    Reference: the `linear` of diffusers `AdaLayerNormZero`, and its order of the parts.
+    """
+    features = (parts, conditioning.shape[-1])
+    out = nn.DenseGeneral(features, dtype=dtype, name=name)(conditioning)
+    return [out[:, part] for part in range(parts)]
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one stream, from one matrix product; queries and keys normed.
+
+    Queries and keys are float32, because the rotation follows.
+    """
+
+    heads: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s h"]) -> tuple[Array, Array, Array]:
+        features = (3, self.heads, self.width)
+        qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
+        norm = {"epsilon": EPSILON, "dtype": jnp.float32}
+        query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
+        key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
+        return query, key, qkv[:, :, 2]
+
+
+def attention(
+    query: Float[Array, "b s heads width"],
+    key: Float[Array, "b s heads width"],
+    value: Float[Array, "b s heads width"],
+    rotation: Rotation,
+    mask: Bool[Array, "b 1 1 s"] | None,
+) -> Float[Array, "b s h"]:
+    """Every token attends to every token whose `mask` is true; heads are joined in the result.
+
+    The two matrix products run in the dtype of `value`, the softmax in float32.
+    """
+    query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+    return out.reshape(*out.shape[:2], -1)

@@ -1,0 +1,123 @@
+"""Solvers that remember the last velocity, which the micro-flow and the activation need.
+
+`diffrax` solvers forget it after each step; asking the network again would cost a step. The
+solvers here keep it as part of their state: the last entry of the state is the velocity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Euler(diffrax.Euler):
+    """Euler's method whose state is the velocity of the last step: `y + v (sigma' - sigma)`."""
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> tuple[Array]:
+        """No velocity is known before the first step; zeros stand for it."""
+        return (jnp.zeros_like(y0),)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
+    ) -> tuple[Array, None, dict[str, Array], tuple[Array], diffrax.RESULTS]:
+        """One network evaluation, one step."""
+        velocity = terms.vf(t0, y0, args)
+        y1 = y0 + terms.prod(velocity, terms.contr(t0, t1))
+        return y1, None, {"y0": y0, "y1": y1}, (velocity,), diffrax.RESULTS.successful
+
+
+class Secant(diffrax.AbstractWrappedSolver):
+    """Any diffrax solver, with the mean velocity of the last step added to its state."""
+
+    solver: diffrax.AbstractSolver
+
+    @property
+    def term_structure(self) -> Any:  # type: ignore[override]
+        """As the wrapped solver's."""
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self) -> Any:  # type: ignore[override]
+        """As the wrapped solver's."""
+        return self.solver.interpolation_cls
+
+    def order(self, terms: Any) -> int | None:
+        """As the wrapped solver's."""
+        return self.solver.order(terms)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> tuple[Any, Array]:
+        """The wrapped solver's state, and zeros for the velocity."""
+        return self.solver.init(terms, t0, t1, y0, args), jnp.zeros_like(y0)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
+    ) -> tuple[Array, Any, Any, tuple[Any, Array], diffrax.RESULTS]:
+        """The wrapped solver's step; the velocity is its increment over the step's length."""
+        inner, _ = solver_state
+        y1, error, dense, inner, result = self.solver.step(
+            terms, t0, t1, y0, args, inner, made_jump
+        )
+        return y1, error, dense, (inner, (y1 - y0) / terms.contr(t0, t1)), result
+
+    def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
+        """As the wrapped solver's."""
+        return self.solver.func(terms, t0, y0, args)
+
+
+def remembering(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """`solver` in a form that remembers the last velocity."""
+    if type(solver) is diffrax.Euler:
+        return Euler()
+    return solver if isinstance(solver, Euler | Secant) else Secant(solver)
+
+
+class _StepTo(diffrax.StepTo):
+    """`diffrax.StepTo` without its run-time checks: plans are validated before.
+
+    The checks are host callbacks in the compiled program, and JAX's persistent cache does not
+    keep programs that call back.
+    """
+
+    def wrap(self, direction: Any) -> _StepTo:
+        return type(self)(ts=self.ts * direction)
+
+    def init(
+        self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
+    ) -> tuple[Array, int]:
+        return self.ts[1], 2
+
+
+def integrate(
+    term: diffrax.AbstractTerm,
+    solver: diffrax.AbstractSolver,
+    y: Float[Array, "..."],
+    sigmas: Float[Array, " steps+1"],
+    args: Any,
+    state: Any = None,
+) -> tuple[Array, Any]:
+    """Solve `term` through exactly the given sigmas.
+
+    Returns:
+        the state at the last sigma, and the solver's own state there; given back as `state`,
+        the next call goes on as if there had been one.
+    """
+    solution = diffrax.diffeqsolve(
+        term,
+        solver,
+        t0=sigmas[0],
+        t1=sigmas[-1],
+        dt0=None,
+        y0=y,
+        args=args,
+        stepsize_controller=_StepTo(ts=sigmas),
+        saveat=diffrax.SaveAt(t1=True, solver_state=True),
+        solver_state=state,
+        max_steps=sigmas.shape[0] - 1,
+        throw=False,
+    )
+    assert solution.ys is not None
+    return jax.tree.map(lambda leaf: leaf[0], solution.ys), solution.solver_state

@@ -1,0 +1,25 @@
+"""Shape checks on, no silent rank promotion; a small random pipeline for tests that need one."""
+
+from __future__ import annotations
+
+import os
+
+# Tests must not read or write the user's compilation cache.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("jitjax", "beartype.beartype"):
+    import jitjax
+
+import jax
+import pytest
+from golden import build
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
+    """A randomly initialised pipeline with tokenizers, a few thousand parameters."""
+    return build.small_params(tmp_path_factory.mktemp("small"))

@@ -1,0 +1,127 @@
+"""Small random pipelines and the recordings of the authors' program, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from jitjax.checkpoint import FluxParams, abstract_params
+from jitjax.config import (
+    AutoencoderConfig,
+    CLIPConfig,
+    FluxConfig,
+    Plan,
+    T5Config,
+    TransformerConfig,
+)
+from jitjax.convert.tables import transformer_from_state
+
+HERE = Path(__file__).parent
+RECORDINGS = ("jit_7x_16x16", "jit_4x_16x24")
+WORDS = "a red blue large small circle square left right of the and on plain grey background".split()
+
+
+def recording(name: str) -> tuple[dict[str, np.ndarray], Plan]:
+    """Arrays of one recording, and the plan that they were made by."""
+    arrays = dict(np.load(HERE / f"{name}.npz"))
+    steps = len(arrays["sigmas"])
+    relax = int(arrays["microflow_relax_steps"])
+    plan = Plan(
+        steps,
+        tuple(arrays["densities"].tolist()),
+        tuple(int(s) / steps for s in arrays["stage_steps"]),
+        schedule=tuple(arrays["sigmas"].tolist()),
+        microflow="blend" if relax else "hit",
+        relax=float(relax or 1),
+        microflow_noise="fresh",
+    )
+    return arrays, plan
+
+
+def recorded_transformer() -> tuple[dict[str, Any], TransformerConfig]:
+    """Parameters and configuration of the transformer that the recordings were made with."""
+    raw = json.loads((HERE / "flux_random_transformer.json").read_text())
+    config = TransformerConfig.from_diffusers(raw)
+    state = load_file(HERE / "flux_random_transformer.safetensors")
+    return transformer_from_state(state, config), config
+
+
+SMALL = FluxConfig(
+    transformer=TransformerConfig(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    ),
+    t5=T5Config(vocab_size=40, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2),
+    clip=CLIPConfig(
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        eos_token_id=1,
+    ),
+    autoencoder=AutoencoderConfig(
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2
+    ),
+    text_length=12,
+    image_size=64,
+)
+
+
+def random_tree(shapes: Any, key: jax.Array) -> Any:
+    """Random arrays of the given shapes, scaled so that activations stay of order one."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    filled = [
+        jax.random.normal(k, s.shape, jnp.float32) / np.sqrt(max(s.shape[-2:-1] or (1,)))
+        for k, s in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, [x.astype(s.dtype) for x, s in zip(filled, leaves, strict=True)])
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Word tokenizers of both encoders, in the layout of a diffusers folder."""
+    for name, special in (("tokenizer", ["<|startoftext|>", "<|endoftext|>"]),
+                          ("tokenizer_2", ["<pad>", "</s>"])):  # fmt: skip
+        vocabulary = {w: i for i, w in enumerate([*special, "<unk>", *WORDS])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        clip = name == "tokenizer"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{special[0]} $A {special[1]}" if clip else f"$A {special[1]}",
+            special_tokens=[(s, i) for i, s in enumerate(special)],
+        )
+        (folder / name).mkdir(parents=True)
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "CLIPTokenizer" if clip else "T5Tokenizer",
+            "model_max_length": 16 if clip else 12,
+            "pad_token": special[1] if clip else special[0],
+            "eos_token": special[1],
+            "unk_token": "<unk>",
+        }
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def small_params(folder: Path, seed: int = 0) -> FluxParams:
+    """A whole random pipeline of configuration `SMALL`; its tokenizers are written to `folder`."""
+    write_tokenizers(folder)
+    shapes = abstract_params(SMALL)
+    random = random_tree(shapes, jax.random.key(seed))
+    return FluxParams(
+        random.transformer, random.t5, random.clip, random.autoencoder, SMALL, str(folder)
+    )

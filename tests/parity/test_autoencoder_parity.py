@@ -1,0 +1,142 @@
+"""The autoencoder against diffusers' `AutoencoderKL`, weights passing the rule table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from safetensors.numpy import save_file  # noqa: E402
+
+from jitjax.config import AutoencoderConfig  # noqa: E402
+from jitjax.convert import engine  # noqa: E402
+from jitjax.convert.autoencoder_tables import (  # noqa: E402
+    AUTOENCODER_IGNORED,
+    autoencoder_rules,
+)
+from jitjax.models.autoencoder import Autoencoder, abstract_params  # noqa: E402
+
+pytestmark = pytest.mark.parity
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+TOLERANCE = 1e-4  # of the largest value; about 1e-6 is measured
+
+CONFIGS = {
+    "as FLUX": AutoencoderConfig(
+        latent_channels=5,
+        block_out_channels=(8, 12, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+    ),
+    "narrower below": AutoencoderConfig(
+        in_channels=4,
+        out_channels=2,
+        latent_channels=3,
+        block_out_channels=(9, 6, 12, 3),
+        layers_per_block=1,
+        norm_num_groups=3,
+    ),
+    "two levels": AutoencoderConfig(
+        latent_channels=4, block_out_channels=(6, 6), layers_per_block=1, norm_num_groups=2
+    ),
+}
+
+
+def reference(config: AutoencoderConfig):
+    sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    levels = len(config.block_out_channels)
+    return diffusers.AutoencoderKL(
+        **sizes,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def perturbed(model, seed: int):
+    """Gives every parameter a value that no other could stand in for."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim == 1:
+                value.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                value.copy_(noise / value[0].numel() ** 0.5)
+    return model
+
+
+def converted(model, config: AutoencoderConfig):
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    rules, shapes = autoencoder_rules(config), engine.leaf_shapes(abstract_params(config))
+    sources = {name: value.shape for name, value in state.items()}
+    engine.check(rules, shapes, sources, what="autoencoder", ignored=AUTOENCODER_IGNORED)
+    flat = {
+        rule.target: engine.apply(rule, state.__getitem__, shapes[rule.target], np.float32)
+        for rule in rules
+    }
+    return engine.unflatten_dict(flat, sep="/")
+
+
+def error(got, expected) -> float:
+    """Largest difference, of an NHWC array to an NCHW tensor, over the largest value."""
+    got, expected = np.asarray(got), expected.permute(0, 2, 3, 1).numpy()
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encode_decode(name: str, batch: int):
+    config = CONFIGS[name]
+    model = perturbed(reference(config), seed=batch)
+    with torch.no_grad():  # some log variances beyond their limits, on both sides
+        model.encoder.conv_out.weight[config.latent_channels :] *= 20
+    params = {"params": converted(model, config)}
+    rng = np.random.default_rng(batch)
+    images = rng.uniform(-1, 1, (batch, 40, 24, config.in_channels)).astype(np.float32)
+    latents = rng.standard_normal((batch, 5, 3, config.latent_channels)).astype(np.float32)
+    with torch.no_grad():
+        dist = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+        decoded = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
+    module = Autoencoder(config)
+    with jax.default_matmul_precision("highest"):
+        encode = jax.jit(lambda p, x: module.apply(p, x, method="encode"))
+        decode = jax.jit(lambda p, x: module.apply(p, x, method="decode"))
+        mean, logvar = encode(params, jnp.asarray(images))
+        image = decode(params, jnp.asarray(latents))
+    errors = error(mean, dist.mean), error(logvar, dist.logvar), error(image, decoded)
+    print(f"autoencoder {name}, {batch}:", *(f"{e:.1e}" for e in errors))
+    assert max(errors) < TOLERANCE
+    assert mean.shape == (batch, 40 // config.factor, 24 // config.factor, config.latent_channels)
+
+
+def test_full_size_names_and_shapes():
+    config = AutoencoderConfig()
+    with torch.device("meta"):
+        model = reference(config)
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = engine.leaf_shapes(abstract_params(config))
+    assert engine.expected_sources(autoencoder_rules(config), shapes) == state
+    assert sum(p.numel() for p in model.parameters()) == 83_819_683
+
+
+def test_written_back(tmp_path):
+    """What the table writes, diffusers loads, with nothing missing or left over."""
+    config = CONFIGS["narrower below"]
+    model = perturbed(reference(config), seed=0)
+    flat = engine.flatten_dict(converted(model, config), sep="/")
+    written: dict[str, np.ndarray] = {}
+    for rule in autoencoder_rules(config):
+        written |= engine.invert(rule, flat[rule.target])
+    model.save_config(tmp_path)
+    save_file(written, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    loaded, info = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, value in loaded.state_dict().items():
+        np.testing.assert_array_equal(value, model.state_dict()[name], err_msg=name)

@@ -1,0 +1,195 @@
+"""The CLIP text encoder against transformers' `CLIPTextModel`, weights passing the rule table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from jitjax.config import CLIPConfig  # noqa: E402
+from jitjax.convert import engine  # noqa: E402
+from jitjax.convert.text_tables import (  # noqa: E402
+    CLIP_ALIASES,
+    CLIP_IGNORED,
+    canonical_names,
+    clip_rules,
+)
+from jitjax.models.clip import CLIPText, abstract_params  # noqa: E402
+
+pytestmark = pytest.mark.parity
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+TOLERANCE = 1e-4  # of the largest value; about 1e-6 is measured
+
+CONFIGS = {
+    "quick gelu, old end of text": CLIPConfig(
+        vocab_size=60,
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        max_position_embeddings=19,
+        layer_norm_eps=1e-5,
+        eos_token_id=2,
+        hidden_act="quick_gelu",
+    ),
+    "gelu, new end of text": CLIPConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=23,
+        layer_norm_eps=1e-3,
+        eos_token_id=37,
+        hidden_act="gelu",
+    ),
+}
+
+
+def torch_config(config: CLIPConfig):
+    special = {"bos_token_id": 0, "pad_token_id": 1}
+    return transformers.CLIPTextConfig(**dataclasses.asdict(config), **special)
+
+
+def reference(config: CLIPConfig, seed: int):
+    """A transformers model in which no parameter has a value that another could stand in for."""
+    model = transformers.CLIPTextModel(torch_config(config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                value.copy_(1 + 0.2 * noise)
+            elif value.ndim == 1:
+                value.copy_(0.3 * noise)
+            elif "embedding" in name:
+                value.copy_(noise)
+            else:
+                value.copy_(noise / value.shape[1] ** 0.5)
+    return model
+
+
+def converted(state: dict[str, np.ndarray], config: CLIPConfig):
+    """The parameter tree, from a state dictionary in any spelling."""
+    rules, shapes = clip_rules(config), engine.leaf_shapes(abstract_params(config))
+    names = canonical_names(state, CLIP_ALIASES)
+    sources = {name: state[own].shape for name, own in names.items()}
+    engine.check(rules, shapes, sources, what="clip", ignored=CLIP_IGNORED)
+    flat = {
+        rule.target: engine.apply(rule, lambda n: state[names[n]], shapes[rule.target], np.float32)
+        for rule in rules
+    }
+    return engine.unflatten_dict(flat, sep="/")
+
+
+def state_of(model) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def run(config: CLIPConfig, params, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with jax.default_matmul_precision("highest"):
+        hidden, pooled = CLIPText(config).apply({"params": params}, jnp.asarray(ids))
+    return np.asarray(hidden), np.asarray(pooled)
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def endings(config: CLIPConfig, ids: np.ndarray, kind: str) -> np.ndarray:
+    """`ids` with the ways in which a text can end."""
+    last = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    ids = np.where(ids == last, 5, ids)
+    at = np.arange(1, 1 + len(ids)) % ids.shape[1]
+    for row, start in zip(ids, at, strict=True):
+        if kind == "padded with the end of text":
+            row[start:] = last
+        elif kind == "padded with another id":
+            row[start:] = 1
+            row[start] = last
+        elif kind == "twice":
+            row[[start, -1]] = last
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "kind"),
+    [
+        (1, 7, "padded with the end of text"),
+        (3, None, "padded with the end of text"),
+        (3, 7, "padded with another id"),
+        (3, 7, "twice"),
+        (3, 7, "none"),
+    ],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_text(name: str, batch: int, length: int | None, kind: str):
+    config = CONFIGS[name]
+    model = reference(config, seed=batch)
+    length = length or config.max_position_embeddings
+    ids = np.random.default_rng(length).integers(0, config.vocab_size, (batch, length))
+    ids = endings(config, ids, kind)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids))
+    hidden, pooled = run(config, converted(state_of(model), config), ids)
+    hidden_error = error(hidden, expected.last_hidden_state.numpy())
+    pooled_error = error(pooled, expected.pooler_output.numpy())
+    print(f"CLIP {name}, {kind}, {batch} x {length}: {hidden_error:.1e}, {pooled_error:.1e}")
+    assert hidden_error < TOLERANCE
+    assert pooled_error < TOLERANCE
+
+
+def test_full_size_names_and_shapes():
+    """The names are those of the published files: with the prefix that transformers 5 drops."""
+    config = CLIPConfig()
+    with torch.device("meta"):
+        model = transformers.CLIPTextModel(torch_config(config))
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in state.items()}
+    shapes = engine.leaf_shapes(abstract_params(config))
+    assert engine.expected_sources(clip_rules(config), shapes) == state
+    assert sum(p.numel() for p in model.parameters()) == 123_060_480
+
+
+def test_both_spellings(tmp_path):
+    """Files of transformers 5, and published ones with the prefix and the position numbers."""
+    config = CONFIGS["gelu, new end of text"]
+    model = reference(config, seed=0)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    short = {name.removeprefix("text_model."): value for name, value in saved.items()}
+    long = {f"text_model.{name}": value for name, value in short.items()}
+    numbers = {"text_model.embeddings.position_ids": np.arange(23)[None]}
+    ids = np.arange(7)[None]
+    outputs = [run(config, converted(s, config), ids)[0] for s in (saved, short, long | numbers)]
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+    with pytest.raises(engine.ConversionError, match=r"unmatched key: final_layer_norm.bias"):
+        converted(long | {"final_layer_norm.bias": short["final_layer_norm.bias"]}, config)
+
+
+def test_written_back(tmp_path):
+    """What the table writes, transformers loads, with nothing missing or left over."""
+    config = CONFIGS["quick gelu, old end of text"]
+    state = state_of(reference(config, seed=0))
+    flat = engine.flatten_dict(converted(state, config), sep="/")
+    written: dict[str, np.ndarray] = {}
+    for rule in clip_rules(config):
+        written |= engine.invert(rule, flat[rule.target])
+    assert all(name.startswith("text_model.") for name in written)
+    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
+    torch_config(config).save_pretrained(tmp_path)
+    model, info = transformers.CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), state[name], err_msg=name)

@@ -1,0 +1,185 @@
+"""The transformer against diffusers' `FluxTransformer2DModel`, weights passing the rule table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from jitjax.config import TransformerConfig  # noqa: E402
+from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
+from jitjax.convert.tables import transformer_from_state, transformer_rules  # noqa: E402
+from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TOLERANCE = 1e-4  # of the largest value; about 2e-6 is measured
+
+CONFIGS = {
+    "guidance": TransformerConfig(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ),
+    "no guidance": TransformerConfig(
+        in_channels=12,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=40,
+        pooled_projection_dim=9,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 12, 16),
+    ),
+    "more double blocks": TransformerConfig(
+        in_channels=4,
+        num_layers=3,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=5,
+        pooled_projection_dim=7,
+        guidance_embeds=True,
+        axes_dims_rope=(0, 4, 4),
+    ),
+}
+
+
+def reference(config: TransformerConfig, seed: int):
+    """A diffusers model in which no parameter has a value that another could stand in for."""
+    sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    model = diffusers.FluxTransformer2DModel(**sizes).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim == 2:
+                value.copy_(noise / value.shape[1] ** 0.5)
+            else:
+                value.copy_(0.2 * noise + (1.0 if ".norm_" in name else 0.0))
+    return model
+
+
+def converted(model, config: TransformerConfig):
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    return transformer_from_state(state, config)
+
+
+def inputs(config: TransformerConfig, batch: int, grid: tuple[int, int], words: int, seed: int):
+    rng = np.random.default_rng(seed)
+    rows, columns = grid
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    ids = np.stack([0 * row, row, column], axis=-1).astype(np.float32)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return {
+        "tokens": normal(batch, rows * columns, config.in_channels),
+        "positions": np.broadcast_to(ids, (batch, *ids.shape)),
+        "text": normal(batch, words, config.joint_attention_dim),
+        "pooled": normal(batch, config.pooled_projection_dim),
+        "sigma": rng.uniform(0, 1, batch).astype(np.float32),
+        "guidance": rng.uniform(1, 5, batch).astype(np.float32),
+    }
+
+
+def run_reference(model, config: TransformerConfig, given: dict) -> np.ndarray:
+    given = {name: torch.from_numpy(np.array(value)) for name, value in given.items()}
+    with torch.no_grad():
+        out = model(
+            hidden_states=given["tokens"],
+            encoder_hidden_states=given["text"],
+            pooled_projections=given["pooled"],
+            timestep=given["sigma"],
+            img_ids=given["positions"][0],
+            txt_ids=torch.zeros(given["text"].shape[1], 3),
+            guidance=given["guidance"] if config.guidance_embeds else None,
+            return_dict=False,
+        )[0]
+    return out.numpy()
+
+
+def run(config: TransformerConfig, params, given: dict, **more) -> np.ndarray:
+    given = {name: jnp.asarray(value) for name, value in (given | more).items()}
+    with jax.default_matmul_precision("highest"):
+        apply = jax.jit(FluxTransformer(config).apply)
+        return np.asarray(apply({"params": params}, **given))
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "grid", "words"),
+    [("guidance", (3, 5), 7), ("no guidance", (5, 3), 4), ("more double blocks", (2, 70), 1)],
+)
+def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: int):
+    config = CONFIGS[name]
+    model = reference(config, seed=1)
+    given = inputs(config, batch, grid, words, seed=2)
+    expected = run_reference(model, config, given)
+    relative = error(run(config, converted(model, config), given), expected)
+    print(f"{name}, batch {batch}: relative error {relative:.1e}")
+    assert relative < TOLERANCE
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 7.0])
+def test_padding_equals_diffusers_without_it(garbage: float):
+    config = CONFIGS["guidance"]
+    model = reference(config, seed=3)
+    given = inputs(config, 3, (3, 5), 7, seed=4)
+    expected = run_reference(model, config, given)
+    # Padding in the middle and at the end: the mask, not the place, has to count.
+    places = np.setdiff1d(np.arange(20), [3, 11, 17, 18, 19])
+    valid = np.zeros((3, 20), bool)
+    valid[:, places] = True
+    padded = {}
+    for key in ("tokens", "positions"):
+        padded[key] = np.full((3, 20, given[key].shape[-1]), garbage, np.float32)
+        padded[key][:, places] = given[key]
+    got = run(config, converted(model, config), given | padded, valid=valid)
+    relative = error(got[:, places], expected)
+    print(f"padding of {garbage}: relative error {relative:.1e}")
+    assert relative < TOLERANCE
+    assert not got[~valid].any()
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_full_size_names_and_shapes_are_those_of_diffusers(guidance: bool):
+    config = TransformerConfig(guidance_embeds=guidance)
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=guidance)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = leaf_shapes(abstract_params(config))
+    assert expected_sources(transformer_rules(config), shapes) == expected
+    count = 11_901_408_320 if guidance else 11_891_178_560
+    assert sum(value.numel() for value in model.parameters()) == count
+
+
+def test_every_parameter_counts():
+    """Had a parameter no effect, the tests above could not see it misplaced."""
+    config = CONFIGS["guidance"]
+    params = converted(reference(config, seed=1), config)
+    given = inputs(config, 1, (2, 3), 4, seed=2)
+    arrays = {name: jnp.asarray(value) for name, value in given.items()}
+
+    def loss(params):
+        return jnp.square(FluxTransformer(config).apply({"params": params}, **arrays)).sum()
+
+    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
+    silent = [jax.tree_util.keystr(path) for path, g in gradients if not jnp.abs(g).max() > 0]
+    assert not silent

@@ -1,0 +1,168 @@
+"""The T5 encoder against transformers' `T5EncoderModel`, weights passing the rule table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from jitjax.config import T5Config  # noqa: E402
+from jitjax.convert import engine  # noqa: E402
+from jitjax.convert.text_tables import (  # noqa: E402
+    T5_ALIASES,
+    T5_IGNORED,
+    canonical_names,
+    t5_rules,
+)
+from jitjax.models.t5 import T5Encoder, abstract_params, relative_buckets  # noqa: E402
+
+pytestmark = pytest.mark.parity
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+TOLERANCE = 1e-4  # of the largest value; about 2e-6 is measured
+
+CONFIGS = {
+    "wide heads": T5Config(
+        vocab_size=61,
+        d_model=24,
+        d_kv=8,
+        d_ff=40,
+        num_layers=3,
+        num_heads=5,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=20,
+    ),
+    "defaults of distance": T5Config(
+        vocab_size=33, d_model=32, d_kv=16, d_ff=20, num_layers=2, num_heads=2
+    ),
+}
+
+
+def torch_config(config: T5Config):
+    return transformers.T5Config(**dataclasses.asdict(config), feed_forward_proj="gated-gelu")
+
+
+def reference(config: T5Config, seed: int):
+    """A transformers model in which no parameter has a value that another could stand in for."""
+    model = transformers.T5EncoderModel(torch_config(config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim == 1:
+                value.copy_(1 + 0.2 * noise)
+            elif "relative" in name or "shared" in name:
+                value.copy_(noise)
+            else:
+                value.copy_(noise / value.shape[1] ** 0.5)
+    return model
+
+
+def converted(state: dict[str, np.ndarray], config: T5Config):
+    """The parameter tree, from a state dictionary in any spelling."""
+    rules, shapes = t5_rules(config), engine.leaf_shapes(abstract_params(config))
+    names = canonical_names(state, T5_ALIASES)
+    sources = {name: state[own].shape for name, own in names.items()}
+    engine.check(rules, shapes, sources, what="t5", ignored=T5_IGNORED)
+    flat = {
+        rule.target: engine.apply(rule, lambda n: state[names[n]], shapes[rule.target], np.float32)
+        for rule in rules
+    }
+    return engine.unflatten_dict(flat, sep="/")
+
+
+def state_of(model) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    mask = None if mask is None else jnp.asarray(mask)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(T5Encoder(config).apply({"params": params}, jnp.asarray(ids), mask))
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "masked"), [(1, 7, False), (3, 45, True), (1, 150, False), (3, 150, True)]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoder(name: str, batch: int, length: int, masked: bool):
+    config = CONFIGS[name]
+    model = reference(config, seed=batch)
+    rng = np.random.default_rng(length)
+    ids = rng.integers(0, config.vocab_size, (batch, length))
+    mask = np.arange(length)[None] < rng.integers(1, length, (batch, 1)) if masked else None
+    with torch.no_grad():
+        expected = model(
+            torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)
+        ).last_hidden_state.numpy()
+    got = run(config, converted(state_of(model), config), ids, mask)
+    measured = error(got, expected)
+    print(f"T5 {name}, masked {masked}, {batch} x {length}: {measured:.1e}")
+    assert measured < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("buckets", "distance"), [(32, 128), (16, 20), (32, 100), (8, 64), (64, 999)]
+)
+def test_relative_buckets(buckets: int, distance: int):
+    """Exactly equal, also where the logarithm falls on the border of two buckets."""
+    length = 1200
+    offset = torch.arange(length)[None] - torch.arange(length)[:, None]
+    attention = transformers.models.t5.modeling_t5.T5Attention
+    expected = attention._relative_position_bucket(offset, True, buckets, distance).numpy()
+    np.testing.assert_array_equal(relative_buckets(length, buckets, distance), expected)
+
+
+def test_full_size_names_and_shapes():
+    config = T5Config()
+    with torch.device("meta"):
+        model = transformers.T5EncoderModel(torch_config(config))
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tied = state.pop("encoder.embed_tokens.weight")
+    assert tied == state["shared.weight"]
+    shapes = engine.leaf_shapes(abstract_params(config))
+    assert engine.expected_sources(t5_rules(config), shapes) == state
+    assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
+
+
+def test_both_spellings(tmp_path):
+    """Files of transformers 5, files with the other tied name, and files with both."""
+    config = CONFIGS["wide heads"]
+    model = reference(config, seed=0)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    other = dict(saved)
+    other["encoder.embed_tokens.weight"] = other.pop("shared.weight")
+    ids = np.arange(7)[None]
+    outputs = [run(config, converted(s, config), ids, None) for s in (saved, other, saved | other)]
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+
+
+def test_written_back(tmp_path):
+    """What the table writes, transformers loads, with nothing missing or left over."""
+    config = CONFIGS["wide heads"]
+    state = state_of(reference(config, seed=0))
+    flat = engine.flatten_dict(converted(state, config), sep="/")
+    written: dict[str, np.ndarray] = {}
+    for rule in t5_rules(config):
+        written |= engine.invert(rule, flat[rule.target])
+    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
+    torch_config(config).save_pretrained(tmp_path)
+    model, info = transformers.T5EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), state[name], err_msg=name)

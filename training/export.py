@@ -1,0 +1,98 @@
+"""Writes the trained parts as one FLUX pipeline folder that diffusers loads.
+
+    python -m training.export --out jitjax/checkpoints/tiny
+
+Averaged weights, float16, diffusers layout. The folder is built beside the target, loaded back with
+`FluxPipeline.from_pretrained`, asked for a picture, and only then swapped in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from training.common import RUNS, load_if_there
+from training.model import TinyFlux, load_autoencoder
+
+SCHEDULER = dict(  # of FLUX.1-dev
+    num_train_timesteps=1000,
+    shift=3.0,
+    use_dynamic_shifting=True,
+    base_shift=0.5,
+    max_shift=1.15,
+    base_image_seq_len=256,
+    max_image_seq_len=4096,
+)
+
+
+def trained(path: Path) -> tuple[TinyFlux, int]:
+    """The averaged model of a flow checkpoint, and its step."""
+    saved = load_if_there(path)
+    model = TinyFlux().eval().requires_grad_(False)
+    missing, unexpected = model.load_state_dict(saved["weights"] | saved["average"], strict=True)
+    assert not missing and not unexpected
+    return model, saved["step"]
+
+
+def write(folder: Path, flow: Path, autoencoder: Path) -> int:
+    """Saves the pipeline and cleans its configs; returns the training step."""
+    model, step = trained(flow)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=load_autoencoder(autoencoder).half(),
+        text_encoder=model.clip.half(),
+        tokenizer=model.clip_tokenizer,
+        text_encoder_2=model.t5.half(),
+        tokenizer_2=model.t5_tokenizer,
+        transformer=model.transformer.half(),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # transformers 5 keeps the tokenizer in tokenizer.json alone; older readers want these two.
+    clip = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in clip["merges"]]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(clip["vocab"], ensure_ascii=False))
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flow", type=Path, default=RUNS / "flow.pt")
+    parser.add_argument("--autoencoder", type=Path, default=RUNS / "autoencoder.pt")
+    parser.add_argument("--out", type=Path, default=Path("jitjax/checkpoints/tiny"))
+    parser.add_argument("--prompt", default="a large red striped circle on a plain grey background")
+    args = parser.parse_args()
+
+    temporary = args.out.with_name(args.out.name + ".new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    step = write(temporary, args.flow, args.autoencoder)
+    pipeline = FluxPipeline.from_pretrained(temporary, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    start = time.monotonic()
+    image = pipeline(args.prompt, height=256, width=256, num_inference_steps=20, guidance_scale=3.5,
+                     generator=torch.Generator().manual_seed(0), max_sequence_length=48).images[0]
+    image.save(RUNS / "export.png")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    old = args.out.with_name(args.out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if args.out.exists():
+        args.out.rename(old)
+    temporary.rename(args.out)
+    shutil.rmtree(old, ignore_errors=True)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"step {step}: {args.out}, {size / 1e6:.2f} MB; a picture took "
+          f"{time.monotonic() - start:.1f} s ({RUNS / 'export.png'})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Trains the transformer and both text encoders with flow matching.
+
+One run is a sequence of phases, each one command; the checkpoint carries over:
+
+    python -m training.flow --mix 128 --minutes 30                    # constant rate after warm-up
+    python -m training.flow --mix 128:1,256:4 --minutes 25            # tokens grow as FLUX's did
+    python -m training.flow --mix 256:1,512:2 --minutes 20 --decay    # falls to zero in this phase
+    python -m training.flow --mix 256:1,512:2 --minutes 10 --decay --distil
+
+`x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma of step
+i derive from the seed and i, so a resumed run goes on as it would have. With `--distil` the target is
+the guided velocity of the frozen averaged weights, `u0 + g (u - u0)`, with g told as guidance, as
+FLUX.1-dev was distilled; before that the guidance told is random and means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.common import RUNS, Average, Clock, load_if_there, save_atomically
+from training.latents import Latents
+from training.model import TinyFlux, pack
+from training.scenes import caption
+
+SHIFT = {128: 1.5, 256: 2.0, 512: 2.5}  # of the training sigmas: more tokens, more noise
+BATCH = {128: 128, 256: 48, 512: 14}
+COUNT = {128: 40_960, 256: 16_384, 512: 4_096}  # pictures; each meets many captions and noises
+
+
+def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
+    """Muon for the matrices inside the blocks, AdamW for all else (adaLN included)."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inside = "transformer_blocks." in name and p.ndim == 2 and ".norm" not in name
+        (matrices if inside else rest).append(p)
+    muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, momentum=0.95)
+    adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return muon, adam
+
+
+def draw(latents: Latents, seed: int, step: int, batch: int, position: int, dropout: float):
+    """The batch of a step: (x0, noise, sigma, guidance, captions); all from `seed` and `step`."""
+    rng = np.random.default_rng((seed, step))
+    z, scenes = latents.batch(position, batch)
+    texts = [caption(scene, rng) if rng.uniform() >= dropout else "" for scene in scenes]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    x0 = pack(z)
+    noise = torch.randn(x0.shape, generator=generator)
+    # Stratified over the batch: less variance than independent draws.
+    uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    sigma = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
+    sigma = sigma[torch.randperm(batch, generator=generator)]
+    shift = SHIFT[latents.side]
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    guidance = 1 + 4 * torch.rand(batch, generator=generator)
+    return x0, noise, sigma, guidance, texts
+
+
+@torch.no_grad()
+def guided(teacher: TinyFlux, x, sigma, guidance, texts, side: int) -> torch.Tensor:
+    """`u0 + g (u - u0)`, u0 the velocity of the empty prompt."""
+    pair = []
+    for words in ([""] * len(texts), texts):
+        pair.append(teacher(x, sigma, guidance, *teacher.encode(words), side))
+    return (pair[0] + guidance[:, None, None] * (pair[1] - pair[0])).float()
+
+
+def parse_mix(text: str) -> tuple[tuple[int, ...], np.ndarray]:
+    """"128:1,256:4" to ((128, 256), probabilities)."""
+    pairs = [(entry.split(":") + ["1"])[:2] for entry in text.split(",")]
+    weights = np.array([float(weight) for _, weight in pairs])
+    return tuple(int(side) for side, _ in pairs), weights / weights.sum()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True, help="length of this phase")
+    parser.add_argument("--mix", default="128", help="picture sides and their weights")
+    parser.add_argument("--decay", action="store_true", help="the rate falls to zero in this phase")
+    parser.add_argument("--distil", action="store_true", help="learn guidance from the average")
+    parser.add_argument("--muon", type=float, default=0.02)
+    parser.add_argument("--adam", type=float, default=1.5e-3)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of captions")
+    parser.add_argument("--average", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RUNS / "flow.pt")
+    args = parser.parse_args()
+    sides, weights = parse_mix(args.mix)
+
+    torch.manual_seed(args.seed)
+    model = TinyFlux()
+    named = dict(model.named_parameters())
+    print({k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()})
+    muon, adam = optimizers(model, args.muon, args.adam)
+    average = Average(named, args.average)
+    step, positions, teacher = 0, {}, None
+    saved = load_if_there(args.out)
+    if saved:
+        model.load_state_dict(saved["weights"])
+        muon.load_state_dict(saved["muon"])
+        adam.load_state_dict(saved["adam"])
+        average.values, step, positions = saved["average"], saved["step"], saved["positions"]
+        for optimizer, peak in ((muon, args.muon), (adam, args.adam)):
+            for group in optimizer.param_groups:
+                group["peak"] = peak
+    if args.distil:
+        # The frozen teacher: kept in a file, so that a resumed distillation has the same one.
+        path = args.out.with_name("teacher.pt")
+        if not path.exists():
+            save_atomically(average.values, path)
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        teacher.load_state_dict(load_if_there(path), strict=False)
+    if not args.no_compile:
+        model.transformer.compile(dynamic=False)
+        if teacher:
+            teacher.transformer.compile(dynamic=False)
+    data = {side: Latents(side, COUNT[side], args.seed) for side in sides}
+
+    def save() -> None:
+        state = dict(weights=model.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(),
+                     average=average.values, step=step, positions=positions)
+        save_atomically(state, args.out)
+
+    clock = Clock(args.out.with_suffix(".log"))
+    start = last_save = time.monotonic()
+    budget = args.minutes * 60
+    recent: dict[int, float] = {}
+    while (used := time.monotonic() - start) < budget:
+        side = int(np.random.default_rng((args.seed, step, 1)).choice(sides, p=weights))
+        batch, grid = BATCH[side], side // 16
+        x0, noise, sigma, guidance, texts = draw(
+            data[side], args.seed, step, batch, positions.get(side, 0), args.dropout)
+        x = torch.lerp(x0, noise, sigma[:, None, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, grid)
+            u = model(x, sigma, guidance, *model.encode(texts), grid)
+        loss = (u.float() - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        rate = min(1.0, (step + 1) / 100)
+        if args.decay:
+            rate = min(rate, 1 - used / budget)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        average.update(named, step)
+        positions[side] = positions.get(side, 0) + batch
+        step += 1
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss {value} at step {step}")
+        recent[side] = recent.get(side, value) * 0.95 + value * 0.05
+        detail = " ".join(f"{s}px {recent[s]:.4f}" for s in sorted(recent))
+        clock.tick(step, value, batch * grid * grid, budget - used, f"lr x{rate:.2f}  {detail}")
+        if time.monotonic() - last_save > 120:
+            save()
+            last_save = time.monotonic()
+    save()
+
+
+if __name__ == "__main__":
+    main()

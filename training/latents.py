@@ -1,0 +1,99 @@
+"""Latents of a fixed set of single-shape pictures, encoded when first asked for and kept on disk.
+
+    python -m training.latents            # measures the latents' mean and spread, once
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+import torch
+
+from training.common import RUNS, load_if_there, save_atomically
+from training.model import load_autoencoder
+from training.scenes import Scene, random_scene, render
+
+SHARD = 256
+
+
+class Latents:
+    """`count` pictures of `side` pixels. Scene i derives from (seed, side, i) alone."""
+
+    def __init__(self, side: int, count: int, seed: int, folder=RUNS / "latents"):
+        self.side, self.count, self.seed = side, count, seed
+        self.folder = folder / str(side)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: dict[int, tuple[torch.Tensor, list[Scene]]] = {}
+        self.vae = load_autoencoder().to(memory_format=torch.channels_last)
+        self.permutations: dict[int, np.ndarray] = {}
+
+    def scene(self, index: int) -> Scene:
+        return random_scene(np.random.default_rng((self.seed, self.side, index)))
+
+    @torch.no_grad()
+    def encode(self, scenes: list[Scene]) -> torch.Tensor:
+        """Normalised latents [len, 16, side / 8, side / 8] in half precision."""
+        found = []
+        chunk = max(1, 16 * 128**2 // self.side**2)
+        for start in range(0, len(scenes), chunk):
+            images = [render(s, self.side, self.side) for s in scenes[start : start + chunk]]
+            x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) * 2 - 1
+            with torch.autocast("cpu", torch.bfloat16):
+                mean = self.vae.encoder(x.contiguous(memory_format=torch.channels_last))
+            z = mean[:, :16].float().contiguous()
+            found.append((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+        return torch.cat(found).half()
+
+    def shard(self, number: int) -> tuple[torch.Tensor, list[Scene]]:
+        """Latents and scenes of one shard, from memory, from disk, or made now."""
+        if number not in self.shards:
+            scenes = [self.scene(i) for i in range(number * SHARD, (number + 1) * SHARD)]
+            path = self.folder / f"{number:04d}.pt"
+            z = load_if_there(path)
+            if z is None:
+                z = self.encode(scenes)
+                save_atomically(z, path)
+            self.shards[number] = z, scenes
+        return self.shards[number]
+
+    def batch(self, position: int, size: int) -> tuple[torch.Tensor, list[Scene]]:
+        """Pictures `position` to `position + size` of the endless stream of shuffled epochs.
+
+        The first epoch comes in order, so that shards are made as the training reaches them.
+        """
+        z, scenes = [], []
+        for n in range(position, position + size):
+            epoch, index = divmod(n, self.count)
+            if epoch:
+                if epoch not in self.permutations:
+                    rng = np.random.default_rng((self.seed, self.side, epoch, 2))
+                    self.permutations = {epoch: rng.permutation(self.count)}
+                index = int(self.permutations[epoch][index])
+            latents, described = self.shard(index // SHARD)
+            z.append(latents[index % SHARD])
+            scenes.append(described[index % SHARD])
+        return torch.stack(z).float(), scenes
+
+
+@torch.no_grad()
+def measure(path=RUNS / "autoencoder.pt", seed: int = 5) -> None:
+    """Stores the mean and the inverse spread of latents of all three sizes in the checkpoint."""
+    saved = load_if_there(path)
+    vae = load_autoencoder(path)
+    found = []
+    for side, count in ((128, 96), (256, 16), (512, 4)):
+        for i in range(count):
+            image = render(random_scene(np.random.default_rng((seed, side, i))), side, side)
+            x = torch.from_numpy(image).permute(2, 0, 1)[None] * 2 - 1
+            z = vae.encoder(x)[:, :16]
+            found.append(z.transpose(0, 1).reshape(16, -1)[:, :: (side // 128) ** 2])
+    z = torch.cat(found, dim=1)
+    saved["shift"] = round(z.mean().item(), 4)
+    saved["scale"] = round(1 / z.std().item(), 4)
+    save_atomically(saved, path)
+    print("shift", saved["shift"], "scale", saved["scale"])
+    print("per channel mean", z.mean(1).numpy().round(2), "spread", z.std(1).numpy().round(2))
+
+
+if __name__ == "__main__":
+    measure()

@@ -1,0 +1,129 @@
+"""The parts of the tiny FLUX pipeline, built from diffusers' and transformers' own classes."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import T5Tokenizer
+
+from training.autoencoder import CONFIG as AUTOENCODER
+from training.common import RUNS, load_if_there
+from training.make_tokenizers import token_ids
+
+TRANSFORMER = dict(
+    patch_size=1,
+    in_channels=64,
+    num_layers=2,
+    num_single_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=6,
+    joint_attention_dim=96,
+    pooled_projection_dim=64,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 12, 12),
+)
+
+
+class TinyFlux(nn.Module):
+    """Transformer and both text encoders: all that the flow training changes."""
+
+    def __init__(self, tokenizers=RUNS / "tokenizers"):
+        super().__init__()
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "tokenizer")
+        self.t5_tokenizer = T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2")
+        self.transformer = FluxTransformer2DModel(**TRANSFORMER)
+        self.clip = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(self.clip_tokenizer),
+                hidden_size=64,
+                intermediate_size=160,
+                projection_dim=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=self.clip_tokenizer.model_max_length,
+                hidden_act="quick_gelu",
+                bos_token_id=self.clip_tokenizer.bos_token_id,
+                eos_token_id=self.clip_tokenizer.eos_token_id,
+                pad_token_id=self.clip_tokenizer.pad_token_id,
+            )
+        )
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.t5_tokenizer),
+                d_model=96,
+                d_kv=24,
+                d_ff=192,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                is_encoder_decoder=False,
+                use_cache=False,
+                tie_word_embeddings=True,
+                pad_token_id=self.t5_tokenizer.pad_token_id,
+                eos_token_id=self.t5_tokenizer.eos_token_id,
+            )
+        )
+        self.start_at_zero()
+
+    def start_at_zero(self) -> None:
+        """adaLN and the output layer start at zero: each block begins as the identity."""
+        for name, module in self.transformer.named_modules():
+            if name == "proj_out" or name.startswith("norm_out.") or ".norm" in name:
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.weight)
+                    nn.init.zeros_(module.bias)
+
+    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5 states [batch, 48, 96] and CLIP's pooled output [batch, 64], as FluxPipeline has them."""
+        pooled = self.clip(token_ids(self.clip_tokenizer, texts)).pooler_output
+        return self.t5(token_ids(self.t5_tokenizer, texts))[0], pooled
+
+    def forward(self, x, sigma, guidance, states, pooled, side: int) -> torch.Tensor:
+        """Velocity [batch, side * side, 64] at `sigma` [batch]."""
+        return self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            timestep=sigma,
+            guidance=guidance,
+            txt_ids=torch.zeros(states.shape[1], 3),
+            img_ids=positions(side, side),
+            return_dict=False,
+        )[0]
+
+
+def positions(rows: int, columns: int) -> torch.Tensor:
+    """Image ids (0, row, column): float32 [rows * columns, 3]."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(-1, 3)
+
+
+def pack(z: torch.Tensor) -> torch.Tensor:
+    """Latents [batch, 16, 2 r, 2 c] to tokens [batch, r * c, 64] = (channel, row, column)."""
+    b, c, h, w = z.shape
+    z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return z.reshape(b, h // 2 * (w // 2), c * 4)
+
+
+def unpack(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack`."""
+    b, _, d = x.shape
+    x = x.view(b, rows, columns, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, d // 4, rows * 2, columns * 2)
+
+
+def load_autoencoder(path=RUNS / "autoencoder.pt", side: int | None = None) -> AutoencoderKL:
+    """The trained autoencoder with averaged weights, its latent statistics in the config."""
+    saved = load_if_there(path)
+    if saved is None:
+        raise FileNotFoundError(f"no autoencoder at {path}: run python -m training.autoencoder")
+    vae = AutoencoderKL(**AUTOENCODER)
+    vae.load_state_dict(saved["average"])
+    if "shift" in saved:
+        vae.register_to_config(shift_factor=saved["shift"], scaling_factor=saved["scale"])
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,45 @@
+"""Muon for convolutions: the momentum of each filter bank, seen as a matrix, is orthogonalised.
+
+torch.optim.Muon takes matrices only, and the autoencoder is nearly all convolutions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Newton-Schulz on [n, rows, columns]: about U V^T of each matrix's singular decomposition."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Muon's authors
+    x = stack / (stack.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    for _ in range(steps):
+        g = x @ x.mT
+        x = a * x + (b * g + c * g @ g) @ x
+    return x if wide else x.mT
+
+
+class ConvMuon(torch.optim.Optimizer):
+    """Muon over weights of two or more dimensions, matrices of equal shape in one batch."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list] = {}
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"]).reshape(len(p), -1)
+                by_shape.setdefault(tuple(update.shape), []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                scale = group["lr"] * max(1, rows / columns) ** 0.5
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.reshape(p.shape), alpha=scale)

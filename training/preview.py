@@ -1,0 +1,93 @@
+"""Samples unseen prompts with the averaged weights, writes a contact sheet and the checker's score.
+
+    python -m training.preview --n 24 --side 256 --steps 25 --guidance 1 3
+
+Before distillation guidance is two forward passes (`--distilled` off); after it, one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.checker import check
+from training.common import RUNS
+from training.export import trained
+from training.model import TinyFlux, load_autoencoder, unpack
+from training.scenes import evaluation_prompts
+
+
+def schedule(steps: int, tokens: int) -> torch.Tensor:
+    """FLUX.1-dev's shifted sigmas, float32 [steps + 1], from 1 to 0."""
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    sigmas = torch.linspace(1, 1 / steps, steps)
+    return torch.cat([math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas), torch.zeros(1)])
+
+
+@torch.no_grad()
+def sample(model: TinyFlux, vae, texts, seeds, side, steps, guidance, distilled) -> np.ndarray:
+    """Euler sampling; float32 [batch, side, side, 3] in [0, 1]."""
+    grid = side // 16
+    noise = [torch.randn(grid * grid, 64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    x = torch.stack(noise)
+    sigmas = schedule(steps, grid * grid)
+    told = torch.full((len(texts),), guidance if distilled else 2.0)
+    conditions = [model.encode(texts)]
+    if guidance != 1 and not distilled:
+        conditions.append(model.encode([""] * len(texts)))
+    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        velocities = [model(x, sigma.expand(len(texts)), told, *c, grid) for c in conditions]
+        u = velocities[0]
+        if len(velocities) == 2:
+            u = velocities[1] + guidance * (u - velocities[1])
+        x = x + (after - sigma) * u.float()
+    z = unpack(x, grid, grid) / vae.config.scaling_factor + vae.config.shift_factor
+    y = torch.cat([vae.decoder(part) for part in z.split(4)])
+    return ((y + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flow", type=Path, default=RUNS / "flow.pt")
+    parser.add_argument("--n", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--distilled", action="store_true")
+    parser.add_argument("--out", type=Path, default=RUNS / "preview.png")
+    args = parser.parse_args()
+
+    model, step = trained(args.flow)
+    vae = load_autoencoder()
+    prompts = evaluation_prompts(args.n)
+    rows = []
+    for guidance in args.guidance:
+        start = time.monotonic()
+        images = []
+        for at in range(0, args.n, args.batch):
+            texts, _, seeds = zip(*prompts[at : at + args.batch], strict=True)
+            images.append(sample(model, vae, list(texts), seeds, args.side, args.steps, guidance,
+                                 args.distilled))
+        images = np.concatenate(images)
+        results = [check(image, scene) for image, (_, scene, _) in zip(images, prompts, strict=True)]
+        score = {key: float(np.mean([r[key] for r in results])) for key in results[0]}
+        print(f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}, n {args.n}: "
+              + " ".join(f"{key} {value:.2f}" for key, value in score.items())
+              + f"  ({time.monotonic() - start:.0f} s)", flush=True)
+        for text, result in list(zip(prompts, results, strict=True))[:12]:
+            print("   ", text[0], "|", " ".join(k for k, v in result.items() if not v))
+        shown = images[: len(images) // 6 * 6, :: args.side // 128, :: args.side // 128]
+        rows += [np.concatenate(shown[i : i + 6], axis=1) for i in range(0, len(shown), 6)]
+    sheet = (np.concatenate(rows) * 255).round().astype(np.uint8)
+    Image.fromarray(sheet).save(args.out)
+
+
+if __name__ == "__main__":
+    main()
