@@ -27,7 +27,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -37,7 +36,17 @@ from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, T
 from jitjax.models import autoencoder, clip, flux, t5
 
 from .autoencoder_tables import AUTOENCODER_IGNORED, autoencoder_rules
-from .engine import ConversionError, Rule, Tree, check, fill, invert, leaf_shapes, leaf_types
+from .engine import (
+    ConversionError,
+    Rule,
+    Tree,
+    check,
+    fill,
+    invert,
+    leaf_shapes,
+    leaf_types,
+    leaves,
+)
 from .tables import TRANSFORMER_IGNORED, transformer_rules
 from .text_tables import (
     CLIP_ALIASES,
@@ -240,7 +249,12 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
         for component, path in zip(COMPONENTS, paths, strict=True)
     }
     limit = _json(tokenizers[1]).get("model_max_length") or TEXT_LENGTH
-    return FluxConfig(**models, text_length=int(min(TEXT_LENGTH, limit)), **_read_shift(scheduler))
+    return FluxConfig(
+        **models,
+        **_read_shift(scheduler),
+        text_length=int(min(TEXT_LENGTH, limit)),
+        image_size=_json(folder / "vae" / "config.json").get("sample_size", IMAGE_SIZE),
+    )
 
 
 def _read_shift(path: Path) -> dict[str, Any]:
@@ -355,14 +369,14 @@ def write_folder(
     for path in tokenizers:
         if not path.is_dir():
             raise FileNotFoundError(f"{path} not found; expected the folder of a tokenizer")
-    leaves = jax.tree.leaves([getattr(params, c.name) for c in COMPONENTS])
+    arrays = jax.tree.leaves([getattr(params, c.name) for c in COMPONENTS])
     with replacing(folder, overwrite=overwrite) as new:
         for path in tokenizers:
             shutil.copytree(path, new / path.name)
         _write_configs(params.config, new)
         if read_config(new) != params.config:
             raise ValueError(f"this config has no equal in a diffusers folder: {params.config}")
-        with _bar(sum(leaf.nbytes for leaf in leaves), "writing", progress) as bar:
+        with _bar(sum(array.nbytes for array in arrays), "writing", progress) as bar:
             for component in COMPONENTS:
                 _write_weights(params, component, new, shard_bytes, bar.update)
 
@@ -400,11 +414,11 @@ def _write_weights(
     shard_bytes: int,
     progress: Callable[[int], object],
 ) -> None:
-    leaves = flatten_dict(getattr(params, component.name), sep="/")
+    arrays = leaves(getattr(params, component.name))
     shards: list[list[Rule]] = [[]]
     filled = total = 0
     for rule in component.rules(getattr(params.config, component.name)):
-        size = leaves[rule.target].nbytes
+        size = arrays[rule.target].nbytes
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -416,7 +430,7 @@ def _write_weights(
         file = f"{component.stem}{part}.safetensors"
         tensors: dict[str, np.ndarray] = {}
         for rule in rules:
-            tensors |= invert(rule, np.asarray(leaves[rule.target]))
+            tensors |= invert(rule, np.asarray(arrays[rule.target]))
         save_file(tensors, folder / component.folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         progress(sum(tensor.nbytes for tensor in tensors.values()))

@@ -130,9 +130,14 @@ def expected_sources(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict
     return expected
 
 
+def leaves(tree: Tree) -> dict[str, Any]:
+    """Path, parts joined by "/" -> leaf."""
+    return dict(flatten_dict(tree, sep="/"))
+
+
 def leaf_shapes(tree: Tree) -> dict[str, Shape]:
     """Path -> shape of every leaf; leaves are arrays or `jax.ShapeDtypeStruct`s."""
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+    return {path: tuple(leaf.shape) for path, leaf in leaves(tree).items()}
 
 
 def check(
@@ -200,9 +205,9 @@ def apply(rule: Rule, read: Callable[[str], np.ndarray], shape: Shape, dtype: An
 def invert(rule: Rule, leaf: np.ndarray) -> dict[str, np.ndarray]:
     """Source tensors, by name, from one target leaf: the way back of `apply`."""
     transform = TRANSFORMS[rule.transform]
-    leaves = [leaf] if rule.blocks is None else [leaf[i, ...] for i in range(rule.blocks)]
+    views = [leaf] if rule.blocks is None else [leaf[i, ...] for i in range(rule.blocks)]
     out: dict[str, np.ndarray] = {}
-    for one, names in zip(leaves, rule.names(), strict=True):
+    for one, names in zip(views, rule.names(), strict=True):
         parts = transform.backward(one, len(names))
         out.update(zip(names, (np.require(p, requirements="C") for p in parts), strict=True))
     return out

@@ -10,8 +10,8 @@ that gathers fill them and scatters drop them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jitjax.latents import Grid
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AnchorSet:
+class AnchorSet(eqx.Module):
     """The anchors of a batch, one set per sample, padding last.
 
     Attributes:

@@ -51,7 +51,7 @@ class FluxVelocity:
         )
 
 
-def batch_keys(key: Key[Array, "..."], batch: int) -> Key[Array, " b"]:
+def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
     """One key per sample: `key` folded with 0, 1, ...; or `key` itself if it is `batch` keys.
 
     Sample i of a batch is made from its own key alone, so `key=keys[i : i + 1]` makes it again.
@@ -82,7 +82,7 @@ def denoise(
     plan: str | Plan = "4x",
     grid: Grid | None = None,
     guidance: float | Float[Array, " b"] = 3.5,
-    key: Key[Array, "..."] | None = None,
+    key: Array | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: diffrax.AbstractSolver | None = None,

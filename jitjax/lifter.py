@@ -9,8 +9,8 @@ The map to the nearest anchor depends on the anchors alone: it is made once per 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +20,7 @@ from jitjax.anchors import AnchorSet
 from jitjax.latents import Grid
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Lifter:
+class Lifter(eqx.Module):
     """What lifting needs to know about one stage's anchors.
 
     Attributes:
@@ -41,8 +39,8 @@ class Lifter:
 
         def one(index: Array, valid: Array) -> tuple[Array, Array]:
             # Whole numbers, so that ties are ties.
-            squared = (rows - index // grid[1]) ** 2 + (columns - index % grid[1]) ** 2
-            squared = jnp.where(valid, squared, far)
+            row, column = index[None] // grid[1], index[None] % grid[1]
+            squared = jnp.where(valid[None], (rows - row) ** 2 + (columns - column) ** 2, far)
             return jnp.argmin(squared, axis=1), jnp.min(squared, axis=1) == 0
 
         return cls(*jax.vmap(one)(anchors.index, anchors.valid))

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from jitjax.checkpoint import FluxParams
@@ -22,7 +22,7 @@ def sample(
     params: FluxParams,
     prompt: str | Sequence[str] | Conditioning,
     *,
-    key: Key[Array, "..."],
+    key: Array,
     height: int | None = None,
     width: int | None = None,
     plan: str | Plan = "4x",

@@ -31,7 +31,7 @@ from jitjax.terms import MicroflowArgs, SagArgs, Velocity, microflow_ode, sag_od
 def jit_solve(
     velocity: Velocity,
     noise: Float[Array, "b n d"],
-    sigmas: Float[Array, " steps+1"],
+    sigmas: Float[Array, " levels"],
     *,
     plan: Plan,
     grid: Grid,

@@ -95,7 +95,7 @@ def integrate(
     term: diffrax.AbstractTerm,
     solver: diffrax.AbstractSolver,
     y: Float[Array, "..."],
-    sigmas: Float[Array, " steps+1"],
+    sigmas: Float[Array, " levels"],
     args: Any,
     state: Any = None,
 ) -> tuple[Array, Any]:

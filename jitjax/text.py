@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +33,7 @@ PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
 """Subfolder -> the padding token if its files name none (CLIP pads with the end of text)."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Conditioning:
+class Conditioning(eqx.Module):
     """What the transformer is told about the prompts; from `encode_prompt` or from elsewhere.
 
     Attributes:

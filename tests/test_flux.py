@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import config as jaxtyping_config
 
 from jitjax.config import TransformerConfig
 from jitjax.convert.engine import expected_sources, leaf_shapes
@@ -31,28 +32,41 @@ MODEL = FluxTransformer(CONFIG)
 
 @pytest.fixture(scope="module")
 def params():
-    def init():
-        return MODEL.init(jax.random.key(0), **inputs(1))["params"]
-
-    return jax.jit(init)()
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype),
+        abstract_params(CONFIG),
+    )
 
 
 def inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:
-    keys = jax.random.split(jax.random.key(1), 6)
-    ids = jnp.stack([jnp.zeros(count), jnp.arange(count) // 2, jnp.arange(count) % 2], axis=-1)
-    return {
-        "tokens": jax.random.normal(keys[0], (batch, count, 4)),
-        "positions": jnp.broadcast_to(ids, (batch, count, 3)),
-        "text": jax.random.normal(keys[1], (batch, 3, 6)),
-        "pooled": jax.random.normal(keys[2], (batch, 5)),
-        "sigma": jax.random.uniform(keys[3], (batch,)),
-        "guidance": 1 + 4 * jax.random.uniform(keys[4], (batch,)),
+    rng = np.random.default_rng(1)
+    ids = np.stack([np.zeros(count), np.arange(count) // 2, np.arange(count) % 2], axis=-1)
+    given = {
+        "tokens": rng.standard_normal((batch, count, 4)),
+        "positions": np.broadcast_to(ids, (batch, count, 3)),
+        "text": rng.standard_normal((batch, 3, 6)),
+        "pooled": rng.standard_normal((batch, 5)),
+        "sigma": rng.uniform(size=batch),
+        "guidance": rng.uniform(1, 5, size=batch),
     }
+    return {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
 
 
 @jax.jit
 def forward(params, given):
     return MODEL.apply({"params": params}, **given)
+
+
+@jax.jit
+def gradients(params, given):
+    """Of the sum of squared velocities, by parameters and by floating-point inputs."""
+    valid = given.pop("valid", None)
+
+    def loss(params, given):
+        return jnp.square(MODEL.apply({"params": params}, **given, valid=valid)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(params, given)
 
 
 def assert_close(got, expected):
@@ -95,109 +109,101 @@ def test_full_size_velocities():
 def test_padding_has_no_influence(params, garbage: float):
     given = inputs(2)
     valid = jnp.asarray([[True] * 5 + [False] * 2] * 2)
-    padding = jnp.full((2, 2, 4), garbage)
-    places = jnp.full((2, 2, 3), garbage)
-    padded = given | {
-        "tokens": jnp.concatenate([given["tokens"], padding], axis=1),
-        "positions": jnp.concatenate([given["positions"], places], axis=1),
-    }
+    padded = dict(given)
+    for name, width in (("tokens", 4), ("positions", 3)):
+        padding = np.full((2, 2, width), garbage, np.float32)
+        padded[name] = jnp.asarray(np.concatenate([given[name], padding], axis=1))
     got = forward(params, padded | {"valid": valid})
     assert_close(got[:, :5], forward(params, given))
-    assert not got[:, 5:].any()
-
-    def loss(tokens, positions):
-        out = forward(params, padded | {"tokens": tokens, "positions": positions, "valid": valid})
-        return jnp.square(out).sum()
-
-    gradients = jax.grad(loss, argnums=(0, 1))(padded["tokens"], padded["positions"])
-    for gradient in gradients:
-        assert jnp.isfinite(gradient).all()
-        assert not gradient[:, 5:].any()
+    assert not np.asarray(got)[:, 5:].any()
+    _, of_inputs = gradients(params, padded | {"valid": valid})
+    for gradient in (of_inputs["tokens"], of_inputs["positions"]):
+        assert np.isfinite(gradient).all()
+        assert not np.asarray(gradient)[:, 5:].any()
 
 
 def test_each_sample_has_its_own_padding(params):
     given = inputs(2)
-    valid = jnp.asarray([[True, False, True, True, False], [True, True, False, False, False]])
-    together = forward(params, given | {"valid": valid})
+    valid = jnp.asarray([[True, False, True, True, False], [True, False, True, False, True]])
+    together = np.asarray(forward(params, given | {"valid": valid}))
     for i in range(2):
         one = {name: value[i : i + 1] for name, value in given.items()}
         for name in ("tokens", "positions"):
-            one[name] = one[name][:, valid[i]]
-        assert_close(together[i, valid[i]], forward(params, one)[0])
+            one[name] = one[name][:, np.asarray(valid[i])]
+        assert_close(together[i, np.asarray(valid[i])], forward(params, one)[0])
 
 
 def test_no_mask_without_padding(params):
-    given = inputs(1)
-    assert_close(forward(params, given | {"valid": jnp.ones((1, 5), bool)}), forward(params, given))
+    given = inputs(2)
+    assert_close(forward(params, given | {"valid": jnp.ones((2, 5), bool)}), forward(params, given))
     assert "select_n" not in str(jax.make_jaxpr(forward)(params, given))
 
 
 def test_order_of_tokens_does_not_matter(params):
-    given = inputs(1)
-    order = jnp.asarray([3, 0, 4, 1, 2])
+    given = inputs(2)
+    order = np.asarray([3, 0, 4, 1, 2])
     moved = given | {name: given[name][:, order] for name in ("tokens", "positions")}
     assert_close(forward(params, moved), forward(params, given)[:, order])
 
 
 def test_one_sigma_for_all_equals_one_each(params):
-    given = inputs(3)
+    given = inputs(2)
     scalars = given | {"sigma": 0.25, "guidance": jnp.float32(3.5)}
-    vectors = given | {"sigma": jnp.full(3, 0.25), "guidance": jnp.full(3, 3.5)}
+    vectors = given | {"sigma": jnp.full(2, 0.25), "guidance": jnp.full(2, 3.5)}
     assert_close(forward(params, scalars), forward(params, vectors))
 
 
 def test_vmap_equals_batch(params):
-    given = inputs(3)
+    given = inputs(2)
     singles = jax.tree.map(lambda x: x[:, None], given)
-    got = jax.vmap(forward, in_axes=(None, 0))(params, singles)
+    got = jax.jit(jax.vmap(forward, in_axes=(None, 0)))(params, singles)
     assert_close(got[:, 0], forward(params, given))
 
 
 def test_gradient_reaches_every_parameter(params):
-    def loss(params):
-        return jnp.square(forward(params, inputs(1))).sum()
-
-    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
-    assert all(jnp.isfinite(g).all() for _, g in gradients)
-    assert not [jax.tree_util.keystr(k) for k, g in gradients if not jnp.abs(g).max() > 0]
+    given = inputs(2, 7) | {"valid": jnp.asarray([[True] * 5 + [False] * 2] * 2)}
+    leaves = jax.tree_util.tree_leaves_with_path(gradients(params, given)[0])
+    largest = {jax.tree_util.keystr(k): np.abs(g).max() for k, g in leaves}
+    assert not [name for name, value in largest.items() if not 0 < value < np.inf]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 0.1), (jnp.float16, 0.02)])
 def test_narrow_types(params, dtype, tolerance: float):
     given = inputs(2)
-    narrow = jax.tree.map(lambda x: x.astype(dtype), params)
-    got = jax.jit(FluxTransformer(CONFIG, dtype).apply)({"params": narrow}, **given)
+    narrow = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}
+    apply = jax.jit(FluxTransformer(CONFIG, dtype).apply)
+    got = apply(narrow, **given)
     assert got.dtype == jnp.float32
     expected = forward(params, given)
     assert jnp.abs(got - expected).max() < tolerance * jnp.abs(expected).max()
+    # Sigma is embedded in float32: a step that the dtype cannot see makes a difference.
+    first, second = (jnp.full(2, sigma) for sigma in (0.9, 0.90005))
+    np.testing.assert_array_equal(first.astype(dtype), second.astype(dtype))
+    outs = [apply(narrow, **(given | {"sigma": sigma})) for sigma in (first, second)]
+    assert jnp.abs(outs[0] - outs[1]).max() > 0
 
 
-def test_sigma_is_embedded_in_float32():
-    """A step of sigma that bfloat16 could not see changes a bfloat16 network's velocities."""
-    model = FluxTransformer(CONFIG, jnp.bfloat16)
-    given = inputs(1)
+def test_guidance_is_ignored_by_a_model_without_it(params):
+    config = TransformerConfig(**(vars(CONFIG) | {"guidance_embeds": False}))
+    tree = {"params": {k: v for k, v in params.items() if k != "guidance_in"}}
+    given = inputs(2)
 
-    def both():
-        params = model.init(jax.random.key(0), **given)
-        return [model.apply(params, **(given | {"sigma": s})) for s in (0.9000, 0.9005)]
+    def program(guidance):
+        apply = FluxTransformer(config).apply
+        return str(jax.make_jaxpr(lambda p: apply(p, **(given | {"guidance": guidance})))(tree))
 
-    assert jnp.bfloat16(0.9000) == jnp.bfloat16(0.9005)
-    first, second = jax.jit(both)()
-    assert jnp.abs(first - second).max() > 0
+    assert program(None) == program(7.0)
 
 
-def test_guidance_is_ignored_by_a_model_without_it():
-    model = FluxTransformer(TransformerConfig(**(vars(CONFIG) | {"guidance_embeds": False})))
-    given = inputs(1)
-
-    def both():
-        params = model.init(jax.random.key(0), **given)
-        return [model.apply(params, **(given | {"guidance": g})) for g in (None, 7.0)]
-
-    first, second = jax.jit(both)()
-    np.testing.assert_array_equal(first, second)
+@pytest.fixture
+def unchecked():
+    """As for users: the tests' shape checks would speak before the model does."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -219,6 +225,7 @@ def test_wrong_inputs(change: dict, message: str):
         jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **(inputs(2) | change)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_all_wrong_inputs_are_named_at_once():
     change = {"pooled": jnp.zeros((2, 6)), "sigma": jnp.zeros(3), "guidance": None}
     with pytest.raises(ValueError, match=r"pooled.*guidance.*sigma"):

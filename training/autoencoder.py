@@ -1,11 +1,11 @@
 """Trains the small autoencoder (diffusers' AutoencoderKL, 16 channels, factor 8, as FLUX has).
 
-    python -m training.autoencoder --minutes 11
+    python -m training.autoencoder --minutes 8
 
 Crops of 64 px out of 128, 256 and 512 px drawings, so that edges and textures of all later
-resolutions are seen, then more and more whole pictures; Muon for the filters. The loss is L1 in pixels, plus L1 of the differences
-between neighbours (edges), plus a small KL term; latents get a little noise on the way to the
-decoder, which keeps them smooth.
+resolutions are seen, then more and more whole pictures; Muon for the filters. The loss is L1 in
+pixels, plus L1 of the differences between neighbours (edges), plus a small KL term; latents get a
+little noise on the way to the decoder, which keeps them smooth.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from training.common import RUNS, Average, Clock, load_if_there, save_atomically
 from training.muon import ConvMuon
 from training.scenes import random_scene, render
 
-CONFIG = dict(
-    in_channels=3,
-    out_channels=3,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(16, 24, 32, 32),
-    layers_per_block=1,
-    latent_channels=16,
-    norm_num_groups=8,
-    sample_size=512,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-    mid_block_add_attention=True,
-)
+CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (16, 24, 32, 32),
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "sample_size": 512,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+}
 
 
 def pictures(seed: int, step: int, progress: float) -> torch.Tensor:
@@ -82,7 +81,7 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor, kl: float, noise: float) -> tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=11, help="time budget, all runs together")
+    parser.add_argument("--minutes", type=float, default=8, help="time budget, all runs together")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=2e-3)
     parser.add_argument("--kl", type=float, default=1e-4)
@@ -112,8 +111,8 @@ def main() -> None:
         average.values, step, used = saved["average"], saved["step"], saved["used"]
 
     def save() -> None:
-        state = dict(weights=vae.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(),
-                     average=average.values, step=step, used=used)
+        state = {"weights": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
+                     "average": average.values, "step": step, "used": used}
         save_atomically(state, args.out)
 
     clock, last_save, last = Clock(args.out.with_suffix(".log")), time.monotonic(), time.monotonic()
@@ -125,7 +124,8 @@ def main() -> None:
             loss = loss_of(vae, x, args.kl, args.noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        rate = min(1, (step + 1) / 50, (1 - used / budget) / 0.35 + 0.005)  # decay over the last 35 %
+        # Warm-up, then a decay over the last 35 %.
+        rate = min(1, (step + 1) / 50, (1 - used / budget) / 0.35 + 0.005)
         for optimizer, peak in ((muon, args.muon), (adam, args.adam)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate

@@ -25,7 +25,7 @@ def load_if_there(path: Path) -> dict | None:
 
 
 class Average:
-    """Exponential moving average of named float tensors; starts short-sighted, as the weights do."""
+    """Exponential moving average of named float tensors; short-sighted in the first steps."""
 
     def __init__(self, named: dict[str, torch.Tensor], decay: float):
         self.decay = decay

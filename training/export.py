@@ -20,23 +20,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from training.common import RUNS, load_if_there
 from training.model import TinyFlux, load_autoencoder
 
-SCHEDULER = dict(  # of FLUX.1-dev
-    num_train_timesteps=1000,
-    shift=3.0,
-    use_dynamic_shifting=True,
-    base_shift=0.5,
-    max_shift=1.15,
-    base_image_seq_len=256,
-    max_image_seq_len=4096,
-)
+SCHEDULER = {  # of FLUX.1-dev
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
 
 
 def trained(path: Path) -> tuple[TinyFlux, int]:
     """The averaged model of a flow checkpoint, and its step."""
     saved = load_if_there(path)
     model = TinyFlux().eval().requires_grad_(False)
-    missing, unexpected = model.load_state_dict(saved["weights"] | saved["average"], strict=True)
-    assert not missing and not unexpected
+    model.load_state_dict(saved["weights"] | saved["average"], strict=True)
     return model, saved["step"]
 
 
@@ -62,6 +61,8 @@ def write(folder: Path, flow: Path, autoencoder: Path) -> int:
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in clip["merges"]]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(clip["vocab"], ensure_ascii=False))
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return step
 
 

@@ -2,15 +2,18 @@
 
 One run is a sequence of phases, each one command; the checkpoint carries over:
 
-    python -m training.flow --mix 128 --minutes 30                    # constant rate after warm-up
-    python -m training.flow --mix 128:1,256:4 --minutes 25            # tokens grow as FLUX's did
-    python -m training.flow --mix 256:1,512:2 --minutes 20 --decay    # falls to zero in this phase
+    python -m training.flow --mix 128@4 --minutes 30               # constant rate after warm-up
+    python -m training.flow --mix 128@4:1,256@2:4 --minutes 25     # tokens grow as FLUX's did
+    python -m training.flow --mix 256:1,512:2 --minutes 20 --decay # falls to zero in this phase
     python -m training.flow --mix 256:1,512:2 --minutes 10 --decay --distil
 
-`x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma of step
-i derive from the seed and i, so a resumed run goes on as it would have. With `--distil` the target is
-the guided velocity of the frozen averaged weights, `u0 + g (u - u0)`, with g told as guidance, as
-FLUX.1-dev was distilled; before that the guidance told is random and means nothing.
+`128@4` means pictures of 128 px with the tokens' positions four apart, as they would lie in a
+picture of 512 px; `128` has the positions that FLUX gives to 128 px.
+
+`x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma
+of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil` the
+target is the guided velocity of the frozen averaged weights, `u0 + g (u - u0)`, with g told as
+guidance, as FLUX.1-dev was distilled; before that the guidance told is random and means nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ import torch
 
 from training.common import RUNS, Average, Clock, load_if_there, save_atomically
 from training.latents import Latents
-from training.model import TinyFlux, pack
+from training.model import TinyFlux, pack, positions
 from training.scenes import caption
 
 SHIFT = {128: 1.5, 256: 2.0, 512: 2.5}  # of the training sigmas: more tokens, more noise
-BATCH = {128: 128, 256: 48, 512: 14}
-COUNT = {128: 40_960, 256: 16_384, 512: 4_096}  # pictures; each meets many captions and noises
+BATCH = {128: 64, 256: 20, 512: 6}
+COUNT = {128: 16_384, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
 
 
 def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
@@ -67,19 +70,23 @@ def draw(latents: Latents, seed: int, step: int, batch: int, position: int, drop
 
 
 @torch.no_grad()
-def guided(teacher: TinyFlux, x, sigma, guidance, texts, side: int) -> torch.Tensor:
+def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids) -> torch.Tensor:
     """`u0 + g (u - u0)`, u0 the velocity of the empty prompt."""
     pair = []
     for words in ([""] * len(texts), texts):
-        pair.append(teacher(x, sigma, guidance, *teacher.encode(words), side))
+        pair.append(teacher(x, sigma, guidance, *teacher.encode(words), ids))
     return (pair[0] + guidance[:, None, None] * (pair[1] - pair[0])).float()
 
 
-def parse_mix(text: str) -> tuple[tuple[int, ...], np.ndarray]:
-    """"128:1,256:4" to ((128, 256), probabilities)."""
-    pairs = [(entry.split(":") + ["1"])[:2] for entry in text.split(",")]
-    weights = np.array([float(weight) for _, weight in pairs])
-    return tuple(int(side) for side, _ in pairs), weights / weights.sum()
+def parse_mix(text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """"128@4:1,256:3" to ([(128, 4), (256, 1)], probabilities): sides, strides and weights."""
+    kinds, weights = [], []
+    for entry in text.split(","):
+        kind, _, weight = entry.partition(":")
+        side, _, stride = kind.partition("@")
+        kinds.append((int(side), int(stride or 1)))
+        weights.append(float(weight or 1))
+    return kinds, np.array(weights) / sum(weights)
 
 
 def main() -> None:
@@ -96,7 +103,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, default=RUNS / "flow.pt")
     args = parser.parse_args()
-    sides, weights = parse_mix(args.mix)
+    kinds, weights = parse_mix(args.mix)
 
     torch.manual_seed(args.seed)
     model = TinyFlux()
@@ -104,13 +111,13 @@ def main() -> None:
     print({k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()})
     muon, adam = optimizers(model, args.muon, args.adam)
     average = Average(named, args.average)
-    step, positions, teacher = 0, {}, None
+    step, seen, teacher = 0, {}, None
     saved = load_if_there(args.out)
     if saved:
         model.load_state_dict(saved["weights"])
         muon.load_state_dict(saved["muon"])
         adam.load_state_dict(saved["adam"])
-        average.values, step, positions = saved["average"], saved["step"], saved["positions"]
+        average.values, step, seen = saved["average"], saved["step"], saved["positions"]
         for optimizer, peak in ((muon, args.muon), (adam, args.adam)):
             for group in optimizer.param_groups:
                 group["peak"] = peak
@@ -125,26 +132,29 @@ def main() -> None:
         model.transformer.compile(dynamic=False)
         if teacher:
             teacher.transformer.compile(dynamic=False)
-    data = {side: Latents(side, COUNT[side], args.seed) for side in sides}
+    data = {side: Latents(side, COUNT[side], args.seed) for side, _ in kinds}
 
     def save() -> None:
-        state = dict(weights=model.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(),
-                     average=average.values, step=step, positions=positions)
+        state = {"weights": model.state_dict(),
+                 "muon": muon.state_dict(), "adam": adam.state_dict(),
+                     "average": average.values, "step": step, "positions": seen}
         save_atomically(state, args.out)
 
     clock = Clock(args.out.with_suffix(".log"))
     start = last_save = time.monotonic()
     budget = args.minutes * 60
-    recent: dict[int, float] = {}
+    recent: dict[str, float] = {}
     while (used := time.monotonic() - start) < budget:
-        side = int(np.random.default_rng((args.seed, step, 1)).choice(sides, p=weights))
+        choice = np.random.default_rng((args.seed, step, 1)).choice(len(kinds), p=weights)
+        side, stride = kinds[int(choice)]
         batch, grid = BATCH[side], side // 16
+        ids = positions(grid, grid, stride)
         x0, noise, sigma, guidance, texts = draw(
-            data[side], args.seed, step, batch, positions.get(side, 0), args.dropout)
+            data[side], args.seed, step, batch, seen.get(side, 0), args.dropout)
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with torch.autocast("cpu", torch.bfloat16):
-            target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, grid)
-            u = model(x, sigma, guidance, *model.encode(texts), grid)
+            target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, ids)
+            u = model(x, sigma, guidance, *model.encode(texts), ids)
         loss = (u.float() - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
@@ -157,13 +167,14 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update(named, step)
-        positions[side] = positions.get(side, 0) + batch
+        seen[side] = seen.get(side, 0) + batch
         step += 1
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"loss {value} at step {step}")
-        recent[side] = recent.get(side, value) * 0.95 + value * 0.05
-        detail = " ".join(f"{s}px {recent[s]:.4f}" for s in sorted(recent))
+        kind = f"{side}@{stride}"
+        recent[kind] = recent.get(kind, value) * 0.95 + value * 0.05
+        detail = " ".join(f"{k} {v:.4f}" for k, v in sorted(recent.items()))
         clock.tick(step, value, batch * grid * grid, budget - used, f"lr x{rate:.2f}  {detail}")
         if time.monotonic() - last_save > 120:
             save()

@@ -5,25 +5,32 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
-from transformers import T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from training.attention import PlainAttention
 from training.autoencoder import CONFIG as AUTOENCODER
 from training.common import RUNS, load_if_there
 from training.make_tokenizers import token_ids
 
-TRANSFORMER = dict(
-    patch_size=1,
-    in_channels=64,
-    num_layers=2,
-    num_single_layers=4,
-    attention_head_dim=32,
-    num_attention_heads=6,
-    joint_attention_dim=96,
-    pooled_projection_dim=64,
-    guidance_embeds=True,
-    axes_dims_rope=(8, 12, 12),
-)
+TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 6,
+    "joint_attention_dim": 96,
+    "pooled_projection_dim": 64,
+    "guidance_embeds": True,
+    "axes_dims_rope": (8, 12, 12),
+}
 
 
 class TinyFlux(nn.Module):
@@ -67,22 +74,26 @@ class TinyFlux(nn.Module):
             )
         )
         self.start_at_zero()
+        self.transformer.set_attn_processor(PlainAttention())
 
     def start_at_zero(self) -> None:
         """adaLN and the output layer start at zero: each block begins as the identity."""
         for name, module in self.transformer.named_modules():
-            if name == "proj_out" or name.startswith("norm_out.") or ".norm" in name:
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.weight)
-                    nn.init.zeros_(module.bias)
+            last = name == "proj_out" or name.startswith("norm_out.")
+            if isinstance(module, nn.Linear) and (last or ".norm" in name):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """T5 states [batch, 48, 96] and CLIP's pooled output [batch, 64], as FluxPipeline has them."""
-        pooled = self.clip(token_ids(self.clip_tokenizer, texts)).pooler_output
+        """T5 states [batch, 48, 96] and CLIP's pooled output [batch, 64], as in FluxPipeline."""
+        ids = token_ids(self.clip_tokenizer, texts)
+        # Causal attention: what follows the first end token cannot change the pooled output.
+        needed = (ids != self.clip_tokenizer.eos_token_id).sum(dim=1).max() + 1
+        pooled = self.clip(ids[:, :needed]).pooler_output
         return self.t5(token_ids(self.t5_tokenizer, texts))[0], pooled
 
-    def forward(self, x, sigma, guidance, states, pooled, side: int) -> torch.Tensor:
-        """Velocity [batch, side * side, 64] at `sigma` [batch]."""
+    def forward(self, x, sigma, guidance, states, pooled, ids) -> torch.Tensor:
+        """Velocity [batch, tokens, 64] at `sigma` [batch]; `ids` from `positions`."""
         return self.transformer(
             hidden_states=x,
             encoder_hidden_states=states,
@@ -90,16 +101,20 @@ class TinyFlux(nn.Module):
             timestep=sigma,
             guidance=guidance,
             txt_ids=torch.zeros(states.shape[1], 3),
-            img_ids=positions(side, side),
+            img_ids=ids,
             return_dict=False,
         )[0]
 
 
-def positions(rows: int, columns: int) -> torch.Tensor:
-    """Image ids (0, row, column): float32 [rows * columns, 3]."""
+def positions(rows: int, columns: int, stride: int = 1) -> torch.Tensor:
+    """Image ids (0, row, column): float32 [rows * columns, 3].
+
+    With `stride` s each token stands at the centre of the s x s tokens that it would be in a
+    picture s times as large. Trained so, few tokens teach where things stand among many.
+    """
     ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None, :]
+    ids[..., 1] = (torch.arange(rows) * stride + (stride - 1) / 2)[:, None]
+    ids[..., 2] = (torch.arange(columns) * stride + (stride - 1) / 2)[None, :]
     return ids.reshape(-1, 3)
 
 

@@ -24,7 +24,7 @@ class ConvMuon(torch.optim.Optimizer):
     """Muon over weights of two or more dimensions, matrices of equal shape in one batch."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:

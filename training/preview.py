@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from benchmarks.checker import check
 from training.common import RUNS
 from training.export import trained
-from training.model import TinyFlux, load_autoencoder, unpack
+from training.model import TinyFlux, load_autoencoder, positions, unpack
 from training.scenes import evaluation_prompts
 
 
@@ -31,18 +32,20 @@ def schedule(steps: int, tokens: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model: TinyFlux, vae, texts, seeds, side, steps, guidance, distilled) -> np.ndarray:
+def sample(
+    model: TinyFlux, vae, texts, seeds, side, steps, guidance, distilled, stride=1
+) -> np.ndarray:
     """Euler sampling; float32 [batch, side, side, 3] in [0, 1]."""
     grid = side // 16
-    noise = [torch.randn(grid * grid, 64, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    x = torch.stack(noise)
-    sigmas = schedule(steps, grid * grid)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.stack([torch.randn(grid * grid, 64, generator=g) for g in generators])
+    sigmas, ids = schedule(steps, grid * grid), positions(grid, grid, stride)
     told = torch.full((len(texts),), guidance if distilled else 2.0)
     conditions = [model.encode(texts)]
     if guidance != 1 and not distilled:
         conditions.append(model.encode([""] * len(texts)))
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-        velocities = [model(x, sigma.expand(len(texts)), told, *c, grid) for c in conditions]
+    for sigma, after in pairwise(sigmas):
+        velocities = [model(x, sigma.expand(len(texts)), told, *c, ids) for c in conditions]
         u = velocities[0]
         if len(velocities) == 2:
             u = velocities[1] + guidance * (u - velocities[1])
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--stride", type=int, default=1, help="of the positions, as in training")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--distilled", action="store_true")
@@ -74,9 +78,9 @@ def main() -> None:
         for at in range(0, args.n, args.batch):
             texts, _, seeds = zip(*prompts[at : at + args.batch], strict=True)
             images.append(sample(model, vae, list(texts), seeds, args.side, args.steps, guidance,
-                                 args.distilled))
+                                 args.distilled, args.stride))
         images = np.concatenate(images)
-        results = [check(image, scene) for image, (_, scene, _) in zip(images, prompts, strict=True)]
+        results = [check(image, prompt[1]) for image, prompt in zip(images, prompts, strict=True)]
         score = {key: float(np.mean([r[key] for r in results])) for key in results[0]}
         print(f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}, n {args.n}: "
               + " ".join(f"{key} {value:.2f}" for key, value in score.items())

@@ -1,8 +1,8 @@
 """Captioned scenes of coloured shapes, drawn with numpy: the world of the tiny checkpoint.
 
-A `Scene` is a frozen description in units relative to the picture (centres as fractions of width and
-height, radii and texture periods as fractions of the shorter side), so the same scene can be drawn at
-any resolution and aspect ratio. Edges are antialiased through signed distances.
+A `Scene` is a frozen description in units relative to the picture (centres as fractions of width
+and height, radii and texture periods as fractions of the shorter side), so the same scene can be
+drawn at any resolution and aspect ratio. Edges are antialiased through signed distances.
 
     scene = random_scene(np.random.default_rng(0))
     image = render(scene, 512, 512)                 # float32 [512, 512, 3] in [0, 1]
@@ -219,7 +219,8 @@ def caption(
             text = ", ".join(phrases[:-1]) + " and " + phrases[-1]
     if rng.uniform() < 0.4 if background is None else background:
         kind = "" if rng.uniform() < 0.4 else scene.ground + " "
-        text += f" {_pick(rng, ('on', 'against'), (0.8, 0.2))} {_a(kind + scene.background)} background"
+        where = _pick(rng, ("on", "against"), (0.8, 0.2))
+        text += f" {where} {_a(kind + scene.background)} background"
     opening = _pick(rng, ("", "a picture of ", "there is "), (0.84, 0.08, 0.08))
     return (opening if not (same and opening == "there is ") else "there are ") + text
 
@@ -327,6 +328,7 @@ def evaluation_prompts(n: int = 120, seed: int = 2026) -> list[tuple[str, Scene,
         rng = np.random.default_rng((seed, index))
         scene = random_scene(rng, unseen=True)
         texture = scene.things[0].texture != "plain" or bool(rng.uniform() < 0.3)
-        text = caption(scene, rng, size=True, texture=texture, background=bool(rng.uniform() < 1 / 3))
+        background = bool(rng.uniform() < 1 / 3)
+        text = caption(scene, rng, size=True, texture=texture, background=background)
         found.append((text, scene, int(rng.integers(2**31))))
     return found

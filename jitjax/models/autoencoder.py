@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jitjax.config import AutoencoderConfig
 
-Image = Float[Array, "b h w c"]
+Image = Float[Array, "b _ _ _"]  # NHWC; sizes and widths change on the way
 
 
 def norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm:
@@ -196,9 +196,7 @@ class Autoencoder(nn.Module):
         mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(
-        self, latents: Float[Array, "b h w latent"]
-    ) -> Float[Array, "b height width channels"]:
+    def decode(self, latents: Float[Array, "b h w latent"]) -> Float[Array, "b height width out"]:
         """Images in about [-1, 1], not clipped, from latents as `encode` gives them.
 
         Args:
@@ -211,7 +209,7 @@ class Autoencoder(nn.Module):
 
     def __call__(
         self, images: Float[Array, "b height width channels"]
-    ) -> Float[Array, "b height width channels"]:
+    ) -> Float[Array, "b height width out"]:
         """Through the mean and back; it is here so that `init` makes all parameters."""
         return self.decode(self.encode(images)[0])
 

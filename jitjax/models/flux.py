@@ -117,11 +117,12 @@ class SingleBlock(nn.Module):
 
 def _stack(block: type[nn.Module], length: int) -> Any:
     """`length` blocks, each fed the result of the one before; parameters `[length, ...]`."""
+    shared: Any = (nn.broadcast, nn.broadcast, nn.broadcast)
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=shared,
         length=length,
     )
 

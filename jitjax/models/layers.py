@@ -147,5 +147,16 @@ def attention(
     The two matrix products run in the dtype of `value`, the softmax in float32.
     """
     query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+    def attend_widely(*qkv: Array) -> Array:
+        return attend(*(x.astype(jnp.float32) for x in qkv)).astype(jnp.float16)
+
+    if value.dtype == jnp.float16:  # JAX's products of float16 are for GPUs alone
+        gpu = {"cuda": attend, "rocm": attend}
+        out = jax.lax.platform_dependent(query, key, value, **gpu, default=attend_widely)
+    else:
+        out = attend(query, key, value)
     return out.reshape(*out.shape[:2], -1)

@@ -33,6 +33,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        scale = jnp.expand_dims(scale, range(x.ndim - 1))
         return x.astype(self.dtype) * scale.astype(self.dtype)
 
 

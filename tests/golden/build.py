@@ -82,15 +82,15 @@ SMALL = FluxConfig(
 )
 
 
-def random_tree(shapes: Any, key: jax.Array) -> Any:
+def random_tree(shapes: Any, seed: int) -> Any:
     """Random arrays of the given shapes, scaled so that activations stay of order one."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    filled = [
-        jax.random.normal(k, s.shape, jnp.float32) / np.sqrt(max(s.shape[-2:-1] or (1,)))
-        for k, s in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, [x.astype(s.dtype) for x, s in zip(filled, leaves, strict=True)])
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        width = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(width), leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def write_tokenizers(folder: Path) -> None:
@@ -121,7 +121,7 @@ def small_params(folder: Path, seed: int = 0) -> FluxParams:
     """A whole random pipeline of configuration `SMALL`; its tokenizers are written to `folder`."""
     write_tokenizers(folder)
     shapes = abstract_params(SMALL)
-    random = random_tree(shapes, jax.random.key(seed))
+    random = random_tree(shapes, seed)
     return FluxParams(
         random.transformer, random.t5, random.clip, random.autoencoder, SMALL, str(folder)
     )

@@ -11,13 +11,17 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from jitjax.config import TransformerConfig  # noqa: E402
+from jitjax.convert.diffusers import COMPONENTS, Weights, write_folder  # noqa: E402
 from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
 from jitjax.convert.tables import transformer_from_state, transformer_rules  # noqa: E402
+from jitjax.convert.text_tables import canonical_names  # noqa: E402
 from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = 1e-4  # of the largest value; about 2e-6 is measured
+TOLERANCE = (
+    1e-4  # of the largest value; 1e-6 to 1e-5 is measured (sinusoids of guidance in the thousands)
+)
 
 CONFIGS = {
     "guidance": TransformerConfig(
@@ -137,7 +141,7 @@ def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: i
     assert relative < TOLERANCE
 
 
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 7.0])
+@pytest.mark.parametrize("garbage", [np.nan, 7.0])
 def test_padding_equals_diffusers_without_it(garbage: float):
     config = CONFIGS["guidance"]
     model = reference(config, seed=3)
@@ -170,16 +174,20 @@ def test_full_size_names_and_shapes_are_those_of_diffusers(guidance: bool):
     assert sum(value.numel() for value in model.parameters()) == count
 
 
-def test_every_parameter_counts():
-    """Had a parameter no effect, the tests above could not see it misplaced."""
-    config = CONFIGS["guidance"]
-    params = converted(reference(config, seed=1), config)
-    given = inputs(config, 1, (2, 3), 4, seed=2)
-    arrays = {name: jnp.asarray(value) for name, value in given.items()}
-
-    def loss(params):
-        return jnp.square(FluxTransformer(config).apply({"params": params}, **arrays)).sum()
-
-    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
-    silent = [jax.tree_util.keystr(path) for path, g in gradients if not jnp.abs(g).max() > 0]
-    assert not silent
+def test_diffusers_loads_what_is_written(small, tmp_path):
+    """Every tensor of the pipeline that diffusers makes of our folder is, bit for bit, ours."""
+    write_folder(small, tmp_path / "folder", shard_bytes=100_000)
+    # The tokenizers are copies, and the small ones not of a kind that these classes like.
+    pipeline = diffusers.FluxPipeline.from_pretrained(
+        tmp_path / "folder", tokenizer=None, tokenizer_2=None
+    )
+    assert pipeline.scheduler.config.base_shift == small.config.base_shift
+    for component in COMPONENTS:
+        weights = Weights(tmp_path / "folder" / component.folder, component.stem, {})
+        loaded = getattr(pipeline, component.folder).state_dict()
+        names = canonical_names(loaded, component.aliases)
+        assert weights.shapes.keys() <= names.keys()
+        for name in weights.shapes:
+            np.testing.assert_array_equal(loaded[names[name]].numpy(), weights.read(name))
+        extra = names.keys() - weights.shapes.keys()
+        assert extra <= set(component.ignored)

@@ -86,7 +86,8 @@ def state_of(model) -> dict[str, np.ndarray]:
 def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     mask = None if mask is None else jnp.asarray(mask)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(T5Encoder(config).apply({"params": params}, jnp.asarray(ids), mask))
+        encode = jax.jit(T5Encoder(config).apply)
+        return np.asarray(encode({"params": params}, jnp.asarray(ids), mask))
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:

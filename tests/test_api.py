@@ -1,0 +1,183 @@
+"""`sample`, `denoise`, `decode`: keys, batches, shapes, and what they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jitjax
+from jitjax.config import Plan
+from jitjax.denoise import batch_keys
+
+PROMPT = "a large red circle"
+PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0))
+
+
+@pytest.fixture(scope="module")
+def conditioning(small):
+    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return jax.random.normal(jax.random.key(0), (2, 16, 64))
+
+
+def test_a_picture_is_float32_between_0_and_1(small):
+    image = jitjax.sample(small, PROMPT, key=jax.random.key(0), height=64, width=96, plan=PLAN)
+    assert image.shape == (1, 64, 96, 3)
+    assert image.dtype == jnp.float32
+    assert float(image.min()) >= 0
+    assert float(image.max()) <= 1
+    assert float(image.std()) > 0
+
+
+@pytest.mark.parametrize("plan", ["dense", PLAN])
+def test_the_same_key_gives_the_same_picture_in_any_batch(small, plan):
+    if plan == "dense":
+        plan = Plan(2, schedule="shifted")
+    key = jax.random.key(3)
+    prompts = [PROMPT, "a small blue square", PROMPT]
+    batch = jitjax.sample(small, prompts, key=key, plan=plan)
+    again = jitjax.sample(small, prompts, key=key, plan=plan)
+    np.testing.assert_array_equal(batch, again)
+    assert float(jnp.abs(batch[0] - batch[2]).max()) > 1e-3  # keys differ within a batch
+    keys = batch_keys(key, 3)
+    alone = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan)
+    # Another batch size is another program: equal to rounding.
+    np.testing.assert_allclose(alone[0], batch[1], atol=1e-4)
+
+
+def test_sample_is_encode_denoise_decode(small):
+    key = jax.random.key(5)
+    whole = jitjax.sample(small, PROMPT, key=key, plan=PLAN)
+    noise_key, run_key = jax.random.split(batch_keys(key, 1)[0])
+    noise = jax.random.normal(noise_key, (1, 16, 64))
+    tokens = jitjax.denoise(
+        small, jitjax.encode_prompt(small, PROMPT), noise, plan=PLAN, key=run_key[None]
+    )
+    np.testing.assert_array_equal(whole, jitjax.decode(small, tokens, grid=(4, 4)))
+
+
+def test_progress_changes_nothing(small, capsys):
+    args = (small, PROMPT)
+    plain = jitjax.sample(*args, key=jax.random.key(0), plan=PLAN)
+    shown = jitjax.sample(*args, key=jax.random.key(0), plan=PLAN, progress=True)
+    np.testing.assert_allclose(plain, shown, atol=1e-4)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_old_style_keys_are_taken(small):
+    new = jitjax.sample(small, PROMPT, key=jax.random.key(1), plan=Plan(1))
+    old = jitjax.sample(small, PROMPT, key=jax.random.PRNGKey(1), plan=Plan(1))
+    np.testing.assert_array_equal(new, old)
+
+
+def test_a_conditioning_stands_for_a_prompt(small, conditioning):
+    key = jax.random.key(0)
+    by_prompt = jitjax.sample(small, [PROMPT, "a small blue square"], key=key, plan=Plan(1))
+    by_embedding = jitjax.sample(small, conditioning, key=key, plan=Plan(1))
+    np.testing.assert_array_equal(by_prompt, by_embedding)
+
+
+def test_noise_of_the_micro_flow_may_be_given(small, conditioning, noise):
+    first = jnp.arange(8)
+
+    def run(plan, **more):
+        return jitjax.denoise(small, conditioning, noise, plan=plan, first_anchors=first, **more)
+
+    initial = run(PLAN)
+    np.testing.assert_array_equal(run(PLAN, microflow_noise=noise), initial)
+    fresh = PLAN.replace(microflow_noise="fresh")
+    with pytest.raises(ValueError, match="needs one for microflow_noise"):
+        run(fresh)
+    assert float(jnp.abs(run(fresh, key=jax.random.key(0)) - initial).max()) > 1e-4
+
+
+def test_denoise_traces_under_jit_vmap_and_grad(small, conditioning, noise):
+    def run(params, noise, key):
+        return jitjax.denoise(params, conditioning, noise, plan=PLAN, key=key)
+
+    plain = run(small, noise, jax.random.key(1))
+    jitted = jax.jit(run)(small, noise, jax.random.key(1))
+    np.testing.assert_allclose(jitted, plain, rtol=1e-4, atol=1e-4)
+    keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
+    mapped = jax.vmap(lambda key: run(small, noise, key))(keys)
+    np.testing.assert_allclose(mapped[0], plain, rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda p: (run(p, noise, jax.random.key(1)) ** 2).mean())(small)
+    sizes = [float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient.transformer)]
+    assert np.isfinite(sizes).all()
+    assert max(sizes) > 0
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(gradient.autoencoder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": "5x"}, "unknown plan '5x'.*'4x'"),
+        ({"height": 100}, "height is 100 pixels; expected a multiple of 16"),
+        ({"width": 0}, "width is 0"),
+        ({"width": -16}, "width is -16"),
+        ({"height": 10**9}, "to 8192"),
+        ({"height": 64.0}, "height is 64.0"),
+        ({"prompt": []}, "empty"),
+        ({"key": jnp.zeros(3)}, "expected jax.random.key"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"expected one, or \[1\]"),
+    ],
+)
+def test_sample_refuses(small, change, message):
+    arguments = {"prompt": PROMPT, "key": jax.random.key(0), "plan": "4x"} | change
+    with pytest.raises(ValueError, match=message):
+        jitjax.sample(small, arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize("prompt", [[PROMPT, 3], 7, None])
+def test_sample_refuses_prompts_that_are_not_strings(small, prompt):
+    with pytest.raises(TypeError, match="expected a"):
+        jitjax.sample(small, prompt, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": jnp.zeros((2, 16, 60))}, r"noise is \[2, 16, 60\]; expected .*64"),
+        ({"noise": jnp.zeros((16, 64))}, "noise is"),
+        ({"noise": jnp.zeros((2, 15, 64))}, "15 tokens"),
+        ({"noise": jnp.zeros((3, 16, 64))}, "text has shape"),
+        ({"noise": jnp.zeros((2, 16, 64), jnp.bfloat16)}, "expected float32"),
+        ({"grid": (3, 5)}, "expected 3 x 5"),
+        ({"guidance": jnp.zeros(3)}, "guidance is"),
+        ({"microflow_noise": jnp.zeros((2, 15, 64))}, "microflow_noise is"),
+        ({"first_anchors": jnp.arange(9)}, r"first_anchors is \[2, 9\]; expected \[2, 8\]"),
+        ({"first_anchors": jnp.arange(8.0)}, "whole numbers"),
+        ({"first_anchors": jnp.arange(9, 17)}, "9 to 16; expected 0 to 15"),
+        ({"first_anchors": jnp.zeros(8, int)}, "more than once"),
+        ({"key": None, "first_anchors": None}, "needs one for first_anchors"),
+    ],
+)
+def test_denoise_refuses(small, conditioning, noise, change, message):
+    arguments = {"noise": noise, "key": jax.random.key(0), "plan": PLAN} | change
+    with pytest.raises(ValueError, match=message):
+        jitjax.denoise(small, conditioning, arguments.pop("noise"), **arguments)
+
+
+def test_decode_refuses_tokens_that_do_not_fit(small):
+    with pytest.raises(ValueError, match="expected .batch, 6, 64."):
+        jitjax.decode(small, jnp.zeros((1, 4, 64)), grid=(2, 3))
+
+
+def test_torch_is_never_imported():
+    code = (
+        "import sys, jax, jitjax, jitjax.cli\n"
+        "params = jitjax.load('tiny')\n"
+        "jitjax.sample(params, 'a circle', key=jax.random.key(0), height=32, width=32,"
+        " plan=jitjax.Plan(1))\n"
+        "assert not {'torch', 'diffusers'} & set(sys.modules), 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,104 @@
+"""The picture checker against drawn scenes, clean and spoilt, and against wrong prompts."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from benchmarks.checker import check, describe
+from training.scenes import COLOURS, SHAPES, SIZES, TEXTURES, random_scene, render
+
+
+def spoil(image, how, rng):
+    """The picture as a camera or a codec might leave it."""
+    if how == "noise":
+        image = image + rng.normal(0, 0.04, image.shape)
+    elif how == "blur":
+        image = ndimage.gaussian_filter(image, (len(image) / 256, len(image) / 256, 0))
+    elif how == "jpeg":
+        pillow = pytest.importorskip("PIL.Image")
+        file = io.BytesIO()
+        pillow.fromarray((image * 255).round().astype(np.uint8)).save(file, "JPEG", quality=60)
+        image = np.asarray(pillow.open(file)) / 255
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("side", "n"), [(256, 80), (512, 40)])
+@pytest.mark.parametrize("how", ["clean", "noise", "blur", "jpeg"])
+def test_agrees_with_drawn_scenes(side, n, how):
+    right = texture = 0
+    for i in range(n):
+        rng = np.random.default_rng((7, side, i))
+        scene = random_scene(rng, unseen=i % 2 == 0)
+        result = check(spoil(render(scene, side, side), how, rng), scene)
+        right += result["right"]
+        texture += result["texture"]
+    assert right >= n - 1  # some hundreds of scenes: see benchmarks/README for the figures
+    assert texture >= 0.95 * n
+
+
+@pytest.mark.parametrize(("attribute", "values"), [
+    ("colour", tuple(COLOURS)), ("shape", SHAPES), ("size", tuple(SIZES)), ("texture", TEXTURES),
+])
+def test_rejects_a_wrong_attribute(attribute, values):
+    for i in range(24):
+        scene = random_scene(np.random.default_rng((8, i)))
+        image = render(scene, 256, 256)
+        true = getattr(scene.things[0], attribute)
+        for value in values:
+            claimed = replace(scene, things=(replace(scene.things[0], **{attribute: value}),))
+            result = check(image, claimed, mentioned=("colour", "shape", "size", "texture"))
+            assert result[attribute] == (value == true)
+            assert not result["right"] or value == true
+
+
+def test_rejects_a_wrong_count():
+    one = random_scene(np.random.default_rng(1))
+    two = random_scene(np.random.default_rng(2), things=2, same=True)
+    assert not check(render(two, 256, 256), replace(two, things=two.things[:1]))["right"]
+    assert not check(render(one, 256, 256), replace(one, things=one.things * 2))["right"]
+    assert not check(np.full((256, 256, 3), 0.5, np.float32), one)["right"]
+
+
+def test_several_things_relations_and_counts():
+    wrong = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    right = 0
+    for i in range(40):
+        scene = random_scene(np.random.default_rng((9, i)), things=2)
+        image = render(scene, 256, 256)
+        right += check(image, scene)["right"]
+        a, b = scene.things
+        if (a.colour, a.shape, a.size) != (b.colour, b.shape, b.size):
+            assert not check(image, replace(scene, relation=wrong[scene.relation]))["right"]
+    for i in range(40):
+        scene = random_scene(np.random.default_rng((10, i)), things=2 + i % 3, same=True)
+        right += check(render(scene, 256, 256), scene)["right"]
+    assert right >= 79
+
+
+def test_a_deformed_shape_is_no_shape():
+    """Half of a disc, a disc with a bite, and a soft blob are not circles, squares or stars."""
+    y, x = np.mgrid[-1:1:256j, -1:1:256j]
+    disc = np.hypot(x, y) < 0.4
+    for mask in (disc & (y > 0), disc & (np.hypot(x - 0.4, y) > 0.35)):
+        image = np.where(mask[..., None], (0.86, 0.1, 0.12), (0.55, 0.55, 0.55))
+        assert describe(image.astype(np.float32))[0].shape == ""
+
+
+def test_where_and_what():
+    scene = random_scene(np.random.default_rng(3))
+    thing = scene.things[0]
+    for height, width in ((256, 256), (512, 512), (256, 384)):
+        found = describe(render(scene, height, width))
+        assert len(found) == 1
+        assert found[0].x == pytest.approx(thing.x, abs=0.03)
+        assert found[0].extent == pytest.approx(thing.radius, abs=0.02)
+    whole = (render(scene, 256, 256) * 255).round().astype(np.uint8)
+    assert describe(whole)[0].shape == thing.shape
+
+
+def test_wrong_shape_of_array_is_refused():
+    with pytest.raises(ValueError, match="height, width, 3"):
+        describe(np.zeros((64, 64), np.float32))

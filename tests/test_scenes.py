@@ -1,0 +1,108 @@
+"""The scenes of the tiny checkpoint: deterministic, scale-free, and the held-out set held out."""
+
+import numpy as np
+import pytest
+
+from training.scenes import (
+    COLOURS,
+    MARGIN,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    caption,
+    evaluation_prompts,
+    held_out,
+    holds,
+    random_scene,
+    render,
+    signed_distance,
+)
+
+
+def scenes(n, seed=0, **options):
+    return [random_scene(np.random.default_rng((seed, i)), **options) for i in range(n)]
+
+
+def test_same_seed_same_scene_and_picture():
+    first, second = scenes(5), scenes(5)
+    assert first == second
+    np.testing.assert_array_equal(render(first[0], 64, 64), render(second[0], 64, 64))
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 160), (160, 96)])
+def test_pictures_have_the_asked_shape_and_range(height, width):
+    for scene in scenes(10):
+        image = render(scene, height, width)
+        assert image.shape == (height, width, 3)
+        assert image.dtype == np.float32
+        assert image.min() >= 0
+        assert image.max() <= 1
+
+
+def test_a_scene_is_the_same_at_every_resolution():
+    for scene in scenes(10, seed=1):
+        small = render(scene, 64, 64)
+        large = render(scene, 256, 256).reshape(64, 4, 64, 4, 3).mean((1, 3))
+        assert np.abs(small - large).mean() < 0.01
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outlines_fill_their_bounding_box(shape):
+    grid = (np.arange(400) + 0.5) / 100 - 2
+    inside = signed_distance(shape, grid[None, :], grid[:, None]) <= 0
+    rows, columns = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
+    extents = grid[rows[[0, -1]]], grid[columns[[0, -1]]]
+    assert max(np.ptp(e) for e in extents) == pytest.approx(2, abs=0.05)
+    for low, high in extents:
+        assert low == pytest.approx(-high, abs=0.04)
+
+
+def test_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="shape must be one of"):
+        signed_distance("blob", np.zeros(1), np.zeros(1))
+
+
+def test_training_never_sees_what_evaluation_asks():
+    for scene in scenes(300) + scenes(50, things=2):
+        assert not any(held_out(t.shape, t.colour, t.size, t.texture) for t in scene.things)
+    prompts = evaluation_prompts(40)
+    for _, scene, _ in prompts:
+        assert all(held_out(t.shape, t.colour, t.size, t.texture) for t in scene.things)
+    assert prompts == evaluation_prompts(120)[:40]
+    kept = [
+        held_out(a, b, c, d) for a in SHAPES for b in COLOURS for c in SIZES for d in TEXTURES
+    ]
+    assert 0.06 < np.mean(kept) < 0.2
+
+
+def test_captions_name_what_they_must():
+    for text, scene, _ in evaluation_prompts(40):
+        thing = scene.things[0]
+        assert thing.colour in text
+        assert thing.shape in text
+        words = {"small": ("small", "little"), "medium": ("medium",), "large": ("large", "big")}
+        assert any(word in text for word in words[thing.size])
+
+
+def test_relations_and_counts():
+    seen = set()
+    for i, scene in enumerate(scenes(60, things=2)):
+        text = caption(scene, np.random.default_rng(i))
+        assert scene.relation
+        assert scene.relation in text
+        assert holds(scene.relation, *scene.things)
+        seen.add(scene.relation)
+    assert len(seen) == 4
+    for number, word in ((2, "two"), (3, "three"), (4, "four")):
+        for scene in scenes(5, things=number, same=True):
+            assert word in caption(scene, np.random.default_rng(0))
+            assert len(scene.things) == number
+
+
+def test_things_keep_their_distance():
+    for scene in scenes(30, things=3):
+        for i, a in enumerate(scene.things):
+            assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= a.radius + MARGIN - 1e-9
+            for b in scene.things[:i]:
+                gap = max(abs(a.x - b.x), abs(a.y - b.y)) - a.radius - b.radius
+                assert gap >= MARGIN
