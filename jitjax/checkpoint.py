@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Flu
     from jitjax.convert.diffusers import read_folder
 
     if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
-        return read_folder(BUNDLED / path, dtype=dtype or jnp.float32)
+        return jax.device_put(read_folder(BUNDLED / path, dtype=dtype or jnp.float32))
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(
@@ -221,7 +221,12 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield new
         if path.exists():
             path.rename(work / "old")
-        new.rename(path)
+        try:
+            new.rename(path)
+        except OSError:
+            if (work / "old").exists():
+                (work / "old").rename(path)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

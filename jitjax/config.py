@@ -94,7 +94,8 @@ class TransformerConfig:
                 f"TransformerConfig: out_channels is {out}, expected in_channels "
                 f"({raw.get('in_channels', 64)})"
             )
-        return _from_mapping(cls, raw, {}, {"patch_size": 1})
+        # diffusers' own default for a setting that the file leaves out differs from FLUX.1-dev's.
+        return _from_mapping(cls, {"guidance_embeds": False, **raw}, {}, {"patch_size": 1})
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def jit_solve(
             slots = -(-(budget + text_tokens) // plan.pad_to) * plan.pad_to - text_tokens
             known = _prepare(index, slots, grid)
         sag = SagArgs(*(known or (None, None)), args)
-        run = partial(_solve_stage, velocity, grid, budget, solver)
-        y, u = _drive(run, y, sigmas[start : end + 1], sag, progress)
+        static = (velocity, grid, budget, solver)
+        y, u = _drive(static, y, sigmas[start : end + 1], sag, progress)
         if known is not None and end < plan.steps:
             last = sigmas[end - 1], sigmas[end]
             y, index = _transition(
@@ -90,7 +90,7 @@ def jit_solve(
 
 
 def _drive(
-    run: Callable[..., tuple[Array, Any]],
+    static: tuple[Velocity, Grid, int, diffrax.AbstractSolver],
     y: Array,
     sigmas: Array,
     sag: SagArgs,
@@ -98,14 +98,14 @@ def _drive(
 ) -> tuple[Array, Array]:
     """Run one stage, at once or step by step; return its last state and last velocity."""
     if progress is None:
-        y, state = run(y, sigmas, sag, None)
+        y, state = _solve_stage(*static, y, sigmas, sag, None)
         return y, state[-1]
-    state = None
+    # Made apart from the first step, so that all steps of a stage are one compiled program.
+    state = _first_state(*static, y, sigmas[:2], sag)
     for i in range(sigmas.shape[0] - 1):
-        y, state = run(y, sigmas[i : i + 2], sag, state)
+        y, state = _solve_stage(*static, y, sigmas[i : i + 2], sag, state)
         y.block_until_ready()
         progress(1)
-    assert state is not None
     return y, state[-1]
 
 
@@ -121,6 +121,19 @@ def _solve_stage(
     state: Any,
 ) -> tuple[Array, Any]:
     return integrate(sag_ode(velocity, grid, budget), solver, y, sigmas, sag, state)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _first_state(
+    velocity: Velocity,
+    grid: Grid,
+    budget: int,
+    solver: diffrax.AbstractSolver,
+    y: Array,
+    sigmas: Array,
+    sag: SagArgs,
+) -> Any:
+    return solver.init(sag_ode(velocity, grid, budget), sigmas[0], sigmas[1], y, sag)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

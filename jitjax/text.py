@@ -105,8 +105,8 @@ def encode_ids(
     config: FluxConfig,
 ) -> Conditioning:
     """Both encoders on token ids; T5 attends to the padding too, as in FLUX."""
-    text = T5Encoder(config.t5, _dtype(t5)).apply({"params": t5}, t5_ids)
-    _, pooled = CLIPText(config.clip, _dtype(clip)).apply({"params": clip}, clip_ids)
+    text: Any = T5Encoder(config.t5, _dtype(t5)).apply({"params": t5}, t5_ids)
+    pooled: Any = CLIPText(config.clip, _dtype(clip)).apply({"params": clip}, clip_ids)[1]
     return Conditioning(text.astype(jnp.float32), pooled.astype(jnp.float32))
 
 

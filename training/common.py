@@ -14,7 +14,7 @@ RUNS = Path(os.environ.get("JITJAX_TRAIN", "/var/tmp/jitjax-train"))
 def save_atomically(state: dict, path: Path) -> None:
     """Writes beside the target and renames, so a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 

@@ -10,6 +10,9 @@ One run is a sequence of phases, each one command; the checkpoint carries over:
 `128@4` means pictures of 128 px with the tokens' positions four apart, as they would lie in a
 picture of 512 px; `128` has the positions that FLUX gives to 128 px.
 
+Several processes of one thread each beat one process of several threads here:
+`torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
+
 `x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma
 of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil` the
 target is the guided velocity of the frozen averaged weights, `u0 + g (u - u0)`, with g told as
@@ -21,20 +24,22 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from training.common import RUNS, Average, Clock, load_if_there, save_atomically
 from training.latents import Latents
 from training.model import TinyFlux, pack, positions
 from training.scenes import caption
 
-SHIFT = {128: 1.5, 256: 2.0, 512: 2.5}  # of the training sigmas: more tokens, more noise
+SHIFT = {128: 3.0, 256: 2.5, 512: 2.5}  # of the training sigmas; few tokens are for the layout
 BATCH = {128: 64, 256: 20, 512: 6}
-COUNT = {128: 16_384, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
+COUNT = {128: 8_192, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
 
 
 def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
@@ -51,12 +56,12 @@ def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
     return muon, adam
 
 
-def draw(latents: Latents, seed: int, step: int, batch: int, position: int, dropout: float):
-    """The batch of a step: (x0, noise, sigma, guidance, captions); all from `seed` and `step`."""
-    rng = np.random.default_rng((seed, step))
+def draw(latents: Latents, seed: tuple[int, ...], batch: int, position: int, dropout: float):
+    """The batch of a step: (x0, noise, sigma, guidance, captions); all from `seed`."""
+    rng = np.random.default_rng(seed)
     z, scenes = latents.batch(position, batch)
     texts = [caption(scene, rng) if rng.uniform() >= dropout else "" for scene in scenes]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     x0 = pack(z)
     noise = torch.randn(x0.shape, generator=generator)
     # Stratified over the batch: less variance than independent draws.
@@ -76,6 +81,21 @@ def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids) -> torch.Tensor:
     for words in ([""] * len(texts), texts):
         pair.append(teacher(x, sigma, guidance, *teacher.encode(words), ids))
     return (pair[0] + guidance[:, None, None] * (pair[1] - pair[0])).float()
+
+
+def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
+    """Averages gradients over the ranks, and the clock too, so that all stop at the same step."""
+    if not dist.is_initialized():
+        return used
+    gradients = [p.grad for p in named.values() if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([used])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    at = 0
+    for gradient in gradients:
+        gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+        at += gradient.numel()
+    return flat[-1].item()
 
 
 def parse_mix(text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
@@ -104,6 +124,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RUNS / "flow.pt")
     args = parser.parse_args()
     kinds, weights = parse_mix(args.mix)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo")
 
     torch.manual_seed(args.seed)
     model = TinyFlux()
@@ -140,23 +163,26 @@ def main() -> None:
                      "average": average.values, "step": step, "positions": seen}
         save_atomically(state, args.out)
 
-    clock = Clock(args.out.with_suffix(".log"))
+    clock = Clock(args.out.with_suffix(".log"), every=20 if rank == 0 else math.inf)
     start = last_save = time.monotonic()
     budget = args.minutes * 60
     recent: dict[str, float] = {}
-    while (used := time.monotonic() - start) < budget:
+    used = 0.0
+    while used < budget:
         choice = np.random.default_rng((args.seed, step, 1)).choice(len(kinds), p=weights)
         side, stride = kinds[int(choice)]
         batch, grid = BATCH[side], side // 16
         ids = positions(grid, grid, stride)
         x0, noise, sigma, guidance, texts = draw(
-            data[side], args.seed, step, batch, seen.get(side, 0), args.dropout)
+            data[side], (args.seed, step, rank), batch, seen.get(side, 0) + rank * batch,
+            args.dropout)
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, ids)
             u = model(x, sigma, guidance, *model.encode(texts), ids)
         loss = (u.float() - target).square().mean()
         loss.backward()
+        used = share_gradients(named, time.monotonic() - start)
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         rate = min(1.0, (step + 1) / 100)
         if args.decay:
@@ -167,7 +193,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average.update(named, step)
-        seen[side] = seen.get(side, 0) + batch
+        seen[side] = seen.get(side, 0) + batch * ranks
         step += 1
         value = loss.item()
         if not math.isfinite(value):
@@ -175,11 +201,13 @@ def main() -> None:
         kind = f"{side}@{stride}"
         recent[kind] = recent.get(kind, value) * 0.95 + value * 0.05
         detail = " ".join(f"{k} {v:.4f}" for k, v in sorted(recent.items()))
-        clock.tick(step, value, batch * grid * grid, budget - used, f"lr x{rate:.2f}  {detail}")
-        if time.monotonic() - last_save > 120:
+        tokens = batch * grid * grid * ranks
+        clock.tick(step, value, tokens, budget - used, f"lr x{rate:.2f}  {detail}")
+        if time.monotonic() - last_save > 120 and rank == 0:
             save()
             last_save = time.monotonic()
-    save()
+    if rank == 0:
+        save()
 
 
 if __name__ == "__main__":

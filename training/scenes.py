@@ -46,6 +46,7 @@ GROUNDS = ("plain", "graded")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MARGIN = 0.03  # least distance of a shape from the border, and half of that between two shapes
+WANDER = 0.06  # greatest distance of a lone shape's centre from the picture's, along each axis
 HELD_OUT_ONE_IN = 8
 
 
@@ -98,16 +99,16 @@ def _attributes(rng, sizes, unseen: bool) -> tuple[str, str, str, str]:
             _pick(rng, SHAPES),
             _pick(rng, COLOURS),
             _pick(rng, sizes),
-            _pick(rng, TEXTURES, (0.49, 0.17, 0.17, 0.17)),
+            _pick(rng, TEXTURES, (0.7, 0.1, 0.1, 0.1)),
         )
         if held_out(*found) == unseen:
             return found
 
 
-def _thing(rng, shape, colour, size, texture) -> Thing:
-    """A thing with the named attributes; all else, its place included, is random."""
+def _thing(rng, shape, colour, size, texture, wander: float = 0.5) -> Thing:
+    """A thing with the named attributes, at most `wander` off centre; all else is random."""
     radius = float(rng.uniform(*SIZES[size]))
-    low = MARGIN + radius
+    low = max(MARGIN + radius, 0.5 - wander)
     x, y = (float(v) for v in rng.uniform(low, 1 - low, 2))
     jitter = rng.uniform(-0.025, 0.025, 3)
     rgb = tuple(float(v) for v in np.clip(np.add(COLOURS[colour], jitter), 0, 1))
@@ -156,7 +157,8 @@ def random_scene(
         first = _attributes(rng, sizes, unseen)
         wanted = [first if same else _attributes(rng, sizes, unseen) for _ in range(things - 1)]
         for _ in range(20):
-            found = [_thing(rng, *attributes) for attributes in (first, *wanted)]
+            wander = WANDER if things == 1 else 0.5
+            found = [_thing(rng, *attributes, wander) for attributes in (first, *wanted)]
             relation = ""
             if things == 2 and not same:
                 relation = next((r for r in RELATIONS if holds(r, *found)), "")

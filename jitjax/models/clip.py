@@ -66,7 +66,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], _: None) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], None]:
         c = self.config
         normed = layer_norm(c, self.dtype, "attention_norm")(x)
         x = x + SelfAttention(c, self.dtype, name="attention")(normed)
@@ -126,10 +126,9 @@ class CLIPText(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
             length=c.num_hidden_layers,
         )
-        x, _ = stack(c, self.dtype, name="blocks")(x, None)
+        x, _ = stack(c, self.dtype, name="blocks")(x)
         hidden = layer_norm(c, self.dtype, "final_norm")(x)
         at = end_of_text(ids, c.eos_token_id)
         pooled = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]

@@ -162,7 +162,7 @@ class T5Encoder(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=c.num_layers,
         )
         x, _ = stack(c, self.dtype, name="blocks")(x, bias, keys)
