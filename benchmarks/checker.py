@@ -173,8 +173,16 @@ def describe(image: np.ndarray) -> list[Found]:
         extent = half / short
         size = next((name for name, low, high in SIZE_LIMITS if low <= extent < high), "")
         found.append(
-            Found(_colour(patch[inner]), shape, size, _texture(patch, inner),
-                  (columns.start + cx + 0.5) / w, (rows.start + cy + 0.5) / h, extent, overlap)
+            Found(
+                _colour(patch[inner]),
+                shape,
+                size,
+                _texture(patch, inner),
+                (columns.start + cx + 0.5) / w,
+                (rows.start + cy + 0.5) / h,
+                extent,
+                overlap,
+            )
         )
     return found
 
@@ -205,8 +213,9 @@ def check(
         scored = []
         for order in permutations(found[:5], len(things)):
             agrees = {
-                name: all(getattr(f, name) == getattr(t, name)
-                          for f, t in zip(order, things, strict=True))
+                name: all(
+                    getattr(f, name) == getattr(t, name) for f, t in zip(order, things, strict=True)
+                )
                 for name in ATTRIBUTES
             }
             holds = not scene.relation or _relation_holds(scene.relation, order[0], order[1])

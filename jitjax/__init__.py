@@ -1,7 +1,7 @@
 """jitjax: Just-in-Time spatial acceleration of FLUX diffusion transformers, in functional JAX.
 
-    params = jitjax.load("tiny")
-    images = jitjax.sample(params, "a large red circle", key=jax.random.key(0))
+params = jitjax.load("tiny")
+images = jitjax.sample(params, "a large red circle", key=jax.random.key(0))
 """
 
 from jitjax.checkpoint import FluxParams, load, save

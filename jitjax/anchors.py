@@ -10,7 +10,6 @@ that gathers fill them and scatters drop them.
 
 from __future__ import annotations
 
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp

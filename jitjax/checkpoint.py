@@ -86,7 +86,8 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Flu
         FileNotFoundError: there is no such folder.
         ValueError: it is not a checkpoint of this format and version, or not a whole one.
     """
-    from jitjax.convert.diffusers import read_folder
+    # `convert/` is mapped into the package at installation, which type checkers do not follow.
+    from jitjax.convert.diffusers import read_folder  # pyright: ignore[reportMissingImports]
 
     if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
         return jax.device_put(read_folder(BUNDLED / path, dtype=dtype or jnp.float32))
@@ -128,9 +129,9 @@ def _read_description(folder: Path) -> FluxConfig:
     try:
         return _config_from_json(raw["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{description}: not a FLUX configuration of this version ({error})") from (
-            error
-        )
+        raise ValueError(
+            f"{description}: not a FLUX configuration of this version ({error})"
+        ) from (error)
 
 
 def _restore(folder: Path, config: FluxConfig, dtype: DTypeLike | None) -> FluxParams:
@@ -164,7 +165,9 @@ def _compare(folder: Path, wanted: Any, stored: Any) -> None:
 
     def shapes(tree: Any) -> dict[str, list[int]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(k, simple=True, separator="/"): list(v.shape) for k, v in leaves}
+        return {
+            jax.tree_util.keystr(k, simple=True, separator="/"): list(v.shape) for k, v in leaves
+        }
 
     want, have = shapes(wanted), shapes(stored)
     problems = [f"{k} is missing" for k in want if k not in have]

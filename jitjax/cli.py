@@ -46,19 +46,40 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("prompt", help="what the picture shows")
-    p.add_argument("-o", "--out", type=Path, default=Path("jitjax.png"), metavar="FILE.png",
-                   help="where to write it (default: %(default)s); with --count, FILE-SEED.png")  # fmt: skip
-    p.add_argument("--plan", default="4x", metavar="|".join(PLANS),
-                   help="how much to accelerate (default: %(default)s)")  # fmt: skip
-    p.add_argument("--size", default=None, metavar="SIDE or WIDTHxHEIGHT",
-                   help="pixels, multiples of 16 (default: what the model was trained for)")  # fmt: skip
+    p.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("jitjax.png"),
+        metavar="FILE.png",
+        help="where to write it (default: %(default)s); with --count, FILE-SEED.png",
+    )
+    p.add_argument(
+        "--plan",
+        default="4x",
+        metavar="|".join(PLANS),
+        help="how much to accelerate (default: %(default)s)",
+    )
+    p.add_argument(
+        "--size",
+        metavar="SIDE or WIDTHxHEIGHT",
+        help="pixels, multiples of 16 (default: what the model was trained for)",
+    )
     p.add_argument("--seed", type=int, default=0, help="another seed, another picture (default: 0)")
-    p.add_argument("--steps", type=int, default=None, help="number of steps, instead of the plan's")
-    p.add_argument("--count", type=int, default=1, help="pictures, of consecutive seeds (default: 1)")
-    p.add_argument("--guidance", type=float, default=3.5,
-                   help="how closely to follow the prompt (default: %(default)s)")  # fmt: skip
-    p.add_argument("--checkpoint", default="tiny", metavar="NAME or FOLDER",
-                   help=f"bundled ({', '.join(bundled())}) or converted (default: %(default)s)")  # fmt: skip
+    p.add_argument("--steps", type=int, help="number of steps, instead of the plan's")
+    p.add_argument("--count", type=int, default=1, help="pictures, of consecutive seeds")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        default=3.5,
+        help="how closely to follow the prompt (default: %(default)s)",
+    )
+    p.add_argument(
+        "--checkpoint",
+        default="tiny",
+        metavar="NAME or FOLDER",
+        help=f"bundled ({', '.join(bundled())}) or converted (default: %(default)s)",
+    )
     return p
 
 

@@ -39,7 +39,7 @@ class FluxVelocity:
         """Velocities at the anchors; `args` are (parameters, conditioning, guidance)."""
         params, conditioning, guidance = args
         model = FluxTransformer(self.config, dtype=jax.tree.leaves(params)[0].dtype)
-        return model.apply(
+        velocities = model.apply(
             {"params": params},
             tokens,
             positions,
@@ -49,6 +49,8 @@ class FluxVelocity:
             guidance,
             valid,
         )
+        assert isinstance(velocities, jax.Array)
+        return velocities
 
 
 def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
@@ -86,7 +88,7 @@ def denoise(
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> Float[Array, "b n d"]:
     """Noise to clean tokens by the FLUX transformer, following `plan`.
 

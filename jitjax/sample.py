@@ -47,7 +47,8 @@ def sample(
     """
     config = params.config
     plan = get_plan(plan)
-    height, width = height or config.image_size, width or config.image_size
+    height = config.image_size if height is None else height
+    width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
     conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompt)
     keys = jax.vmap(jax.random.split)(batch_keys(key, conditioning.text.shape[0]))
@@ -91,4 +92,5 @@ def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) 
     model = Autoencoder(config, dtype=jax.tree.leaves(params)[0].dtype)
     latents = from_latents(unpack(tokens, grid), config)
     images = model.apply({"params": params}, latents, method="decode")
+    assert isinstance(images, jax.Array)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

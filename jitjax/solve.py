@@ -18,6 +18,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jitjax.anchors import AnchorSet, activate, local_variance
@@ -40,7 +41,7 @@ def jit_solve(
     args: Any = None,
     solver: diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> Float[Array, "b n d"]:
     """Integrate from noise to clean tokens, on few tokens first (paper, algorithm 1).
 
@@ -77,7 +78,8 @@ def jit_solve(
         if budget < n:
             slots = -(-(budget + text_tokens) // plan.pad_to) * plan.pad_to - text_tokens
             known = _prepare(index, slots, grid)
-        sag = SagArgs(*(known or (None, None)), args)
+        anchors, lifter = known or (None, None)
+        sag = SagArgs(anchors, lifter, args)
         static = (velocity, grid, budget, solver)
         y, u = _drive(static, y, sigmas[start : end + 1], sag, progress)
         if known is not None and end < plan.steps:
@@ -94,7 +96,7 @@ def _drive(
     y: Array,
     sigmas: Array,
     sag: SagArgs,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], Any] | None,
 ) -> tuple[Array, Array]:
     """Run one stage, at once or step by step; return its last state and last velocity."""
     if progress is None:
@@ -227,7 +229,7 @@ def _check(
         )
     if not jnp.issubdtype(first_anchors.dtype, jnp.integer):
         raise ValueError(f"first_anchors is {first_anchors.dtype}; expected whole numbers")
-    if isinstance(first_anchors, jax.core.Tracer):
+    if isinstance(first_anchors, Tracer):
         return
     values = np.asarray(first_anchors)
     if values.min() < 0 or values.max() >= n:

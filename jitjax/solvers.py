@@ -86,7 +86,15 @@ class _StepTo(diffrax.StepTo):
         return type(self)(ts=self.ts * direction)
 
     def init(
-        self, terms: Any, t0: Any, t1: Any, y0: Any, dt0: Any, args: Any, func: Any, error_order: Any
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        dt0: Any,
+        args: Any,
+        func: Any,
+        error_order: Any,
     ) -> tuple[Array, int]:
         return self.ts[1], 2
 
@@ -94,7 +102,7 @@ class _StepTo(diffrax.StepTo):
 def integrate(
     term: diffrax.AbstractTerm,
     solver: diffrax.AbstractSolver,
-    y: Float[Array, "..."],
+    y: Float[Array, ...],
     sigmas: Float[Array, " levels"],
     args: Any,
     state: Any = None,

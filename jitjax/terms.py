@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,8 +40,10 @@ def sag_ode(velocity: Velocity, grid: Grid, budget: int) -> diffrax.ODETerm:
         budget: number of anchors; padded slots beyond it are masked.
     """
     n = grid[0] * grid[1]
+    # diffrax traces a term three times over; under `jit` the network is traced once.
+    velocity = jax.jit(velocity)
 
-    def vector_field(sigma: Array, y: Float[Array, "b n d"], args: SagArgs) -> Array:
+    def vector_field(sigma: Any, y: Float[Array, "b n d"], args: SagArgs) -> Array:
         if args.anchors is None or args.lifter is None:
             everywhere = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
             return velocity(y, everywhere, sigma, None, args.velocity_args).astype(y.dtype)
@@ -61,7 +64,7 @@ class MicroflowArgs(NamedTuple):
     horizon: Array
 
 
-def _towards_target(sigma: Array, y: Array, args: MicroflowArgs) -> Array:
+def _towards_target(sigma: Any, y: Array, args: MicroflowArgs) -> Array:
     return (args.target - y) / (args.horizon - sigma)
 
 

@@ -13,6 +13,7 @@ with install_import_hook("jitjax", "beartype.beartype"):
     import jitjax
 
 import jax
+import jaxtyping
 import pytest
 from golden import build
 
@@ -23,3 +24,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
     """A randomly initialised pipeline with tokenizers, a few thousand parameters."""
     return build.small_params(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tests' type checks: as a user has it, and sees our own messages."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -39,9 +39,15 @@ def test_agrees_with_drawn_scenes(side, n, how):
     assert texture >= 0.95 * n
 
 
-@pytest.mark.parametrize(("attribute", "values"), [
-    ("colour", tuple(COLOURS)), ("shape", SHAPES), ("size", tuple(SIZES)), ("texture", TEXTURES),
-])
+@pytest.mark.parametrize(
+    ("attribute", "values"),
+    [
+        ("colour", tuple(COLOURS)),
+        ("shape", SHAPES),
+        ("size", tuple(SIZES)),
+        ("texture", TEXTURES),
+    ],
+)
 def test_rejects_a_wrong_attribute(attribute, values):
     for i in range(24):
         scene = random_scene(np.random.default_rng((8, i)))

@@ -68,7 +68,7 @@ def test_the_bundled_checkpoint_fits_its_configuration():
 
 
 def test_missing_and_foreign_paths_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*'tiny'"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*'tiny'"):
         jitjax.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no checkpoint at 'tinny'"):
         jitjax.load("tinny")
@@ -116,7 +116,9 @@ def test_a_checkpoint_with_a_part_missing_is_refused(copy, part):
 
 
 def test_truncated_files_are_refused(copy):
-    files = sorted((p for p in (copy / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files = sorted(
+        (p for p in (copy / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     biggest = files[-1]
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"damaged|cannot be read"):

@@ -12,7 +12,7 @@ from golden import build
 
 from jitjax.anchors import AnchorSet, activate, local_variance
 from jitjax.checkpoint import FluxParams
-from jitjax.config import FluxConfig, T5Config, CLIPConfig
+from jitjax.config import CLIPConfig, FluxConfig, T5Config
 from jitjax.denoise import denoise
 from jitjax.lifter import Lifter
 from jitjax.schedule import beta_sigmas
@@ -97,4 +97,3 @@ def test_each_transition_is_that_of_the_authors_program(name):
 def test_the_beta_schedule_is_that_of_the_authors_program(name):
     arrays, plan = build.recording(name)
     np.testing.assert_allclose(beta_sigmas(plan.steps), arrays["sigmas"], rtol=1e-6)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def test_a_dense_plan_is_plain_euler():
     y = draw_noise(jax.random.split(jax.random.key(0), 2), GRID, 8)
     sigmas = plan_sigmas(plan, N, jitjax.FluxConfig())
     place = positions(jnp.arange(N), GRID)[None]
-    for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for a, b in itertools.pairwise(sigmas):
         y = y + Pull()(y, place, a, None, jnp.float32(0.3)) * (b - a)
     np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-5)
 
@@ -120,7 +121,9 @@ def test_traces_under_jit_vmap_and_grad():
     plain = solve()
     keys = jax.random.split(jax.random.key(0), 2)
     noise = draw_noise(keys, GRID, 8)
-    np.testing.assert_allclose(jax.jit(lambda y: solve(noise=y))(noise), plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(lambda y: solve(noise=y))(noise), plain, rtol=1e-5, atol=1e-5
+    )
     stacked = jax.vmap(lambda y: solve(noise=y))(jnp.stack([noise, noise + 1]))
     np.testing.assert_allclose(stacked[0], plain, rtol=1e-5, atol=1e-5)
 

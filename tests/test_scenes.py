@@ -69,9 +69,7 @@ def test_training_never_sees_what_evaluation_asks():
     for _, scene, _ in prompts:
         assert all(held_out(t.shape, t.colour, t.size, t.texture) for t in scene.things)
     assert prompts == evaluation_prompts(120)[:40]
-    kept = [
-        held_out(a, b, c, d) for a in SHAPES for b in COLOURS for c in SIZES for d in TEXTURES
-    ]
+    kept = [held_out(a, b, c, d) for a in SHAPES for b in COLOURS for c in SIZES for d in TEXTURES]
     assert 0.06 < np.mean(kept) < 0.2
 
 

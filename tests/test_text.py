@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -226,12 +225,6 @@ def test_no_warning_at_the_exact_length(folder):
         t5_ids, clip_ids = tokenize(folder, ["red red red red red"], CONFIG)
     assert t5_ids[0].tolist() == [4] * 5 + [1]
     assert clip_ids.shape == (1, 8)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the tests' type checks: as a user has it, and sees our own messages."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -21,8 +21,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class PlainAttention:
     """A processor for diffusers' FluxAttention, double and single blocks."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
-                 image_rotary_emb=None):
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        image_rotary_emb=None,
+    ):
         def project(x, q, k, v, norm_q, norm_k):
             weight = torch.cat((q.weight, k.weight, v.weight))
             bias = torch.cat((q.bias, k.bias, v.bias))
@@ -33,8 +39,14 @@ class PlainAttention:
         q, k, v = project(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         if text:
-            added = project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj,
-                            attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+            added = project(
+                encoder_hidden_states,
+                attn.add_q_proj,
+                attn.add_k_proj,
+                attn.add_v_proj,
+                attn.norm_added_q,
+                attn.norm_added_k,
+            )
             q, k, v = (torch.cat(pair, dim=1) for pair in zip(added, (q, k, v), strict=True))
         q, k = rotate(q, *image_rotary_emb), rotate(k, *image_rotary_emb)
         q, k, v = ((x.to(v.dtype)).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))

@@ -99,8 +99,9 @@ def main() -> None:
             torch.nn.init.zeros_(p)
     matrices = [p for p in named.values() if p.ndim >= 2]
     muon = ConvMuon(matrices, lr=args.muon)
-    adam = torch.optim.AdamW([p for p in named.values() if p.ndim < 2], lr=args.adam,
-                             betas=(0.9, 0.95), weight_decay=0)
+    adam = torch.optim.AdamW(
+        [p for p in named.values() if p.ndim < 2], lr=args.adam, betas=(0.9, 0.95), weight_decay=0
+    )
     average = Average(named, 0.995)
     step, used = 0, 0.0
     saved = load_if_there(args.out)
@@ -111,8 +112,14 @@ def main() -> None:
         average.values, step, used = saved["average"], saved["step"], saved["used"]
 
     def save() -> None:
-        state = {"weights": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
-                     "average": average.values, "step": step, "used": used}
+        state = {
+            "weights": vae.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+            "average": average.values,
+            "step": step,
+            "used": used,
+        }
         save_atomically(state, args.out)
 
     clock, last_save, last = Clock(args.out.with_suffix(".log")), time.monotonic(), time.monotonic()

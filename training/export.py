@@ -80,8 +80,15 @@ def main() -> None:
     pipeline = FluxPipeline.from_pretrained(temporary, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     start = time.monotonic()
-    image = pipeline(args.prompt, height=256, width=256, num_inference_steps=20, guidance_scale=3.5,
-                     generator=torch.Generator().manual_seed(0), max_sequence_length=48).images[0]
+    image = pipeline(
+        args.prompt,
+        height=256,
+        width=256,
+        num_inference_steps=20,
+        guidance_scale=3.5,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=48,
+    ).images[0]
     image.save(RUNS / "export.png")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     old = args.out.with_name(args.out.name + ".old")
@@ -91,8 +98,10 @@ def main() -> None:
     temporary.rename(args.out)
     shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"step {step}: {args.out}, {size / 1e6:.2f} MB; a picture took "
-          f"{time.monotonic() - start:.1f} s ({RUNS / 'export.png'})")
+    print(
+        f"step {step}: {args.out}, {size / 1e6:.2f} MB; a picture took "
+        f"{time.monotonic() - start:.1f} s ({RUNS / 'export.png'})"
+    )
 
 
 if __name__ == "__main__":

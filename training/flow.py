@@ -99,7 +99,7 @@ def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
 
 
 def parse_mix(text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """"128@4:1,256:3" to ([(128, 4), (256, 1)], probabilities): sides, strides and weights."""
+    """ "128@4:1,256:3" to ([(128, 4), (256, 1)], probabilities): sides, strides and weights."""
     kinds, weights = [], []
     for entry in text.split(","):
         kind, _, weight = entry.partition(":")
@@ -158,9 +158,14 @@ def main() -> None:
     data = {side: Latents(side, COUNT[side], args.seed) for side, _ in kinds}
 
     def save() -> None:
-        state = {"weights": model.state_dict(),
-                 "muon": muon.state_dict(), "adam": adam.state_dict(),
-                     "average": average.values, "step": step, "positions": seen}
+        state = {
+            "weights": model.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+            "average": average.values,
+            "step": step,
+            "positions": seen,
+        }
         save_atomically(state, args.out)
 
     clock = Clock(args.out.with_suffix(".log"), every=20 if rank == 0 else math.inf)
@@ -174,8 +179,12 @@ def main() -> None:
         batch, grid = BATCH[side], side // 16
         ids = positions(grid, grid, stride)
         x0, noise, sigma, guidance, texts = draw(
-            data[side], (args.seed, step, rank), batch, seen.get(side, 0) + rank * batch,
-            args.dropout)
+            data[side],
+            (args.seed, step, rank),
+            batch,
+            seen.get(side, 0) + rank * batch,
+            args.dropout,
+        )
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, ids)

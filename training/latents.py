@@ -1,6 +1,6 @@
 """Latents of a fixed set of single-shape pictures, encoded when first asked for and kept on disk.
 
-    python -m training.latents            # measures the latents' mean and spread, once
+python -m training.latents            # measures the latents' mean and spread, once
 """
 
 from __future__ import annotations

@@ -61,8 +61,13 @@ def make_clip(folder: Path) -> None:
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=10**6, min_frequency=20, show_progress=False,
-                                  end_of_word_suffix="</w>", initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6,
+        min_frequency=20,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.train_from_iterator(corpus(), trainer)
         tokenizer.model.save(temporary)

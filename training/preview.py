@@ -77,14 +77,28 @@ def main() -> None:
         images = []
         for at in range(0, args.n, args.batch):
             texts, _, seeds = zip(*prompts[at : at + args.batch], strict=True)
-            images.append(sample(model, vae, list(texts), seeds, args.side, args.steps, guidance,
-                                 args.distilled, args.stride))
+            images.append(
+                sample(
+                    model,
+                    vae,
+                    list(texts),
+                    seeds,
+                    args.side,
+                    args.steps,
+                    guidance,
+                    args.distilled,
+                    args.stride,
+                )
+            )
         images = np.concatenate(images)
         results = [check(image, prompt[1]) for image, prompt in zip(images, prompts, strict=True)]
         score = {key: float(np.mean([r[key] for r in results])) for key in results[0]}
-        print(f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}, n {args.n}: "
-              + " ".join(f"{key} {value:.2f}" for key, value in score.items())
-              + f"  ({time.monotonic() - start:.0f} s)", flush=True)
+        print(
+            f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}, n {args.n}: "
+            + " ".join(f"{key} {value:.2f}" for key, value in score.items())
+            + f"  ({time.monotonic() - start:.0f} s)",
+            flush=True,
+        )
         for text, result in list(zip(prompts, results, strict=True))[:12]:
             print("   ", text[0], "|", " ".join(k for k, v in result.items() if not v))
         shown = images[: len(images) // 6 * 6, :: args.side // 128, :: args.side // 128]

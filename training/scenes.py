@@ -113,8 +113,19 @@ def _thing(rng, shape, colour, size, texture, wander: float = 0.5) -> Thing:
     jitter = rng.uniform(-0.025, 0.025, 3)
     rgb = tuple(float(v) for v in np.clip(np.add(COLOURS[colour], jitter), 0, 1))
     angle = float(rng.integers(4)) * np.pi / 4
-    return Thing(shape, colour, size, texture, x, y, radius, rgb, _pick(rng, TONES), angle,
-                 float(rng.uniform()))
+    return Thing(
+        shape,
+        colour,
+        size,
+        texture,
+        x,
+        y,
+        radius,
+        rgb,
+        _pick(rng, TONES),
+        angle,
+        float(rng.uniform()),
+    )
 
 
 def _apart(things: list[Thing]) -> bool:
@@ -171,12 +182,15 @@ def random_scene(
 
 
 def _phrase(rng, thing: Thing, size: bool, texture: bool, plural: bool = False) -> str:
-    """"large red striped circle" and its like, without an article."""
-    size_word = {"medium": _pick(rng, ("medium", "medium-sized"), (0.8, 0.2)),
-                 "large": _pick(rng, ("large", "big"), (0.8, 0.2)),
-                 "small": _pick(rng, ("small", "little"), (0.8, 0.2))}[thing.size]
+    """ "large red striped circle" and its like, without an article."""
+    size_word = {
+        "medium": _pick(rng, ("medium", "medium-sized"), (0.8, 0.2)),
+        "large": _pick(rng, ("large", "big"), (0.8, 0.2)),
+        "small": _pick(rng, ("small", "little"), (0.8, 0.2)),
+    }[thing.size]
     texture_word = {"checked": _pick(rng, ("checked", "chequered"), (0.8, 0.2))}.get(
-        thing.texture, thing.texture)
+        thing.texture, thing.texture
+    )
     words = [thing.colour]
     if texture:
         words.insert(int(rng.integers(2)), texture_word)

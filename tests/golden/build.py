@@ -25,7 +25,24 @@ from jitjax.convert.tables import transformer_from_state
 
 HERE = Path(__file__).parent
 RECORDINGS = ("jit_7x_16x16", "jit_4x_16x24")
-WORDS = "a red blue large small circle square left right of the and on plain grey background".split()
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "large",
+    "small",
+    "circle",
+    "square",
+    "left",
+    "right",
+    "of",
+    "the",
+    "and",
+    "on",
+    "plain",
+    "grey",
+    "background",
+]
 
 
 def recording(name: str) -> tuple[dict[str, np.ndarray], Plan]:
