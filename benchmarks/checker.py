@@ -96,7 +96,7 @@ def _shape(mask: np.ndarray, cx: float, cy: float, half: float) -> tuple[str, fl
         shape: float((seen & ideal).sum() / max((seen | ideal).sum(), 1))
         for shape, ideal in _OUTLINES.items()
     }
-    best = max(overlaps, key=overlaps.get)
+    best = max(overlaps, key=lambda shape: overlaps[shape])
     return (best if overlaps[best] >= LEAST_OVERLAP else ""), overlaps[best]
 
 
@@ -154,20 +154,21 @@ def describe(image: np.ndarray) -> list[Found]:
     # seams, then drop single pixels.
     mask = ndimage.binary_closing(np.pad(mask, 3), _ROUND)[3:-3, 3:-3]
     mask = ndimage.binary_opening(mask, np.ones((2, 2), bool))
-    labels, count = ndimage.label(mask, np.ones((3, 3), int))
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, np.ones((3, 3), int), output=labels)
     found = []
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    areas = np.bincount(labels.ravel())
     boxes = ndimage.find_objects(labels)
-    for label in 1 + np.argsort(-areas[1:]):
+    for label in (1 + np.argsort(-areas[1:])).tolist():
         if areas[label] < LEAST_AREA * h * w:
             break
         rows, columns = boxes[label - 1]
         own = labels[rows, columns] == label
-        patch = image[rows, columns]
+        patch: np.ndarray = image[rows, columns]
         cy, cx = (own.shape[0] - 1) / 2, (own.shape[1] - 1) / 2
         half = max(own.shape) / 2
         shape, overlap = _shape(own, cx, cy, half)
-        inner = ndimage.binary_erosion(own, iterations=2)
+        inner = np.asarray(ndimage.binary_erosion(own, iterations=2), bool)
         if inner.sum() < 12:
             inner = own
         extent = half / short

@@ -79,8 +79,8 @@ for axis, picture in zip(axes, images, strict=True):
 # %% [markdown]
 # ## In your own program
 #
-# `denoise` is a pure function: here under `jax.grad`, the derivative of the picture's brightness with
-# respect to the noise that it started from.
+# `denoise` is a pure function: here under `jax.grad`, the derivative of the picture's brightness
+# with respect to the noise that it started from.
 
 # %%
 conditioning = jitjax.encode_prompt(params, prompt)
