@@ -188,16 +188,21 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     The folder appears when it is complete: a run that is killed leaves what was there before.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is false.
+        FileExistsError: `path` exists and `overwrite` is false, or it is something else than a
+            checkpoint.
         FileNotFoundError: the parameters' tokenizer folder is gone.
     """
     import orbax.checkpoint as ocp
 
+    target = Path(path)
+    if target.exists() and not (target / DESCRIPTION).is_file():
+        if not target.is_dir() or any(target.iterdir()):
+            raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
     sources = [Path(params.tokenizer) / name for name in TOKENIZERS]
     for source in sources:
         if not source.is_dir():
             raise FileNotFoundError(f"no tokenizer at {str(source)!r}; expected a folder")
-    with replacing(Path(path), overwrite=overwrite) as folder:
+    with replacing(target, overwrite=overwrite) as folder:
         for source in sources:
             shutil.copytree(source, folder / source.name)
         with ocp.StandardCheckpointer() as checkpointer:

@@ -57,6 +57,14 @@ def test_overwriting_must_be_asked_for(small, copy):
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
+def test_something_else_is_never_overwritten(small, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    for target in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(FileExistsError, match="no jitjax checkpoint"):
+            jitjax.save(small, target, overwrite=True)
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
 def test_the_bundled_checkpoint_fits_its_configuration():
     params = jitjax.load("tiny")
     shapes = abstract_params(params.config)
