@@ -14,9 +14,11 @@ Several processes of one thread each beat one process of several threads here:
 `torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
 
 `x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma
-of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil` the
-target is the guided velocity of the frozen averaged weights, `u0 + g (u - u0)`, with g told as
-guidance, as FLUX.1-dev was distilled; before that the guidance told is random and means nothing.
+of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil`
+guidance is learned, so that one forward pass does for two, as in FLUX.1-dev: the target becomes
+`noise - x0 + (g - 1) (u - u0)` with u and u0 the velocities, with and without prompt, of the frozen
+averaged weights, and g told as guidance. Its mean is the guided velocity, and the pictures go on
+teaching. Before that the guidance told is random and means nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +77,12 @@ def draw(latents: Latents, seed: tuple[int, ...], batch: int, position: int, dro
 
 
 @torch.no_grad()
-def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids) -> torch.Tensor:
-    """`u0 + g (u - u0)`, u0 the velocity of the empty prompt."""
+def push(teacher: TinyFlux, x, sigma, guidance, texts, ids) -> torch.Tensor:
+    """What guidance g adds to the velocity: `(g - 1) (u - u0)`, u0 that of the empty prompt."""
     pair = []
     for words in ([""] * len(texts), texts):
         pair.append(teacher(x, sigma, guidance, *teacher.encode(words), ids))
-    return (pair[0] + guidance[:, None, None] * (pair[1] - pair[0])).float()
+    return (guidance[:, None, None] - 1) * (pair[1] - pair[0]).float()
 
 
 def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
@@ -138,8 +140,9 @@ def main() -> None:
     saved = load_if_there(args.out)
     if saved:
         model.load_state_dict(saved["weights"])
-        muon.load_state_dict(saved["muon"])
-        adam.load_state_dict(saved["adam"])
+        if "muon" in saved:  # not after training.restore
+            muon.load_state_dict(saved["muon"])
+            adam.load_state_dict(saved["adam"])
         average.values, step, seen = saved["average"], saved["step"], saved["positions"]
         for optimizer, peak in ((muon, args.muon), (adam, args.adam)):
             for group in optimizer.param_groups:
@@ -187,7 +190,9 @@ def main() -> None:
         )
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with torch.autocast("cpu", torch.bfloat16):
-            target = noise - x0 if not teacher else guided(teacher, x, sigma, guidance, texts, ids)
+            target = noise - x0
+            if teacher:
+                target = target + push(teacher, x, sigma, guidance, texts, ids)
             u = model(x, sigma, guidance, *model.encode(texts), ids)
         loss = (u.float() - target).square().mean()
         loss.backward()
