@@ -195,9 +195,9 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     import orbax.checkpoint as ocp
 
     target = Path(path)
-    if target.exists() and not (target / DESCRIPTION).is_file():
-        if not target.is_dir() or any(target.iterdir()):
-            raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
+    foreign = target.exists() and not (target / DESCRIPTION).is_file()
+    if foreign and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
     sources = [Path(params.tokenizer) / name for name in TOKENIZERS]
     for source in sources:
         if not source.is_dir():
