@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--sheet", type=Path, help="PNG of the first 24 pictures of each plan")
+    parser.add_argument("--sheet", type=Path, help="PNG: a row of eight pictures for each plan")
     args = parser.parse_args()
     plans = {text: parse_plan(text) for text in args.plans}
     params = jitjax.load(args.checkpoint)
@@ -100,8 +100,8 @@ def main() -> None:
             f"| {seconds:.2f} |",
             flush=True,
         )
-        small = images[:24, :: args.side // 128, :: args.side // 128]
-        sheet += [np.concatenate(list(small[i : i + 12]), axis=1) for i in range(0, len(small), 12)]
+        step = max(1, args.side // 128)
+        sheet.append(np.concatenate(list(images[:8, ::step, ::step]), axis=1))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
     if args.sheet:
