@@ -35,7 +35,8 @@ print(jax.default_backend(), jax.devices())
 
 # %% [markdown]
 # `load` returns a pytree of arrays with the configuration attached. `tiny` is a whole FLUX pipeline
-# of five million parameters that draws simple objects.
+# of six million parameters, trained for under two hours on two CPU cores: it knows colours, sizes
+# and places, and draws ragged shapes.
 
 # %%
 params = jitjax.load("tiny")
@@ -70,7 +71,7 @@ for axis, plan in zip(axes, ("dense", "4x", "7x"), strict=True):
 
 # %%
 keys = jax.random.split(jax.random.key(7), 4)
-images = jitjax.sample(params, ["a small green ring"] * 4, key=keys, height=256, width=256)
+images = jitjax.sample(params, ["a large green square"] * 4, key=keys)
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.6))
 for axis, picture in zip(axes, images, strict=True):
     axis.imshow(picture)
