@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import jitjax
 from benchmarks.checker import check
-from jitjax.config import Plan, get_plan
+from jitjax.plan import Plan, get_plan
 from training.scenes import Scene, evaluation_prompts
 
 

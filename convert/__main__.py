@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jitjax import checkpoint
 
-from .diffusers import check_target, read_folder, write_folder
+from .reading import read_folder
+from .writing import check_target, write_folder
 
 DTYPES = {
     "auto": None,

@@ -5,15 +5,9 @@ A table is a list of `Rule`s and holds no logic: to see where a tensor goes, sea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
 from jitjax.config import TransformerConfig
-from jitjax.models import flux
 
-from .engine import Rule, Tree, check, fill, leaf_shapes, leaf_types
+from .engine import Rule
 
 Source = str | tuple[str, ...]
 
@@ -95,23 +89,3 @@ def transformer_rules(config: TransformerConfig) -> list[Rule]:
         *linear("final_modulation", "norm_out.linear"),
         *linear("image_out", "proj_out"),
     ]
-
-
-def transformer_from_state(
-    state: Mapping[str, np.ndarray], config: TransformerConfig, dtype: Any = None
-) -> Tree:
-    """Parameters of `FluxTransformer` from a diffusers state dictionary of NumPy arrays.
-
-    Args:
-        state: name -> array, with exactly the names of diffusers' `FluxTransformer2DModel`.
-        config: sizes of the transformer.
-        dtype: of the result; None keeps each array's own.
-
-    Raises:
-        ConversionError: keys or shapes do not fit; the message lists all of them.
-    """
-    rules, shapes = transformer_rules(config), leaf_shapes(flux.abstract_params(config))
-    sources = {name: tuple(value.shape) for name, value in state.items()}
-    check(rules, shapes, sources, what="transformer", ignored=TRANSFORMER_IGNORED)
-    types = leaf_types(rules, {name: value.dtype for name, value in state.items()}, dtype)
-    return fill(rules, shapes, types, state.__getitem__)

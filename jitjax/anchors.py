@@ -6,9 +6,14 @@ that gathers fill them and scatters drop them.
     slot      0   1   2   3   4   5
     index     0   5   9  12  16  16      (16 tokens: the last two slots are padding)
     valid     y   y   y   y   n   n
+
+Every way of choosing anchors is a score per token, of which the highest are taken: a whole number
+says how much a token is wanted, a fraction below 1 decides among equals.
 """
 
 from __future__ import annotations
+
+import math
 
 import equinox as eqx
 import jax
@@ -50,23 +55,66 @@ class AnchorSet(eqx.Module):
         return put(into, self.index, values)
 
 
-def first_anchors(key: Key[Array, ""], grid: Grid, budget: int) -> Int[Array, " k"]:
-    """The first stage's anchors of one sample: an even grid and the border, fitted to `budget`.
+def dither(grid: Grid) -> np.ndarray:
+    """A fraction in [0, 1) for each token; those above any threshold are evenly spread.
 
-    Tokens on even rows and even columns and all border tokens come first; tokens drawn from
-    `key` are added, or dropped, until there are `budget`. Corners are dropped last, so that
-    the anchors always span the grid. Sorted by position.
+    Source: Roberts, "The unreasonable effectiveness of quasirandom sequences" (R2 dither).
+    """
+    plastic = 1.32471795724474602596  # the real root of x^3 = x + 1
+    rows, columns = np.indices(grid).reshape(2, -1)
+    return np.mod(0.5 + rows / plastic + columns / plastic**2, 1)
 
-    Source: the authors' program (there the draw is not reproducible).
+
+def wanted(grid: Grid, stride: int | None = None) -> np.ndarray:
+    """How much each token is wanted as a first anchor: 0 not, 1 by the layout, 2 as a corner.
+
+    The layout is even rows and columns and the border; with `stride`, every stride-th row and
+    column, and the last ones. Corners are wanted most, so that anchors always span the grid.
     """
     rows, columns = np.indices(grid).reshape(2, -1)
     edge_row = (rows == 0) | (rows == grid[0] - 1)
     edge_column = (columns == 0) | (columns == grid[1] - 1)
-    even = (rows % 2 == 0) & (columns % 2 == 0)
-    rank = (even | edge_row | edge_column).astype(np.float32) + (edge_row & edge_column)
-    # `uniform` is below 1, so that it only decides among tokens of one rank.
-    score = rank + jax.random.uniform(key, rank.shape)
-    return jnp.sort(jax.lax.top_k(score, budget)[1])
+    if stride is None:
+        layout = (rows % 2 == 0) & (columns % 2 == 0) | edge_row | edge_column
+    else:
+        layout = ((rows % stride == 0) | (rows == grid[0] - 1)) & (
+            (columns % stride == 0) | (columns == grid[1] - 1)
+        )
+    return layout.astype(np.int32) + (edge_row & edge_column)
+
+
+def first_anchors(
+    key: Key[Array, ""],
+    grid: Grid,
+    budget: int,
+    *,
+    layout: str = "even",
+    fill: str = "random",
+) -> Int[Array, " k"]:
+    """The first stage's anchors of one sample: a layout, filled up or thinned to `budget`.
+
+    Args:
+        key: decides what is added or dropped.
+        grid: rows and columns.
+        budget: number of anchors.
+        layout: "even" rows and even columns and the border; or "strided", every s-th row and
+            column and the last ones, s = floor(sqrt(tokens / budget)).
+        fill: add or drop "random" tokens, or evenly spread ones ("dither"). Corners go last.
+
+    Returns:
+        distinct positions, rising.
+
+    Source: the authors' program, where the draw is not reproducible and may drop corners.
+    """
+    n = grid[0] * grid[1]
+    stride = max(1, int(math.sqrt(n / budget))) if layout == "strided" else None
+    if fill == "dither":
+        # The key shifts the pattern. On top of it the mean is kept away from 1, where float32
+        # would round up to the next rank.
+        tie = jnp.mod(jnp.asarray(dither(grid), jnp.float32) + jax.random.uniform(key), 1) * 0.999
+    else:
+        tie = jax.random.uniform(key, (n,))
+    return jnp.sort(jax.lax.top_k(wanted(grid, stride).astype(np.float32) + tie, budget)[1])
 
 
 def local_variance(velocity: Float[Array, "b n d"], grid: Grid) -> Float[Array, "b n"]:
@@ -85,14 +133,20 @@ def local_variance(velocity: Float[Array, "b n d"], grid: Grid) -> Float[Array, 
     return variance.mean(-1).reshape(b, -1)
 
 
+def fixed_grid_scores(batch: int, grid: Grid) -> Float[Array, "b n"]:
+    """Scores that ignore the picture: even rows and columns first, then evenly spread tokens."""
+    scores = jnp.asarray(np.minimum(wanted(grid), 1) + dither(grid), jnp.float32)
+    return jnp.broadcast_to(scores, (batch, scores.shape[0]))
+
+
 def activate(
-    anchors: AnchorSet, importance: Float[Array, "b n"], known: int, budget: int
+    anchors: AnchorSet, scores: Float[Array, "b n"], known: int, budget: int
 ) -> tuple[Int[Array, "b k"], Int[Array, "b new"]]:
-    """The next stage's anchors: the `known` old ones, then the most important others.
+    """The next stage's anchors: the `known` old ones, then the others with the highest scores.
 
     Args:
         anchors: the old set; its first `known` slots are valid.
-        importance: one value per token; higher is taken up first, ties by position.
+        scores: one value per token; higher is taken up first, ties by position.
         known: number of old anchors.
         budget: number of anchors wanted.
 
@@ -100,5 +154,5 @@ def activate(
         all anchors [b, budget], old ones first, and the new ones alone [b, budget - known].
     """
     take_out = jax.vmap(lambda score, index: score.at[index].set(-jnp.inf, mode="drop"))
-    _, new = jax.lax.top_k(take_out(importance, anchors.index), budget - known)
+    _, new = jax.lax.top_k(take_out(scores, anchors.index), budget - known)
     return jnp.concatenate([anchors.index[:, :known], new], axis=1), new

@@ -87,7 +87,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Flu
         ValueError: it is not a checkpoint of this format and version, or not a whole one.
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
-    from jitjax.convert.diffusers import read_folder  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.reading import read_folder  # pyright: ignore[reportMissingImports]
 
     if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
         return jax.device_put(read_folder(BUNDLED / path, dtype=dtype or jnp.float32))

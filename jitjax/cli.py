@@ -20,7 +20,7 @@ from platformdirs import user_cache_dir
 
 import jitjax
 from jitjax.checkpoint import bundled
-from jitjax.config import PLANS, get_plan
+from jitjax.plan import PLANS, get_plan
 
 EXAMPLES = """\
 examples:

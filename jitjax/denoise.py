@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffrax
@@ -14,12 +15,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from jitjax.anchors import first_anchors as draw_first_anchors
 from jitjax.checkpoint import FluxParams
-from jitjax.config import Plan, TransformerConfig, get_plan
+from jitjax.config import TransformerConfig
 from jitjax.latents import Grid, draw_noise
 from jitjax.models.flux import FluxTransformer
+from jitjax.plan import Plan, get_plan
 from jitjax.schedule import plan_sigmas
 from jitjax.solve import jit_solve
 from jitjax.text import Conditioning
+from jitjax.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def denoise(
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: diffrax.AbstractSolver | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> Float[Array, "b n d"]:
+    check_finite: bool = False,
+    trace: bool = False,
+) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
     """Noise to clean tokens by the FLUX transformer, following `plan`.
 
     Pure, and traces under `jit`, `vmap` and `grad`, unless `progress` is given. The choice of
@@ -108,13 +113,17 @@ def denoise(
         first_anchors: positions of the first stage's anchors, for all samples or per sample.
         solver: a diffrax solver; Euler by default.
         progress: called with 1 after every step.
+        check_finite: raise at the first step whose velocity is not finite.
+        trace: also return what the run did.
 
     Returns:
-        clean tokens, float32, for `decode`.
+        clean tokens, float32, for `decode`; with `trace`, the tokens and a `Trace`.
 
     Raises:
-        ValueError: an unknown plan; arrays whose shapes do not fit the model, the plan or one
-            another; a key that is missing and needed. Before anything is compiled.
+        ValueError: an unknown plan; arrays that are not finite, or whose shapes do not fit the
+            model, the plan or one another; a key that is missing and needed. Before anything is
+            compiled.
+        FloatingPointError: a velocity is not finite (with `check_finite`).
     """
     plan = get_plan(plan)
     config = params.config.transformer
@@ -134,21 +143,28 @@ def denoise(
     if strength.shape not in ((), (b,)):
         raise ValueError(f"guidance is {list(strength.shape)}; expected one number, or [{b}]")
 
-    sparse = plan.budgets(n)[0] < n
-    draw_anchors = sparse and first_anchors is None
-    draw_fresh = sparse and microflow_noise is None and plan.microflow_noise == "fresh"
-    if draw_anchors or draw_fresh:
+    budget = plan.budgets(n, conditioning.text.shape[1])[0]
+    drawn = {
+        "first_anchors": first_anchors is None,
+        "microflow_noise": microflow_noise is None and plan.microflow_noise == "fresh",
+        "activation at random": plan.activation == "random",
+    }
+    scores = None
+    if budget < n and any(drawn.values()):
         if key is None:
-            raise ValueError(
-                "key is None; this plan needs one for "
-                + " and ".join(["first_anchors"] * draw_anchors + ["microflow_noise"] * draw_fresh)
+            needed = " and ".join(name for name, needed in drawn.items() if needed)
+            raise ValueError(f"key is None; this plan needs one for {needed}")
+        keys = batch_keys(key, b)
+        pairs = jax.vmap(jax.random.split)(keys)
+        if drawn["first_anchors"]:
+            draw = partial(
+                draw_first_anchors, grid=grid, budget=budget, layout=plan.first, fill=plan.fill
             )
-        keys = jax.vmap(jax.random.split)(batch_keys(key, b))
-        if draw_anchors:
-            budget = plan.budgets(n)[0]
-            first_anchors = jax.vmap(lambda k: draw_first_anchors(k, grid, budget))(keys[:, 0])
-        if draw_fresh:
-            microflow_noise = draw_noise(keys[:, 1], grid, noise.shape[2]).astype(noise.dtype)
+            first_anchors = jax.vmap(draw)(pairs[:, 0])
+        if drawn["microflow_noise"]:
+            microflow_noise = draw_noise(pairs[:, 1], grid, noise.shape[2]).astype(noise.dtype)
+        if plan.activation == "random":
+            scores = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 2), (n,)))(keys)
     if first_anchors is not None:
         first_anchors = jnp.asarray(first_anchors)
         if first_anchors.ndim == 1:
@@ -163,8 +179,11 @@ def denoise(
         grid=grid,
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
+        random_scores=scores,
         args=(params.transformer, conditioning, embedded),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
         progress=progress,
+        check_finite=check_finite,
+        trace=trace,
     )

@@ -1,14 +1,24 @@
 """The lifter: values on anchors to values on all tokens (Pi = S u + I(u) in the paper).
 
-    values on anchors --> nearest anchor's value everywhere --> Gaussian blur --> exact values
-    [m, d]                [rows, columns, d]                                      on the anchors
+Anchors keep their exact values. What the others get is one of these interpolators I:
 
-The map to the nearest anchor depends on the anchors alone: it is made once per stage.
+    "blur"     the nearest anchor's value, then a Gaussian blur of width
+               clip(0.4 / sqrt(density), 1, 10) tokens: the authors' program. At the
+               densities of its presets the clip makes the width 1.
+    "narrow"   the same without the clip: 0.4 / sqrt(density), the width that was meant
+    "linear"   a plane fitted to the anchors around, with Gaussian weights of that narrow width
+               (normalised convolution of first order, Knutsson and Westin 1993): exact for
+               constants, nearly so for slopes
+    "nearest"  the nearest anchor's value
+    "none"     0 (the paper's ablation)
+
+What depends on the anchors alone is made once per stage.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -19,21 +29,35 @@ from jaxtyping import Array, Bool, Float, Int
 from jitjax.anchors import AnchorSet
 from jitjax.latents import Grid
 
+RIDGE = 0.02
+"""Holds the slopes of "linear" back where anchors lie on one side, the more the farther they are:
+times the squared distance to the nearest anchor, whose weight in the fit is 1."""
+
 
 class Lifter(eqx.Module):
-    """What lifting needs to know about one stage's anchors.
+    """Lifts values on one stage's anchors.
 
     Attributes:
-        nearest: slot of each token's nearest anchor.
+        anchors: where the values are.
+        nearest: slot of each token's nearest anchor; among equally near ones the first.
         anchored: whether the token is an anchor itself.
+        weights: of each slot for each token, where the interpolator is "linear".
+        grid: rows and columns.
+        width: standard deviation of the Gaussian, in tokens.
+        kind: the interpolator.
     """
 
+    anchors: AnchorSet
     nearest: Int[Array, "b n"]
     anchored: Bool[Array, "b n"]
+    weights: Float[Array, "b n m"] | None
+    grid: Grid = eqx.field(static=True)
+    width: float = eqx.field(static=True)
+    kind: str = eqx.field(static=True)
 
     @classmethod
-    def build(cls, anchors: AnchorSet, grid: Grid) -> Lifter:
-        """Find each token's nearest anchor; among equally near ones the first slot wins."""
+    def build(cls, anchors: AnchorSet, grid: Grid, known: int, kind: str = "blur") -> Lifter:
+        """Prepare to lift from `known` anchors, the first slots of `anchors`."""
         rows, columns = np.indices(grid).reshape(2, -1, 1).astype(np.int32)
         far = grid[0] ** 2 + grid[1] ** 2
 
@@ -43,32 +67,79 @@ class Lifter(eqx.Module):
             squared = jnp.where(valid[None], (rows - row) ** 2 + (columns - column) ** 2, far)
             return jnp.argmin(squared, axis=1), jnp.min(squared, axis=1) == 0
 
-        return cls(*jax.vmap(one)(anchors.index, anchors.valid))
+        nearest, anchored = jax.vmap(one)(anchors.index, anchors.valid)
+        width = blur_width(known / (grid[0] * grid[1]), clip=kind == "blur")
+        weights = (
+            jax.vmap(partial(_plane_weights, grid, width))(anchors) if kind == "linear" else None
+        )
+        return cls(anchors, nearest, anchored, weights, grid, width, kind)
 
-    def __call__(
-        self, values: Float[Array, "b m d"], grid: Grid, density: float
-    ) -> Float[Array, "b n d"]:
-        """Lift `values` on the anchors, a share `density` of all tokens, to the whole grid."""
-        b, n = self.nearest.shape
-        field = jax.vmap(lambda v, i: v[i])(values, self.nearest)
-        down, across = (blur_matrix(side, blur_width(density), values.dtype) for side in grid)
+    def __call__(self, values: Float[Array, "b m d"]) -> Float[Array, "b n d"]:
+        """Lift `values` on the anchors to the whole grid; padded slots are not looked at."""
+        exact = jax.vmap(lambda v, i: v[i])(values, self.nearest)
+        if self.kind == "nearest":
+            return exact
+        if self.kind == "none":
+            others = jnp.zeros_like(exact)
+        elif self.kind == "linear":
+            known = jnp.where(self.anchors.valid[..., None], values, 0)
+            weights = self.weights.astype(values.dtype)
+            others = jnp.einsum("bnm,bmd->bnd", weights, known, precision="highest")
+        else:
+            others = self._blurred(exact)
+        return jnp.where(self.anchored[..., None], exact, others)
+
+    def _blurred(self, field: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        b, n, d = field.shape
+        down, across = (blur_matrix(side, self.width, field.dtype) for side in self.grid)
         blurred = jnp.einsum(
             "ip,jq,bpqd->bijd",
             down,
             across,
-            field.reshape(b, *grid, -1),
+            field.reshape(b, *self.grid, d),
             optimize="optimal",
             precision="highest",  # cheap here, and accelerators would round to fewer bits
         )
-        return jnp.where(self.anchored[..., None], field, blurred.reshape(b, n, -1))
+        return blurred.reshape(b, n, d)
 
 
-def blur_width(density: float) -> float:
-    """Standard deviation of the blur, in tokens: clip(0.4 / sqrt(density), 1, 10).
+def _plane_weights(grid: Grid, width: float, anchors: AnchorSet) -> Float[Array, "n m"]:
+    """What each slot adds to each token's value of the plane fitted around it (no batch axis).
 
-    Source: the authors' program. At the densities of its presets the clip makes it 1.
+    The plane a + b dr + c dc is the least-squares fit to the anchors at offsets (dr, dc), so its
+    value at the token, a, is a weighted sum of theirs. Gaussian weights are relative to that of
+    the nearest anchor, so that they do not vanish however far it is.
     """
-    return min(max(0.4 / math.sqrt(density), 1.0), 10.0)
+    rows, columns = np.indices(grid).reshape(2, -1, 1)
+    dr = (anchors.index // grid[1])[None] - rows
+    dc = (anchors.index % grid[1])[None] - columns
+    squared = jnp.where(anchors.valid[None], (dr**2 + dc**2).astype(jnp.float32), jnp.inf)
+    gap = squared.min(axis=1, keepdims=True)
+    w = jnp.exp((gap - squared) / (2 * width**2))
+    total = w.sum(axis=1, keepdims=True)
+    w = w / total
+
+    def mean(x: Array) -> Array:
+        return (w * x).sum(axis=1, keepdims=True)
+
+    # Around the anchors' mean place, so that constants are exact to rounding.
+    at_r, at_c = mean(dr.astype(w.dtype)), mean(dc.astype(w.dtype))
+    dr, dc = dr - at_r, dc - at_c
+    held = RIDGE * gap / total
+    rr, cc, rc = mean(dr**2) + held, mean(dc**2) + held, mean(dr * dc)
+    determinant = rr * cc - rc**2
+    safe = jnp.where(gap > 0, determinant, 1)  # on an anchor itself nothing is fitted
+    slope_r, slope_c = (cc * dr - rc * dc) / safe, (rr * dc - rc * dr) / safe
+    return w * (1 - at_r * slope_r - at_c * slope_c)
+
+
+def blur_width(density: float, clip: bool = True) -> float:
+    """Standard deviation of the blur, in tokens: 0.4 / sqrt(density), clipped to [1, 10].
+
+    Source: the authors' program.
+    """
+    width = 0.4 / math.sqrt(density)
+    return min(max(width, 1.0), 10.0) if clip else width
 
 
 def blur_matrix(side: int, width: float, dtype: jnp.dtype) -> Array:

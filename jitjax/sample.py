@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from jitjax.checkpoint import FluxParams
-from jitjax.config import AutoencoderConfig, Plan, get_plan
+from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, denoise
 from jitjax.latents import Grid, draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
+from jitjax.plan import Plan, get_plan
 from jitjax.text import Conditioning, encode_prompt
 
 

@@ -1,9 +1,6 @@
 """The staged solve, for any velocity function: SAG-ODE, micro-flow, SAG-ODE, ...
 
     noise --> [ SAG-ODE on few anchors ] --> transition --> [ SAG-ODE on more ] --> ... --> tokens
-                                                 |
-              last velocity u --> importance --> new anchors
-                              --> clean prediction x0 --> lifted --> noised = target of new tokens
 
 Nothing here knows FLUX: `jitjax.denoise` is this with FLUX plugged in.
 """
@@ -11,24 +8,45 @@ Nothing here knows FLUX: `jitjax.denoise` is this with FLUX plugged in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jitjax.anchors import AnchorSet, activate, local_variance
-from jitjax.config import Plan
+from jitjax.anchors import AnchorSet
+from jitjax.checks import check_finite_velocity, check_inputs
 from jitjax.latents import Grid
 from jitjax.lifter import Lifter
-from jitjax.solvers import Euler, integrate, remembering
-from jitjax.terms import MicroflowArgs, SagArgs, Velocity, microflow_ode, sag_ode
+from jitjax.plan import Plan
+from jitjax.solvers import Euler, evaluations_per_step, integrate, remembering
+from jitjax.terms import SagArgs, Velocity, sag_ode
+from jitjax.trace import Trace, Transition
+from jitjax.transition import transition
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What is static about a stage: one compiled program for each."""
+
+    velocity: Velocity
+    grid: Grid
+    budget: int
+    solver: diffrax.AbstractSolver
+
+    @property
+    def term(self) -> diffrax.ODETerm:
+        return sag_ode(self.velocity, self.grid, self.budget)
+
+
+@overload
+def jit_solve(*args: Any, trace: Literal[False] = False, **more: Any) -> Array: ...
+@overload
+def jit_solve(*args: Any, trace: Literal[True], **more: Any) -> tuple[Array, Trace]: ...
 def jit_solve(
     velocity: Velocity,
     noise: Float[Array, "b n d"],
@@ -38,203 +56,130 @@ def jit_solve(
     grid: Grid,
     first_anchors: Int[Array, "b k"] | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
+    random_scores: Float[Array, "b n"] | None = None,
     args: Any = None,
     solver: diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
     progress: Callable[[int], Any] | None = None,
-) -> Float[Array, "b n d"]:
+    check_finite: bool = False,
+    trace: bool = False,
+) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
     """Integrate from noise to clean tokens, on few tokens first (paper, algorithm 1).
 
     Args:
         velocity: see `jitjax.terms.Velocity`; hashable, best defined once, since each new
-            function is compiled anew. Evaluated exactly `plan.steps` times.
+            function is compiled anew. With Euler evaluated exactly `plan.steps` times.
         noise: state at `sigmas[0]`, float32 (or float64) tokens in row-major order.
-        sigmas: the noise levels that the steps run between.
-        plan: steps, stages, micro-flow.
+        sigmas: the falling noise levels that the steps run between.
+        plan: steps, stages, anchors, micro-flow.
         grid: rows and columns; rows * columns = n.
         first_anchors: the first stage's anchors; not needed by a plan of one stage.
         microflow_noise: noise of the new tokens' targets; by default the initial noise.
+        random_scores: by which `activation="random"` chooses new anchors; else not used.
         args: anything `velocity` needs, such as parameters: gradients flow to it.
         solver: a diffrax solver; Euler by default.
         text_tokens: tokens that the network adds to the anchors, for `plan.pad_to`.
         progress: called with 1 after every step. The steps are then run one by one from Python
             and the function cannot be traced; without it, it can.
+        check_finite: raise at the first step whose velocity is not finite; runs step by step
+            as with `progress`.
+        trace: also return what the run did.
 
     Returns:
-        tokens at `sigmas[-1]`, in the noise's dtype.
+        tokens at `sigmas[-1]`, in the noise's dtype; with `trace`, the tokens and a `Trace`.
 
     Raises:
-        ValueError: arrays whose shapes do not fit the plan and the grid, or first anchors that
-            are not distinct tokens of the grid.
+        ValueError: arrays that are not finite, whose shapes do not fit the plan and the grid, or
+            first anchors that are not distinct tokens of the grid. Before anything is compiled;
+            values that are being traced cannot be looked at.
+        FloatingPointError: a velocity is not finite (with `check_finite`).
     """
     n = grid[0] * grid[1]
-    budgets = plan.budgets(n)
-    _check(noise, sigmas, plan, grid, first_anchors, microflow_noise)
+    budgets = plan.budgets(n, text_tokens)
+    check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
+    if (progress or check_finite) and isinstance(noise, Tracer):
+        raise ValueError("progress and check_finite need values; expected none of them under jit")
     solver = remembering(solver or Euler())
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
+    states, sets, clean, transitions, slots = [], [], [], [], []
     for stage, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
-        known = None
+        lifter = None
         if budget < n:
-            slots = -(-(budget + text_tokens) // plan.pad_to) * plan.pad_to - text_tokens
-            known = _prepare(index, slots, grid)
-        anchors, lifter = known or (None, None)
-        sag = SagArgs(anchors, lifter, args)
-        static = (velocity, grid, budget, solver)
-        y, u = _drive(static, y, sigmas[start : end + 1], sag, progress)
-        if known is not None and end < plan.steps:
+            lifter = _prepare(index, plan.slots(budget, text_tokens), grid, plan.lift)
+        run = _Stage(velocity, grid, budget, solver)
+        y, u, every = _drive(
+            run, y, sigmas[start : end + 1], SagArgs(lifter, args), progress, check_finite, start,
+            trace,
+        )  # fmt: skip
+        happened: Transition | None = None
+        if trace:
+            states.append(every)
+            everywhere = jnp.broadcast_to(jnp.arange(n), (y.shape[0], n))
+            sets.append(everywhere if lifter is None else index)
+            clean.append(y - sigmas[end] * u)
+            slots += [n if lifter is None else lifter.anchors.index.shape[1]] * (end - start)
+        if lifter is not None and end < plan.steps and budgets[stage + 1] > budget:
             last = sigmas[end - 1], sigmas[end]
-            y, index = _transition(
-                plan, grid, budget, budgets[stage + 1], y, u, *last, *known, microflow_noise
-            )
+            y, index, happened = transition(
+                plan, budget, budgets[stage + 1], y, u, *last, lifter, microflow_noise,
+                random_scores,
+            )  # fmt: skip
+        if end < plan.steps:
+            transitions.append(happened)
         start = end
-    return y
+    if not trace:
+        return y
+    cost = evaluations_per_step(solver)
+    evaluations = None if cost is None else cost * plan.steps
+    record = Trace(
+        jnp.concatenate(states), tuple(sets), tuple(clean), tuple(transitions), tuple(slots),
+        evaluations,
+    )  # fmt: skip
+    return y, record
 
 
 def _drive(
-    static: tuple[Velocity, Grid, int, diffrax.AbstractSolver],
+    stage: _Stage,
     y: Array,
     sigmas: Array,
     sag: SagArgs,
     progress: Callable[[int], Any] | None,
-) -> tuple[Array, Array]:
-    """Run one stage, at once or step by step; return its last state and last velocity."""
-    if progress is None:
-        y, state = _solve_stage(*static, y, sigmas, sag, None)
-        return y, state[-1]
+    check_finite: bool,
+    first_step: int,
+    every_step: bool,
+) -> tuple[Array, Array, Array | None]:
+    """Run one stage, at once or step by step: its last state, last velocity and all states."""
+    if progress is None and not check_finite:
+        y, states, state = _solve(stage, every_step, y, sigmas, sag, None)
+        return y, state[-1], states
     # Made apart from the first step, so that all steps of a stage are one compiled program.
-    state = _first_state(*static, y, sigmas[:2], sag)
+    state = _first_state(stage, y, sigmas[:2], sag)
+    states = []
     for i in range(sigmas.shape[0] - 1):
-        y, state = _solve_stage(*static, y, sigmas[i : i + 2], sag, state)
+        y, one, state = _solve(stage, every_step, y, sigmas[i : i + 2], sag, state)
+        states.append(one)
+        if check_finite:
+            check_finite_velocity(state[-1], first_step + i, sigmas[i])
         y.block_until_ready()
-        progress(1)
-    return y, state[-1]
+        if progress:
+            progress(1)
+    return y, state[-1], jnp.concatenate(states) if every_step else None
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solve_stage(
-    velocity: Velocity,
-    grid: Grid,
-    budget: int,
-    solver: diffrax.AbstractSolver,
-    y: Array,
-    sigmas: Array,
-    sag: SagArgs,
-    state: Any,
-) -> tuple[Array, Any]:
-    return integrate(sag_ode(velocity, grid, budget), solver, y, sigmas, sag, state)
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve(
+    stage: _Stage, every_step: bool, y: Array, sigmas: Array, sag: SagArgs, state: Any
+) -> tuple[Array, Array | None, Any]:
+    return integrate(stage.term, stage.solver, y, sigmas, sag, state, every_step=every_step)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _first_state(
-    velocity: Velocity,
-    grid: Grid,
-    budget: int,
-    solver: diffrax.AbstractSolver,
-    y: Array,
-    sigmas: Array,
-    sag: SagArgs,
-) -> Any:
-    return solver.init(sag_ode(velocity, grid, budget), sigmas[0], sigmas[1], y, sag)
+@partial(jax.jit, static_argnums=0)
+def _first_state(stage: _Stage, y: Array, sigmas: Array, sag: SagArgs) -> Any:
+    return stage.solver.init(stage.term, sigmas[0], sigmas[1], y, sag)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _prepare(index: Int[Array, "b k"], slots: int, grid: Grid) -> tuple[AnchorSet, Lifter]:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _prepare(index: Int[Array, "b k"], slots: int, grid: Grid, lift: str) -> Lifter:
     anchors = AnchorSet.padded(index, slots, grid[0] * grid[1])
-    return anchors, Lifter.build(anchors, grid)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _transition(
-    plan: Plan,
-    grid: Grid,
-    known: int,
-    budget: int,
-    y: Float[Array, "b n d"],
-    u: Float[Array, "b n d"],
-    before: Array,
-    sigma: Array,
-    anchors: AnchorSet,
-    lifter: Lifter,
-    noise: Float[Array, "b n d"],
-) -> tuple[Float[Array, "b n d"], Int[Array, "b k"]]:
-    """Between two stages, at `sigma`: take up new anchors and move them to their targets.
-
-    Returns the state and the next stage's anchors.
-    """
-    n = grid[0] * grid[1]
-    # Which tokens are taken up is piecewise constant in the state: no gradient passes.
-    index, new = activate(anchors, jax.lax.stop_gradient(local_variance(u, grid)), known, budget)
-    fresh = AnchorSet.padded(new, new.shape[1], n)
-    clean = y - sigma * u  # Tweedie
-    lifted = lifter(anchors.gather(clean), grid, known / n)
-    target = fresh.gather((1 - sigma) * lifted + sigma * noise)
-    moved = microflow(plan, fresh.gather(y), target, before, sigma)
-    return fresh.scatter(y, moved), index
-
-
-def microflow(
-    plan: Plan,
-    y: Float[Array, "b k d"],
-    target: Float[Array, "b k d"],
-    start: Array,
-    end: Array,
-) -> Float[Array, "b k d"]:
-    """Move new tokens towards their targets by the plan's micro-flow, from `start` to `end`.
-
-    "hit" lets the flow end at `end`: Euler's step is the whole remaining way, so the target is
-    hit to rounding (paper, DMF). "blend" lets the same flow end `relax` times as far away, so
-    that one Euler step goes 1 / relax of the way (the authors' program).
-    """
-    times = plan.relax if plan.microflow == "blend" else 1.0
-    horizon = start + times * (end - start)
-    moved, _ = integrate(
-        microflow_ode, Euler(), y, jnp.stack([start, end]), MicroflowArgs(target, horizon)
-    )
-    return moved
-
-
-def _check(
-    noise: Array,
-    sigmas: Array,
-    plan: Plan,
-    grid: Grid,
-    first_anchors: Array | None,
-    microflow_noise: Array | None,
-) -> None:
-    n = grid[0] * grid[1]
-    if noise.ndim != 3 or noise.shape[1] != n:
-        raise ValueError(
-            f"noise is {list(noise.shape)}; expected [batch, {n}, channels] for a token grid of "
-            f"{grid[0]} x {grid[1]}"
-        )
-    if not jnp.issubdtype(noise.dtype, jnp.floating) or noise.dtype.itemsize < 4:
-        raise ValueError(f"noise is {noise.dtype}; expected float32 (or float64)")
-    if sigmas.shape != (plan.steps + 1,):
-        raise ValueError(f"sigmas is {list(sigmas.shape)}; expected [{plan.steps + 1}]")
-    if microflow_noise is not None and microflow_noise.shape != noise.shape:
-        raise ValueError(
-            f"microflow_noise is {list(microflow_noise.shape)}; expected the shape of noise, "
-            f"{list(noise.shape)}"
-        )
-    budget = plan.budgets(n)[0]
-    if budget == n:
-        return
-    if first_anchors is None:
-        raise ValueError(f"first_anchors is None; this plan needs [{noise.shape[0]}, {budget}]")
-    if first_anchors.shape != (noise.shape[0], budget):
-        raise ValueError(
-            f"first_anchors is {list(first_anchors.shape)}; expected "
-            f"{[noise.shape[0], budget]} (density {plan.densities[0]} of {n} tokens)"
-        )
-    if not jnp.issubdtype(first_anchors.dtype, jnp.integer):
-        raise ValueError(f"first_anchors is {first_anchors.dtype}; expected whole numbers")
-    if isinstance(first_anchors, Tracer):
-        return
-    values = np.asarray(first_anchors)
-    if values.min() < 0 or values.max() >= n:
-        raise ValueError(
-            f"first_anchors runs from {values.min()} to {values.max()}; expected 0 to {n - 1}"
-        )
-    if any(len(set(row)) != budget for row in values.tolist()):
-        raise ValueError("first_anchors names a token more than once in a sample")
+    return Lifter.build(anchors, grid, index.shape[1], lift)

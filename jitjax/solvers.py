@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffrax
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -68,11 +67,62 @@ class Secant(diffrax.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
 
+class AdamsBashforth2(diffrax.AbstractSolver):
+    """The two-step Adams-Bashforth method: second order for one network evaluation per step.
+
+    The velocity at the start of the step and that of the step before are extrapolated to the
+    mean over the step, with the true ratio r of step sizes: u + r / 2 (u - u_before). The first
+    step of every stage is Euler's, since the anchors' velocities jump there. The last entry of
+    the state is that mean.
+    """
+
+    term_structure = diffrax.AbstractTerm
+    interpolation_cls = diffrax.LocalLinearInterpolation
+
+    def order(self, terms: Any) -> int:
+        """Second."""
+        return 2
+
+    def init(
+        self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any
+    ) -> tuple[Array, Array, Array]:
+        """No velocity is known: a step of length 0 stands before the first one."""
+        return jnp.zeros_like(y0), jnp.zeros_like(terms.contr(t0, t1)), jnp.zeros_like(y0)
+
+    def step(
+        self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
+    ) -> tuple[Array, None, dict[str, Array], tuple[Array, Array, Array], diffrax.RESULTS]:
+        """One network evaluation, one step."""
+        before, last, _ = solver_state
+        velocity, step = terms.vf(t0, y0, args), terms.contr(t0, t1)
+        known = last != 0
+        ratio = jnp.where(known, step / jnp.where(known, last, 1), 0).astype(y0.dtype)
+        mean = velocity + ratio / 2 * (velocity - before)
+        y1 = y0 + terms.prod(mean, step)
+        state = (velocity, step, mean)
+        return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
+
+    def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
+        """The vector field."""
+        return terms.vf(t0, y0, args)
+
+
 def remembering(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
     """`solver` in a form that remembers the last velocity."""
     if type(solver) is diffrax.Euler:
         return Euler()
-    return solver if isinstance(solver, Euler | Secant) else Secant(solver)
+    return solver if isinstance(solver, Euler | Secant | AdamsBashforth2) else Secant(solver)
+
+
+def evaluations_per_step(solver: diffrax.AbstractSolver) -> int | None:
+    """Network evaluations of one step; None where the solver does not say."""
+    if isinstance(solver, Secant):
+        return evaluations_per_step(solver.solver)
+    if isinstance(solver, Euler | AdamsBashforth2):
+        return 1
+    if isinstance(solver, diffrax.AbstractERK) and not solver.tableau.fsal:
+        return solver.tableau.num_stages
+    return None
 
 
 class _StepTo(diffrax.StepTo):
@@ -106,13 +156,16 @@ def integrate(
     sigmas: Float[Array, " levels"],
     args: Any,
     state: Any = None,
-) -> tuple[Array, Any]:
+    *,
+    every_step: bool = False,
+) -> tuple[Array, Array | None, Any]:
     """Solve `term` through exactly the given sigmas.
 
     Returns:
-        the state at the last sigma, and the solver's own state there; given back as `state`,
-        the next call goes on as if there had been one.
+        the state at the last sigma; the states after every step, if asked for; and the solver's
+        own state. Given back as `state`, the next call goes on as if there had been one.
     """
+    steps = sigmas.shape[0] - 1
     solution = diffrax.diffeqsolve(
         term,
         solver,
@@ -122,10 +175,11 @@ def integrate(
         y0=y,
         args=args,
         stepsize_controller=_StepTo(ts=sigmas),
-        saveat=diffrax.SaveAt(t1=True, solver_state=True),
+        saveat=diffrax.SaveAt(t1=not every_step, steps=every_step, solver_state=True),
         solver_state=state,
-        max_steps=sigmas.shape[0] - 1,
+        max_steps=steps,
         throw=False,
     )
     assert solution.ys is not None
-    return jax.tree.map(lambda leaf: leaf[0], solution.ys), solution.solver_state
+    states = solution.ys if every_step else None
+    return solution.ys[-1], states, solution.solver_state

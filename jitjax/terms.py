@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jitjax.anchors import AnchorSet
 from jitjax.latents import Grid, positions
 from jitjax.lifter import Lifter
 
@@ -24,9 +23,8 @@ velocities [b, m, d]`: any transformer. `valid` is None when no slot is padding.
 
 
 class SagArgs(NamedTuple):
-    """Run-time arguments of the SAG-ODE. `anchors` and `lifter` are None when all tokens run."""
+    """Run-time arguments of the SAG-ODE. `lifter` is None when all tokens run."""
 
-    anchors: AnchorSet | None
     lifter: Lifter | None
     velocity_args: Any
 
@@ -44,15 +42,14 @@ def sag_ode(velocity: Velocity, grid: Grid, budget: int) -> diffrax.ODETerm:
     velocity = jax.jit(velocity)
 
     def vector_field(sigma: Any, y: Float[Array, "b n d"], args: SagArgs) -> Array:
-        if args.anchors is None or args.lifter is None:
+        if args.lifter is None:
             everywhere = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
             return velocity(y, everywhere, sigma, None, args.velocity_args).astype(y.dtype)
-        index = args.anchors.index
-        valid = args.anchors.valid if index.shape[1] > budget else None
-        u = velocity(
-            args.anchors.gather(y), positions(index, grid), sigma, valid, args.velocity_args
-        )
-        return args.lifter(u.astype(y.dtype), grid, budget / n)
+        anchors = args.lifter.anchors
+        valid = anchors.valid if anchors.index.shape[1] > budget else None
+        places = positions(anchors.index, grid)
+        u = velocity(anchors.gather(y), places, sigma, valid, args.velocity_args)
+        return args.lifter(u.astype(y.dtype))
 
     return diffrax.ODETerm(vector_field)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import jitjax
-from jitjax.config import Plan
 from jitjax.denoise import batch_keys
+from jitjax.plan import Plan
 
 PROMPT = "a large red circle"
 PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0))

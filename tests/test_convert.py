@@ -18,11 +18,13 @@ from safetensors.numpy import load_file, save_file
 
 from jitjax import checkpoint
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
-from jitjax.convert import diffusers as folders
+from jitjax.convert import writing
 from jitjax.convert.__main__ import main
-from jitjax.convert.diffusers import COMPONENTS, read_config, read_folder, write_folder
+from jitjax.convert.components import COMPONENTS, from_state
 from jitjax.convert.engine import ConversionError, Rule, check, expected_sources, leaf_shapes
-from jitjax.convert.tables import transformer_from_state, transformer_rules
+from jitjax.convert.reading import read_config, read_folder
+from jitjax.convert.tables import transformer_rules
+from jitjax.convert.writing import write_folder
 from jitjax.models import flux
 
 TRANSFORMER = TransformerConfig(
@@ -212,20 +214,20 @@ def test_all_misfits_are_one_error():
     assert str(caught.value).startswith("toy: 7 key(s) do not fit")
 
 
-def test_transformer_from_state():
+def test_from_state():
     shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, np.float32)
-    tree = transformer_from_state(state, TRANSFORMER)
+    tree = from_state("transformer", state, TRANSFORMER)
     assert leaf_shapes(tree) == shapes
     kernel = tree["double_blocks"]["image_attention"]["qkv"]["kernel"]
     for i, name in enumerate(("to_q", "to_k", "to_v")):
         expected = state[f"transformer_blocks.1.attn.{name}.weight"]
         np.testing.assert_array_equal(kernel[1, :, i].reshape(16, 16), expected.T)
-    narrow = transformer_from_state(state, TRANSFORMER, jnp.bfloat16)
+    narrow = from_state("transformer", state, TRANSFORMER, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype(jnp.bfloat16)}
     state["lora.weight"] = np.zeros(3, np.float32)
     with pytest.raises(ConversionError, match=r"unmatched key: lora\.weight"):
-        transformer_from_state(state, TRANSFORMER)
+        from_state("transformer", state, TRANSFORMER)
 
 
 def test_mixed_types_of_one_leaf_lose_nothing():
@@ -233,7 +235,7 @@ def test_mixed_types_of_one_leaf_lose_nothing():
     state = random_state(transformer_rules(TRANSFORMER), shapes, jnp.bfloat16)
     name = "transformer_blocks.0.attn.norm_q.weight"
     state[name] = (np.arange(8) / 3).astype(np.float32)
-    scale = transformer_from_state(state, TRANSFORMER)["double_blocks"]["image_attention"]
+    scale = from_state("transformer", state, TRANSFORMER)["double_blocks"]["image_attention"]
     scale = scale["query_norm"]["scale"]
     assert scale.dtype == np.float32
     np.testing.assert_array_equal(scale[0], state[name])
@@ -244,7 +246,7 @@ def test_what_float16_cannot_hold_is_told():
     state = random_state(transformer_rules(TRANSFORMER), shapes, np.float32)
     state["proj_out.bias"][0] = 1e5
     with pytest.raises(ConversionError, match="image_out/bias does not fit into float16"):
-        transformer_from_state(state, TRANSFORMER, np.float16)
+        from_state("transformer", state, TRANSFORMER, np.float16)
 
 
 # --------------------------------------------------------------------------------- the folders
@@ -394,7 +396,7 @@ def test_an_interrupted_write_leaves_nothing(params, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(folders, "save_file", interrupted)
+    monkeypatch.setattr(writing, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(params, target, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.build import random_tree
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config
 from jitjax.convert.autoencoder_tables import autoencoder_rules
@@ -43,14 +44,7 @@ RULES = {"t5": t5_rules, "clip": clip_rules, "autoencoder": autoencoder_rules}
 
 def random_params(name: str, dtype=jnp.float32, seed: int = 0):
     module, config = MODELS[name]
-    rng = np.random.default_rng(seed)
-
-    def leaf(struct):
-        width = struct.shape[-1] if len(struct.shape) == 1 else math.prod(struct.shape[:-1])
-        scale = 0.5 if len(struct.shape) == 1 else width**-0.5
-        return jnp.asarray(rng.normal(0, scale, struct.shape), struct.dtype)
-
-    return jax.tree.map(leaf, module.abstract_params(config, dtype))
+    return random_tree(module.abstract_params(config, dtype), seed)
 
 
 @pytest.mark.parametrize(

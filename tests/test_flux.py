@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.build import random_tree
 from jaxtyping import config as jaxtyping_config
 
 from jitjax.config import TransformerConfig
@@ -32,11 +33,7 @@ MODEL = FluxTransformer(CONFIG)
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype),
-        abstract_params(CONFIG),
-    )
+    return random_tree(abstract_params(CONFIG), seed=0)
 
 
 def inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:

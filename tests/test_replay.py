@@ -2,98 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import build
 
-from jitjax.anchors import AnchorSet, activate, local_variance
-from jitjax.checkpoint import FluxParams
-from jitjax.config import CLIPConfig, FluxConfig, T5Config
-from jitjax.denoise import denoise
-from jitjax.lifter import Lifter
+from benchmarks import replay
 from jitjax.schedule import beta_sigmas
-from jitjax.solve import microflow
-from jitjax.text import Conditioning
 
-
-def relative(got: Any, expected: np.ndarray) -> float:
-    return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
+CONFIG = build.HERE / "flux_random_transformer.json"
 
 
 @pytest.fixture(scope="module")
-def params() -> FluxParams:
-    transformer, config = build.recorded_transformer()
-    whole = FluxConfig(
-        transformer=config,
-        t5=T5Config(d_model=config.joint_attention_dim),
-        clip=CLIPConfig(hidden_size=config.pooled_projection_dim, num_attention_heads=4),
-    )
-    return FluxParams(transformer, {}, {}, {}, whole, "")
+def params():
+    return replay.read_transformer(build.TRANSFORMER, CONFIG)
 
 
-@pytest.mark.parametrize("pad_to", [1, 64])
-@pytest.mark.parametrize("name", build.RECORDINGS)
-def test_final_latents_are_those_of_the_authors_program(params, name, pad_to):
-    arrays, plan = build.recording(name)
-    conditioning = Conditioning(
-        jnp.asarray(arrays["prompt_embeds"]), jnp.asarray(arrays["pooled_prompt_embeds"])
+def run(recording, capsys, *more: str) -> tuple[int, str]:
+    status = replay.main(
+        [str(recording), "--transformer", str(build.TRANSFORMER), "--config", str(CONFIG), *more]
     )
-    with jax.default_matmul_precision("highest"):
-        out = denoise(
-            params,
-            conditioning,
-            jnp.asarray(arrays["noise_tokens"]),
-            plan=plan.replace(pad_to=pad_to),
-            grid=tuple(arrays["grid"].tolist()),
-            guidance=float(arrays["guidance"]),
-            microflow_noise=jnp.asarray(arrays["microflow_noise"]),
-            first_anchors=jnp.asarray(arrays["anchors_initial"]),
-        )
-    # Float32 on both sides; 18 steps of rounding in another order of summation.
-    assert relative(out, arrays["latents_final"]) < 1e-4
+    return status, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", build.RECORDINGS)
-def test_each_transition_is_that_of_the_authors_program(name):
-    arrays, plan = build.recording(name)
-    grid = tuple(arrays["grid"].tolist())
-    n = grid[0] * grid[1]
-    index = jnp.asarray(arrays["anchors_initial"])[None]
-    for k, end in enumerate(plan.stage_steps[:-1]):
-        known, budget = plan.budgets(n)[k : k + 2]
-        before, sigma = arrays["sigmas"][end - 1 : end + 1]
-        y = jnp.asarray(arrays["states"][end - 1])
-        # The velocity of the last step, from the two states around it.
-        previous = jnp.asarray(arrays["states"][end - 2])
-        u = (y - previous) / (sigma - before)
-        importance = local_variance(u, grid)
-        # u is a difference of states over a small step: it carries their rounding, enlarged.
-        expected = arrays[f"importance_{k}"].reshape(1, -1)
-        assert relative(importance, expected) < 1e-3
-        anchors = AnchorSet.padded(index, known, n)
-        clean = y - sigma * u
-        assert relative(clean, arrays[f"x0_{k}"]) < 1e-4
-        index, new = activate(anchors, jnp.asarray(expected), known, budget)
-        order = np.sort if budget == n else np.asarray  # the program lists a full set in no order
-        np.testing.assert_array_equal(order(index[0]), order(arrays[f"anchors_next_{k}"]))
-        new = jnp.asarray(arrays[f"microflow_new_{k}"])[None]
-        lifted = Lifter.build(anchors, grid)(
-            anchors.gather(jnp.asarray(arrays[f"x0_{k}"])), grid, known / n
-        )
-        fresh = AnchorSet.padded(new, new.shape[1], n)
-        noised = (1 - sigma) * lifted + sigma * jnp.asarray(arrays["microflow_noise"])
-        target = fresh.gather(noised)
-        assert relative(target, arrays[f"microflow_target_{k}"]) < 1e-6
-        moved = microflow(plan, fresh.gather(y), target, jnp.float32(before), jnp.float32(sigma))
-        after = fresh.scatter(y, moved)
-        assert relative(after, arrays[f"microflow_after_{k}"]) < 1e-6
+def test_replay_of_the_authors_program(name, capsys):
+    """Every array on the way, and the result. Float32 on both sides, summed in other orders."""
+    status, out = run(build.HERE / f"{name}.npz", capsys, "--tolerance", "1e-4")
+    print(out)
+    assert status == 0
+    lines = out.strip().splitlines()
+    assert lines[-1].startswith("latents_final max_abs=")
+    told = {line.split()[0] for line in lines}
+    recorded = set(np.load(build.HERE / f"{name}.npz").files)
+    assert told == recorded - set(replay.NEEDED) - {"guidance"} | {"latents_final"}
+    relative = [float(value) for value in re.findall(r"rel=(\S+)", out)]
+    assert max(relative) < 1e-4
+    assert set(re.findall(r"not_in_common=(\d+)/", out)) == {"0"}
+
+
+@pytest.mark.parametrize("pad_to", [64, 128])
+@pytest.mark.parametrize("name", build.RECORDINGS)
+def test_padding_changes_nothing(params, name, pad_to):
+    arrays = replay.read_recording(build.HERE / f"{name}.npz")
+    plan = replay.recorded_plan(arrays).replace(pad_to=pad_to)
+    tokens, trace = replay.replay(params, arrays, plan)
+    assert (trace.slots[0] + arrays["prompt_embeds"].shape[1]) % pad_to == 0
+    assert replay.difference(np.asarray(tokens), arrays["latents_final"])[1] < 1e-4
+
+
+def test_a_recording_with_only_what_is_needed(tmp_path, capsys):
+    arrays = replay.read_recording(build.HERE / "jit_7x_16x16.npz")
+    kept = {name: arrays[name] for name in (*replay.NEEDED, "guidance")}
+    np.savez(tmp_path / "bare.npz", **kept)
+    status, out = run(tmp_path / "bare.npz", capsys)
+    assert status == 0
+    assert len(out.strip().splitlines()) == 1
+    # Another result is told, by the exit status too; so is one that is not a number.
+    for wrong in (kept["latents_final"] * 1.01, kept["latents_final"] * np.nan):
+        np.savez(tmp_path / "wrong.npz", **(kept | {"latents_final": wrong}))
+        assert run(tmp_path / "wrong.npz", capsys)[0] == 1
+    del kept["sigmas"]
+    np.savez(tmp_path / "less.npz", **kept)
+    assert run(tmp_path / "less.npz", capsys)[0] == 2
+    (tmp_path / "half.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:5000])
+    assert run(tmp_path / "half.npz", capsys)[0] == 2
+
+
+def test_r_zero_sets_new_tokens_to_their_target(params):
+    arrays = replay.read_recording(build.HERE / "jit_7x_16x16.npz")
+    arrays["microflow_relax_steps"] = np.array(0)
+    plan = replay.recorded_plan(arrays)
+    assert plan.microflow == "hit"
+    _, trace = replay.replay(params, arrays, plan)
+    happened = trace.transitions[0]
+    after = np.asarray(happened.after)[0, np.asarray(happened.new)[0]]
+    np.testing.assert_allclose(after, happened.target[0], rtol=1e-5, atol=1e-5)
+    # Up to here the run is the recorded one.
+    theirs = arrays["microflow_target_0"]
+    order = np.argsort(happened.new[0]), np.argsort(arrays["microflow_new_0"])
+    ours = np.asarray(happened.target)[0, order[0]]
+    assert replay.difference(ours, theirs[0, order[1]])[1] < 1e-4
 
 
 @pytest.mark.parametrize("name", build.RECORDINGS)
 def test_the_beta_schedule_is_that_of_the_authors_program(name):
-    arrays, plan = build.recording(name)
-    np.testing.assert_allclose(beta_sigmas(plan.steps), arrays["sigmas"], rtol=1e-6)
+    arrays = replay.read_recording(build.HERE / f"{name}.npz")
+    steps = len(arrays["sigmas"])
+    np.testing.assert_allclose(beta_sigmas(steps), arrays["sigmas"], rtol=1e-6)

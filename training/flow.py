@@ -41,7 +41,8 @@ from training.scenes import caption
 
 SHIFT = {128: 3.0, 256: 2.5, 512: 2.5}  # of the training sigmas; few tokens are for the layout
 BATCH = {128: 64, 256: 20, 512: 6}
-COUNT = {128: 8_192, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
+COUNT = {128: 12_288, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
+TEXT = {128: 16, 256: 16, 512: None}  # text states that the transformer sees; None: all
 
 
 def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
@@ -77,11 +78,11 @@ def draw(latents: Latents, seed: tuple[int, ...], batch: int, position: int, dro
 
 
 @torch.no_grad()
-def push(teacher: TinyFlux, x, sigma, guidance, texts, ids) -> torch.Tensor:
+def push(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
     """What guidance g adds to the velocity: `(g - 1) (u - u0)`, u0 that of the empty prompt."""
     pair = []
     for words in ([""] * len(texts), texts):
-        pair.append(teacher(x, sigma, guidance, *teacher.encode(words), ids))
+        pair.append(teacher(x, sigma, guidance, *teacher.encode(words, length), ids))
     return (guidance[:, None, None] - 1) * (pair[1] - pair[0]).float()
 
 
@@ -192,8 +193,8 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             target = noise - x0
             if teacher:
-                target = target + push(teacher, x, sigma, guidance, texts, ids)
-            u = model(x, sigma, guidance, *model.encode(texts), ids)
+                target = target + push(teacher, x, sigma, guidance, texts, ids, TEXT[side])
+            u = model(x, sigma, guidance, *model.encode(texts, TEXT[side]), ids)
         loss = (u.float() - target).square().mean()
         loss.backward()
         used = share_gradients(named, time.monotonic() - start)

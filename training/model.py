@@ -84,13 +84,19 @@ class TinyFlux(nn.Module):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """T5 states [batch, 48, 96] and CLIP's pooled output [batch, 64], as in FluxPipeline."""
+    def encode(
+        self, texts: list[str], length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5 states [batch, 48, 96] and CLIP's pooled output [batch, 64], as in FluxPipeline.
+
+        `length` keeps the first states only: a caption of one shape has at most 15 tokens, and the
+        padding after it would be two fifths of all tokens at 128 px.
+        """
         ids = token_ids(self.clip_tokenizer, texts)
         # Causal attention: what follows the first end token cannot change the pooled output.
         needed = (ids != self.clip_tokenizer.eos_token_id).sum(dim=1).max() + 1
         pooled = self.clip(ids[:, :needed]).pooler_output
-        return self.t5(token_ids(self.t5_tokenizer, texts))[0], pooled
+        return self.t5(token_ids(self.t5_tokenizer, texts))[0][:, :length], pooled
 
     def forward(self, x, sigma, guidance, states, pooled, ids) -> torch.Tensor:
         """Velocity [batch, tokens, 64] at `sigma` [batch]; `ids` from `positions`."""

@@ -34,6 +34,7 @@ from jitjax.models.layers import (
     modulation,
     rotations,
     sinusoids,
+    wide,
 )
 
 SCALE = 1000.0
@@ -150,7 +151,7 @@ class FluxTransformer(nn.Module):
         guidance: Float[Array, " b"] | Float[Array, ""] | float | None = None,
         valid: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b n c"]:
-        """Velocities dy/dsigma of the tokens, float32.
+        """Velocities dy/dsigma of the tokens, float32 (float64 where `dtype` is).
 
         Args:
             tokens: noisy latents, 2 x 2 latent pixels per token. Any subset of the grid's tokens,
@@ -184,8 +185,9 @@ class FluxTransformer(nn.Module):
             return vector(name, sinusoids(value * SCALE))
 
         def vector(name: str, value: Array) -> Array:
-            # Small, and everything downstream hangs on it: float32 whatever `dtype` is.
-            return Perceptron(config.hidden, config.hidden, "silu", name=name)(value)
+            # Small, and everything downstream hangs on it: never narrower than float32.
+            hidden = config.hidden
+            return Perceptron(hidden, hidden, "silu", dtype=wide(dtype), name=name)(value)
 
         conditioning = scalar("sigma_in", sigma) + vector("pooled_in", pooled)
         if config.guidance_embeds:
@@ -208,7 +210,7 @@ class FluxTransformer(nn.Module):
         # Here the reference has the scale first, unlike in its blocks.
         scale, shift = modulation(conditioning, 2, dtype, "final_modulation")
         out = nn.Dense(channels, dtype=dtype, name="image_out")(modulate(image, shift, scale))
-        out = out.astype(jnp.float32)
+        out = out.astype(wide(dtype))
         return out if valid is None else jnp.where(valid[:, :, None], out, 0)
 
 

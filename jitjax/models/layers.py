@@ -1,7 +1,7 @@
 """Pieces of the FLUX transformer: embeddings of scalars, rotary positions, attention, MLP.
 
 Whatever the `dtype` of the network, sinusoids, rotations and normalisations are computed in
-float32: they are cheap, and the first to suffer from rounding.
+float32 (float64 for a float64 network): they are cheap, and the first to suffer from rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ THETA = 10_000.0
 """Base of the rotary frequencies, one for all position axes."""
 
 Rotation = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
+
+
+def wide(dtype: Any) -> Any:
+    """float32, or float64 where `dtype` is."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def sinusoids(values: Float[Array, " b"], width: int = SCALAR_WIDTH) -> Float[Array, "b width"]:
@@ -59,9 +64,9 @@ def rotations(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> R
 
 
 def rotate(x: Float[Array, "b s heads width"], rotation: Rotation) -> Float[Array, ...]:
-    """Turn neighbouring channel pairs of `x` by their angles. float32 inside and out."""
+    """Turn neighbouring channel pairs of `x` by their angles, in float32 or wider."""
     cos, sin = rotation
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(wide(x.dtype)).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape)
@@ -70,12 +75,12 @@ def rotate(x: Float[Array, "b s heads width"], rotation: Rotation) -> Float[Arra
 def modulate(
     x: Float[Array, "b s h"], shift: Float[Array, "b h"], scale: Float[Array, "b h"]
 ) -> Float[Array, "b s h"]:
-    """LayerNorm without weights, then `x * (1 + scale) + shift`; float32 inside."""
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
+    """LayerNorm without weights, then `x * (1 + scale) + shift`; float32 inside, or wider."""
+    inner = x.astype(wide(x.dtype))
+    centred = inner - inner.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(variance + EPSILON)
-    scale, shift = (v.astype(jnp.float32)[:, None, :] for v in (scale, shift))
+    scale, shift = (v.astype(inner.dtype)[:, None, :] for v in (scale, shift))
     return (normal * (1 + scale) + shift).astype(x.dtype)
 
 
@@ -118,7 +123,7 @@ def modulation(
 class Projections(nn.Module):
     """Queries, keys and values of one stream, from one matrix product; queries and keys normed.
 
-    Queries and keys are float32, because the rotation follows.
+    Queries and keys are float32 or wider, because the rotation follows.
     """
 
     heads: int
@@ -129,7 +134,7 @@ class Projections(nn.Module):
     def __call__(self, x: Float[Array, "b s h"]) -> tuple[Array, Array, Array]:
         features = (3, self.heads, self.width)
         qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
-        norm = {"epsilon": EPSILON, "dtype": jnp.float32}
+        norm = {"epsilon": EPSILON, "dtype": wide(self.dtype)}
         query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
         key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
         return query, key, qkv[:, :, 2]

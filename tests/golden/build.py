@@ -1,4 +1,4 @@
-"""Small random pipelines and the recordings of the authors' program, for tests."""
+"""Small random pipelines, for tests; and where the recordings of the authors' program are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from jitjax.checkpoint import FluxParams, abstract_params
@@ -17,14 +16,13 @@ from jitjax.config import (
     AutoencoderConfig,
     CLIPConfig,
     FluxConfig,
-    Plan,
     T5Config,
     TransformerConfig,
 )
-from jitjax.convert.tables import transformer_from_state
 
 HERE = Path(__file__).parent
 RECORDINGS = ("jit_7x_16x16", "jit_4x_16x24")
+TRANSFORMER = HERE / "flux_random_transformer.safetensors"
 WORDS = [
     "a",
     "red",
@@ -43,31 +41,6 @@ WORDS = [
     "grey",
     "background",
 ]
-
-
-def recording(name: str) -> tuple[dict[str, np.ndarray], Plan]:
-    """Arrays of one recording, and the plan that they were made by."""
-    arrays = dict(np.load(HERE / f"{name}.npz"))
-    steps = len(arrays["sigmas"])
-    relax = int(arrays["microflow_relax_steps"])
-    plan = Plan(
-        steps,
-        tuple(arrays["densities"].tolist()),
-        tuple(int(s) / steps for s in arrays["stage_steps"]),
-        schedule=tuple(arrays["sigmas"].tolist()),
-        microflow="blend" if relax else "hit",
-        relax=float(relax or 1),
-        microflow_noise="fresh",
-    )
-    return arrays, plan
-
-
-def recorded_transformer() -> tuple[dict[str, Any], TransformerConfig]:
-    """Parameters and configuration of the transformer that the recordings were made with."""
-    raw = json.loads((HERE / "flux_random_transformer.json").read_text())
-    config = TransformerConfig.from_diffusers(raw)
-    state = load_file(HERE / "flux_random_transformer.safetensors")
-    return transformer_from_state(state, config), config
 
 
 SMALL = FluxConfig(
@@ -104,7 +77,7 @@ def random_tree(shapes: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        width = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+        width = leaf.shape[-2] if len(leaf.shape) > 1 else 4
         return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(width), leaf.dtype)
 
     return jax.tree.map(draw, shapes)

@@ -10,20 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from jitjax.config import AutoencoderConfig  # noqa: E402
 from jitjax.convert import engine  # noqa: E402
-from jitjax.convert.autoencoder_tables import (  # noqa: E402
-    AUTOENCODER_IGNORED,
-    autoencoder_rules,
-)
+from jitjax.convert.autoencoder_tables import autoencoder_rules  # noqa: E402
+from jitjax.convert.components import from_state  # noqa: E402
 from jitjax.models.autoencoder import Autoencoder, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
-
-TOLERANCE = 1e-4  # of the largest value; about 1e-6 is measured
 
 CONFIGS = {
     "as FLUX": AutoencoderConfig(
@@ -55,39 +51,7 @@ def reference(config: AutoencoderConfig):
         up_block_types=["UpDecoderBlock2D"] * levels,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).eval()
-
-
-def perturbed(model, seed: int):
-    """Gives every parameter a value that no other could stand in for."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.ndim == 1:
-                value.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
-            else:
-                value.copy_(noise / value[0].numel() ** 0.5)
-    return model
-
-
-def converted(model, config: AutoencoderConfig):
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    rules, shapes = autoencoder_rules(config), engine.leaf_shapes(abstract_params(config))
-    sources = {name: value.shape for name, value in state.items()}
-    engine.check(rules, shapes, sources, what="autoencoder", ignored=AUTOENCODER_IGNORED)
-    flat = {
-        rule.target: engine.apply(rule, state.__getitem__, shapes[rule.target], np.float32)
-        for rule in rules
-    }
-    return engine.unflatten_dict(flat, sep="/")
-
-
-def error(got, expected) -> float:
-    """Largest difference, of an NHWC array to an NCHW tensor, over the largest value."""
-    got, expected = np.asarray(got), expected.permute(0, 2, 3, 1).numpy()
-    assert got.shape == expected.shape
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +62,7 @@ def test_encode_decode(name: str, batch: int):
     model = perturbed(reference(config), seed=batch)
     with torch.no_grad():  # some log variances beyond their limits, on both sides
         model.encoder.conv_out.weight[config.latent_channels :] *= 20
-    params = {"params": converted(model, config)}
+    params = {"params": from_state("autoencoder", state_of(model), config)}
     rng = np.random.default_rng(batch)
     images = rng.uniform(-1, 1, (batch, 40, 24, config.in_channels)).astype(np.float32)
     latents = rng.standard_normal((batch, 5, 3, config.latent_channels)).astype(np.float32)
@@ -111,7 +75,8 @@ def test_encode_decode(name: str, batch: int):
         decode = jax.jit(lambda p, x: module.apply(p, x, method="decode"))
         mean, logvar = encode(params, jnp.asarray(images))
         image = decode(params, jnp.asarray(latents))
-    errors = error(mean, dist.mean), error(logvar, dist.logvar), error(image, decoded)
+    pairs = (mean, dist.mean), (logvar, dist.logvar), (image, decoded)
+    errors = [error(got, expected.permute(0, 2, 3, 1)) for got, expected in pairs]
     print(f"autoencoder {name}, {batch}:", *(f"{e:.1e}" for e in errors))
     assert max(errors) < TOLERANCE
     assert mean.shape == (batch, 40 // config.factor, 24 // config.factor, config.latent_channels)
@@ -131,7 +96,7 @@ def test_written_back(tmp_path):
     """What the table writes, diffusers loads, with nothing missing or left over."""
     config = CONFIGS["narrower below"]
     model = perturbed(reference(config), seed=0)
-    flat = engine.flatten_dict(converted(model, config), sep="/")
+    flat = engine.flatten_dict(from_state("autoencoder", state_of(model), config), sep="/")
     written: dict[str, np.ndarray] = {}
     for rule in autoencoder_rules(config):
         written |= engine.invert(rule, flat[rule.target])

@@ -12,22 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jitjax.config import CLIPConfig  # noqa: E402
 from jitjax.convert import engine  # noqa: E402
-from jitjax.convert.text_tables import (  # noqa: E402
-    CLIP_ALIASES,
-    CLIP_IGNORED,
-    canonical_names,
-    clip_rules,
-)
+from jitjax.convert.components import from_state  # noqa: E402
+from jitjax.convert.text_tables import clip_rules  # noqa: E402
 from jitjax.models.clip import CLIPText, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
-
-TOLERANCE = 1e-4  # of the largest value; about 1e-6 is measured
 
 CONFIGS = {
     "quick gelu, old end of text": CLIPConfig(
@@ -61,38 +55,7 @@ def torch_config(config: CLIPConfig):
 
 
 def reference(config: CLIPConfig, seed: int):
-    """A transformers model in which no parameter has a value that another could stand in for."""
-    model = transformers.CLIPTextModel(torch_config(config)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                value.copy_(1 + 0.2 * noise)
-            elif value.ndim == 1:
-                value.copy_(0.3 * noise)
-            elif "embedding" in name:
-                value.copy_(noise)
-            else:
-                value.copy_(noise / value.shape[1] ** 0.5)
-    return model
-
-
-def converted(state: dict[str, np.ndarray], config: CLIPConfig):
-    """The parameter tree, from a state dictionary in any spelling."""
-    rules, shapes = clip_rules(config), engine.leaf_shapes(abstract_params(config))
-    names = canonical_names(state, CLIP_ALIASES)
-    sources = {name: state[own].shape for name, own in names.items()}
-    engine.check(rules, shapes, sources, what="clip", ignored=CLIP_IGNORED)
-    flat = {
-        rule.target: engine.apply(rule, lambda n: state[names[n]], shapes[rule.target], np.float32)
-        for rule in rules
-    }
-    return engine.unflatten_dict(flat, sep="/")
-
-
-def state_of(model) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
+    return perturbed(transformers.CLIPTextModel(torch_config(config)), seed)
 
 
 def run(config: CLIPConfig, params, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,11 +63,6 @@ def run(config: CLIPConfig, params, ids: np.ndarray) -> tuple[np.ndarray, np.nda
         encode = jax.jit(CLIPText(config).apply)
         hidden, pooled = encode({"params": params}, jnp.asarray(ids))
     return np.asarray(hidden), np.asarray(pooled)
-
-
-def error(got: np.ndarray, expected: np.ndarray) -> float:
-    assert got.shape == expected.shape
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 def texts(config: CLIPConfig, length: int) -> np.ndarray:
@@ -129,7 +87,7 @@ def test_text(name: str, batch: int, length: int):
     ids = texts(config, length)[:batch]
     with torch.no_grad():
         expected = model(torch.from_numpy(ids))
-    hidden, pooled = run(config, converted(state_of(model), config), ids)
+    hidden, pooled = run(config, from_state("clip", state_of(model), config), ids)
     hidden_error = error(hidden, expected.last_hidden_state.numpy())
     pooled_error = error(pooled, expected.pooler_output.numpy())
     print(f"CLIP {name}, {batch} x {length}: {hidden_error:.1e}, {pooled_error:.1e}")
@@ -159,18 +117,20 @@ def test_both_spellings(tmp_path):
     long = {f"text_model.{name}": value for name, value in short.items()}
     numbers = {"text_model.embeddings.position_ids": np.arange(23)[None]}
     ids = np.arange(7)[None]
-    outputs = [run(config, converted(s, config), ids)[0] for s in (saved, short, long | numbers)]
+    outputs = [
+        run(config, from_state("clip", s, config), ids)[0] for s in (saved, short, long | numbers)
+    ]
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
     with pytest.raises(engine.ConversionError, match=r"unmatched key: final_layer_norm.bias"):
-        converted(long | {"final_layer_norm.bias": short["final_layer_norm.bias"]}, config)
+        from_state("clip", long | {"final_layer_norm.bias": short["final_layer_norm.bias"]}, config)
 
 
 def test_written_back(tmp_path):
     """What the table writes, transformers loads, with nothing missing or left over."""
     config = CONFIGS["quick gelu, old end of text"]
     state = state_of(reference(config, seed=0))
-    flat = engine.flatten_dict(converted(state, config), sep="/")
+    flat = engine.flatten_dict(from_state("clip", state, config), sep="/")
     written: dict[str, np.ndarray] = {}
     for rule in clip_rules(config):
         written |= engine.invert(rule, flat[rule.target])

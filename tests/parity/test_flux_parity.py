@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +12,18 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
+
 from jitjax.config import TransformerConfig  # noqa: E402
-from jitjax.convert.diffusers import COMPONENTS, Weights, write_folder  # noqa: E402
+from jitjax.convert.components import COMPONENTS, from_state  # noqa: E402
 from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
-from jitjax.convert.tables import transformer_from_state, transformer_rules  # noqa: E402
+from jitjax.convert.reading import Weights  # noqa: E402
+from jitjax.convert.tables import transformer_rules  # noqa: E402
 from jitjax.convert.text_tables import canonical_names  # noqa: E402
+from jitjax.convert.writing import write_folder  # noqa: E402
 from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity
-
-TOLERANCE = (
-    1e-4  # of the largest value; 1e-6 to 1e-5 is measured (sinusoids of guidance in the thousands)
-)
 
 CONFIGS = {
     "guidance": TransformerConfig(
@@ -61,23 +63,7 @@ CONFIGS = {
 
 
 def reference(config: TransformerConfig, seed: int):
-    """A diffusers model in which no parameter has a value that another could stand in for."""
-    sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    model = diffusers.FluxTransformer2DModel(**sizes).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.ndim == 2:
-                value.copy_(noise / value.shape[1] ** 0.5)
-            else:
-                value.copy_(0.2 * noise + (1.0 if ".norm_" in name else 0.0))
-    return model
-
-
-def converted(model, config: TransformerConfig):
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    return transformer_from_state(state, config)
+    return perturbed(diffusers.FluxTransformer2DModel(**dataclasses.asdict(config)), seed)
 
 
 def inputs(config: TransformerConfig, batch: int, grid: tuple[int, int], words: int, seed: int):
@@ -122,10 +108,6 @@ def run(config: TransformerConfig, params, given: dict, **more) -> np.ndarray:
         return np.asarray(apply({"params": params}, **given))
 
 
-def error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("name", "grid", "words"),
@@ -136,7 +118,9 @@ def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: i
     model = reference(config, seed=1)
     given = inputs(config, batch, grid, words, seed=2)
     expected = run_reference(model, config, given)
-    relative = error(run(config, converted(model, config), given), expected)
+    relative = error(
+        run(config, from_state("transformer", state_of(model), config), given), expected
+    )
     print(f"{name}, batch {batch}: relative error {relative:.1e}")
     assert relative < TOLERANCE
 
@@ -155,7 +139,9 @@ def test_padding_equals_diffusers_without_it(garbage: float):
     for key in ("tokens", "positions"):
         padded[key] = np.full((3, 20, given[key].shape[-1]), garbage, np.float32)
         padded[key][:, places] = given[key]
-    got = run(config, converted(model, config), given | padded, valid=valid)
+    got = run(
+        config, from_state("transformer", state_of(model), config), given | padded, valid=valid
+    )
     relative = error(got[:, places], expected)
     print(f"padding of {garbage}: relative error {relative:.1e}")
     assert relative < TOLERANCE

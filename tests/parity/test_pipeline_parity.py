@@ -9,9 +9,9 @@ import pytest
 
 import jitjax
 from jitjax.checkpoint import BUNDLED
-from jitjax.config import Plan
 from jitjax.latents import pack
 from jitjax.models.autoencoder import Autoencoder, to_latents
+from jitjax.plan import Plan
 from jitjax.text import tokenize
 
 torch = pytest.importorskip("torch")

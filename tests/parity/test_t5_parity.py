@@ -12,22 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jitjax.config import T5Config  # noqa: E402
 from jitjax.convert import engine  # noqa: E402
-from jitjax.convert.text_tables import (  # noqa: E402
-    T5_ALIASES,
-    T5_IGNORED,
-    canonical_names,
-    t5_rules,
-)
+from jitjax.convert.components import from_state  # noqa: E402
+from jitjax.convert.text_tables import t5_rules  # noqa: E402
 from jitjax.models.t5 import T5Encoder, abstract_params, relative_buckets  # noqa: E402
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
-
-TOLERANCE = 1e-4  # of the largest value; about 2e-6 is measured
 
 CONFIGS = {
     "wide heads": T5Config(
@@ -51,36 +45,7 @@ def torch_config(config: T5Config):
 
 
 def reference(config: T5Config, seed: int):
-    """A transformers model in which no parameter has a value that another could stand in for."""
-    model = transformers.T5EncoderModel(torch_config(config)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.ndim == 1:
-                value.copy_(1 + 0.2 * noise)
-            elif "relative" in name or "shared" in name:
-                value.copy_(noise)
-            else:
-                value.copy_(noise / value.shape[1] ** 0.5)
-    return model
-
-
-def converted(state: dict[str, np.ndarray], config: T5Config):
-    """The parameter tree, from a state dictionary in any spelling."""
-    rules, shapes = t5_rules(config), engine.leaf_shapes(abstract_params(config))
-    names = canonical_names(state, T5_ALIASES)
-    sources = {name: state[own].shape for name, own in names.items()}
-    engine.check(rules, shapes, sources, what="t5", ignored=T5_IGNORED)
-    flat = {
-        rule.target: engine.apply(rule, lambda n: state[names[n]], shapes[rule.target], np.float32)
-        for rule in rules
-    }
-    return engine.unflatten_dict(flat, sep="/")
-
-
-def state_of(model) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
+    return perturbed(transformers.T5EncoderModel(torch_config(config)), seed)
 
 
 def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -88,11 +53,6 @@ def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> n
     with jax.default_matmul_precision("highest"):
         encode = jax.jit(T5Encoder(config).apply)
         return np.asarray(encode({"params": params}, jnp.asarray(ids), mask))
-
-
-def error(got: np.ndarray, expected: np.ndarray) -> float:
-    assert got.shape == expected.shape
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +69,7 @@ def test_encoder(name: str, batch: int, length: int, masked: bool):
         expected = model(
             torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)
         ).last_hidden_state.numpy()
-    got = run(config, converted(state_of(model), config), ids, mask)
+    got = run(config, from_state("t5", state_of(model), config), ids, mask)
     measured = error(got, expected)
     print(f"T5 {name}, masked {masked}, {batch} x {length}: {measured:.1e}")
     assert measured < TOLERANCE
@@ -148,7 +108,9 @@ def test_both_spellings(tmp_path):
     other = dict(saved)
     other["encoder.embed_tokens.weight"] = other.pop("shared.weight")
     ids = np.arange(7)[None]
-    outputs = [run(config, converted(s, config), ids, None) for s in (saved, other, saved | other)]
+    outputs = [
+        run(config, from_state("t5", s, config), ids, None) for s in (saved, other, saved | other)
+    ]
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
 
@@ -157,7 +119,7 @@ def test_written_back(tmp_path):
     """What the table writes, transformers loads, with nothing missing or left over."""
     config = CONFIGS["wide heads"]
     state = state_of(reference(config, seed=0))
-    flat = engine.flatten_dict(converted(state, config), sep="/")
+    flat = engine.flatten_dict(from_state("t5", state, config), sep="/")
     written: dict[str, np.ndarray] = {}
     for rule in t5_rules(config):
         written |= engine.invert(rule, flat[rule.target])

@@ -1,0 +1,211 @@
+"""Writes `FluxParams` as a diffusers folder that `diffusers.FluxPipeline.from_pretrained` loads.
+
+Neither torch nor diffusers is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jitjax.checkpoint import FluxParams, replacing
+from jitjax.config import FluxConfig
+
+from .components import (
+    COMPONENTS,
+    PIPELINE,
+    SCHEDULER,
+    SHIFT_FIELDS,
+    Component,
+    byte_bar,
+    read_json,
+)
+from .engine import ConversionError, Rule, invert, leaf_shapes, leaves
+from .reading import read_config
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_folder(
+    params: FluxParams,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Write a diffusers folder that `diffusers.FluxPipeline.from_pretrained` loads.
+
+    The folder appears when it is complete. Weights keep their dtype.
+
+    Args:
+        params: what to write. The two tokenizers are copied from `params.tokenizer`.
+        folder: where to; its parents are made.
+        overwrite: replace the diffusers folder that is there.
+        shard_bytes: larger models are written as several files of about this size at most. One
+            stacked leaf is never divided.
+        progress: show a bar.
+
+    Raises:
+        FileExistsError: there is something, and it may not be replaced.
+        FileNotFoundError: the tokenizers are not there.
+        ConversionError: the parameters do not fit their config.
+        ValueError: the config cannot be said in the words of diffusers.
+    """
+    folder = Path(folder).absolute()
+    check_target(folder, overwrite)
+    _check_trees(params)
+    tokenizers = [Path(params.tokenizer) / name for name in ("tokenizer", "tokenizer_2")]
+    for path in tokenizers:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} not found; expected the folder of a tokenizer")
+    arrays = jax.tree.leaves([getattr(params, c.name) for c in COMPONENTS])
+    with replacing(folder, overwrite=overwrite) as new:
+        for path in tokenizers:
+            shutil.copytree(path, new / path.name)
+        _write_configs(params.config, new)
+        if read_config(new) != params.config:
+            raise ValueError(f"this config has no equal in a diffusers folder: {params.config}")
+        with byte_bar(sum(array.nbytes for array in arrays), "writing", progress) as bar:
+            for component in COMPONENTS:
+                _write_weights(params, component, new, shard_bytes, bar.update)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise `FileExistsError` if `write_folder` may not put a folder there."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} is there already; expected a new folder, or overwrite")
+    if not folder.is_dir() or (
+        any(folder.iterdir()) and not (folder / "model_index.json").exists()
+    ):
+        raise FileExistsError(f"{folder} is no diffusers folder, so it is not replaced")
+
+
+def _check_trees(params: FluxParams) -> None:
+    problems = []
+    for component in COMPONENTS:
+        expected = leaf_shapes(component.abstract_params(getattr(params.config, component.name)))
+        got = leaf_shapes(getattr(params, component.name))
+        for path in sorted(expected.keys() | got.keys()):
+            if got.get(path) != expected.get(path):
+                problems.append(
+                    f"{component.name}/{path} is {got.get(path)}, expected {expected.get(path)}"
+                )
+    if problems:
+        raise ConversionError("parameters do not fit their config\n  " + "\n  ".join(problems))
+
+
+def _write_weights(
+    params: FluxParams,
+    component: Component,
+    folder: Path,
+    shard_bytes: int,
+    progress: Callable[[int], object],
+) -> None:
+    arrays = leaves(getattr(params, component.name))
+    shards: list[list[Rule]] = [[]]
+    filled = total = 0
+    for rule in component.rules(getattr(params.config, component.name)):
+        size = arrays[rule.target].nbytes
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(rule)
+        filled, total = filled + size, total + size
+    weight_map: dict[str, str] = {}
+    for number, rules in enumerate(shards, start=1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{component.stem}{part}.safetensors"
+        tensors: dict[str, np.ndarray] = {}
+        for rule in rules:
+            tensors |= invert(rule, np.asarray(arrays[rule.target]))
+        save_file(tensors, folder / component.folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        progress(sum(tensor.nbytes for tensor in tensors.values()))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / component.folder / f"{component.stem}.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configs(config: FluxConfig, folder: Path) -> None:
+    """The JSON files: our fields, which have diffusers' names, and what diffusers wants besides."""
+    levels = len(config.autoencoder.block_out_channels)
+    fixed: dict[str, dict[str, Any]] = {
+        "transformer": {
+            "_class_name": "FluxTransformer2DModel",
+            "patch_size": 1,
+            "out_channels": None,
+        },
+        "clip": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "projection_dim": config.clip.hidden_size,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+        },
+        "t5": {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "feed_forward_proj": "gated-gelu",
+            "num_decoder_layers": config.t5.num_layers,
+            "is_encoder_decoder": True,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        },
+        "autoencoder": {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "mid_block_add_attention": True,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "force_upcast": True,
+            "sample_size": config.image_size,
+        },
+    }
+    for component in COMPONENTS:
+        ours = dataclasses.asdict(getattr(config, component.name))
+        _write_json(folder / component.folder / "config.json", fixed[component.name] | ours)
+    shift = {key: getattr(config, name) for key, (name, _) in SHIFT_FIELDS.items()}
+    scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": 1000} | shift
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": PIPELINE,
+        "_diffusers_version": "0.30.0",  # the first with FLUX
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", SCHEDULER],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", _tokenizer_class(folder / "tokenizer", "CLIPTokenizer")],
+        "tokenizer_2": [
+            "transformers",
+            _tokenizer_class(folder / "tokenizer_2", "T5TokenizerFast"),
+        ],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _tokenizer_class(folder: Path, default: str) -> str:
+    path = folder / "tokenizer_config.json"
+    return (read_json(path) if path.is_file() else {}).get("tokenizer_class") or default

@@ -1,0 +1,79 @@
+"""The lifter against SciPy, and what every interpolator must do."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jitjax.anchors import AnchorSet
+from jitjax.lifter import Lifter, blur_width
+from jitjax.plan import CHOICES
+
+KINDS = CHOICES["lift"]
+
+
+def lift(values: np.ndarray, index: np.ndarray, grid, kind: str, padding: int = 2) -> np.ndarray:
+    n = grid[0] * grid[1]
+    anchors = AnchorSet.padded(jnp.asarray(index)[None], len(index) + padding, n)
+    padded = jnp.pad(jnp.asarray(values), ((0, padding), (0, 0)), constant_values=jnp.nan)
+    return np.asarray(Lifter.build(anchors, grid, len(index), kind)(padded[None])[0])
+
+
+@given(
+    st.sampled_from([(6, 7), (2, 9), (3, 1), (2, 2), (9, 4)]),  # few shapes: each is compiled
+    st.sampled_from(KINDS),
+    st.sampled_from([0.2, 0.5, 0.9]),
+    st.integers(0, 99),
+)
+def test_lifting_equals_scipy_whatever_padding_holds(grid, kind, share, seed):
+    n = grid[0] * grid[1]
+    rng = np.random.default_rng(seed)
+    index = rng.permutation(n)[: max(1, int(n * share))]
+    values = rng.normal(size=(len(index), 3)).astype(np.float32)
+    got = lift(values, index, grid, kind)
+    np.testing.assert_allclose(got, oracles.lift(values, index, grid, kind), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(got[index], values)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_a_constant_field_is_lifted_exactly(kind):
+    index = np.random.default_rng(0).permutation(42)[:9]
+    got = lift(np.full((9, 2), 3.0, np.float32), index, (6, 7), kind)
+    np.testing.assert_allclose(got, 3.0, rtol=2e-5)  # the planes: a fit in float32
+
+
+def test_none_leaves_the_others_zero():
+    got = lift(np.ones((2, 1), np.float32), np.array([3, 4]), (3, 3), "none")
+    np.testing.assert_array_equal(np.flatnonzero(got), [3, 4])
+
+
+def test_planes_do_not_run_away_far_from_all_anchors():
+    values = np.array([[1.0], [2.0]], np.float32)
+    got = lift(values, np.array([0, 1]), (1, 40), "linear")[:, 0]
+    assert np.abs(got - 2).max() < 2
+
+
+def test_planes_are_closer_to_a_smooth_field():
+    """Mean error on random smooth fields at the presets' densities: the reason to offer it."""
+    grid, errors = (32, 32), {kind: [] for kind in ("blur", "narrow", "linear", "nearest")}
+    rows, columns = np.indices(grid) / 32
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        a, b, c = rng.uniform(-6, 6, 3)
+        field = np.sin(a * rows + b * columns + c).reshape(-1, 1).astype(np.float32)
+        index = np.sort(rng.permutation(1024)[:358])
+        for kind, found in errors.items():
+            found.append(np.abs(lift(field[index], index, grid, kind) - field).mean())
+    mean = {kind: np.mean(found) for kind, found in errors.items()}
+    assert mean["linear"] < 0.5 * min(mean["blur"], mean["narrow"], mean["nearest"])
+
+
+def test_blur_widths():
+    assert blur_width(0.35) == blur_width(1.0) == 1.0
+    assert blur_width(0.01) == 4.0
+    assert blur_width(0.0001) == 10.0
+    assert blur_width(0.25, clip=False) == 0.8
