@@ -21,7 +21,7 @@ from hypothesis import settings
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples in every run; no deadline, since an example may have to compile.
-settings.register_profile("jitjax", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("jitjax", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("jitjax")
 
 

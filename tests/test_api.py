@@ -37,10 +37,16 @@ def test_a_picture_is_float32_between_0_and_1(small):
     assert float(image.std()) > 0
 
 
-@pytest.mark.parametrize("plan", ["dense", PLAN])
-def test_the_same_key_gives_the_same_picture_in_any_batch(small, plan):
-    if plan == "dense":
-        plan = Plan(2, schedule="shifted")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(2, schedule="shifted"),
+        PLAN,
+        PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
+    ],
+    ids=["dense", "sparse", "all that is drawn"],
+)
+def test_the_same_key_gives_the_same_picture_in_any_batch_and_padding(small, plan):
     key = jax.random.key(3)
     prompts = [PROMPT, "a small blue square", PROMPT]
     batch = jitjax.sample(small, prompts, key=key, plan=plan)
@@ -51,6 +57,8 @@ def test_the_same_key_gives_the_same_picture_in_any_batch(small, plan):
     alone = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan)
     # Another batch size is another program: equal to rounding.
     np.testing.assert_allclose(alone[0], batch[1], atol=1e-4)
+    padded = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan.replace(pad_to=32))
+    np.testing.assert_allclose(padded[0], batch[1], atol=1e-4)
 
 
 def test_sample_is_encode_denoise_decode(small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -70,6 +71,16 @@ def test_planes_are_closer_to_a_smooth_field():
             found.append(np.abs(lift(field[index], index, grid, kind) - field).mean())
     mean = {kind: np.mean(found) for kind, found in errors.items()}
     assert mean["linear"] < 0.5 * min(mean["blur"], mean["narrow"], mean["nearest"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_anchors_are_found_once_per_stage_not_once_per_step(kind):
+    """What runs at every step holds no search, and no fit: those are in `build`."""
+    anchors = AnchorSet.padded(jnp.arange(0, 40, 3)[None], 16, 42)
+    lifter = Lifter.build(anchors, (6, 7), 14, kind)
+    program = str(jax.make_jaxpr(lambda values: lifter(values))(jnp.ones((1, 16, 2))))
+    assert "argmin" not in program
+    assert " exp" not in program
 
 
 def test_blur_widths():

@@ -149,7 +149,7 @@ def attention(
 ) -> Float[Array, "b s h"]:
     """Every token attends to every token whose `mask` is true; heads are joined in the result.
 
-    The two matrix products run in the dtype of `value`, the softmax in float32.
+    The two matrix products run in the dtype of `value`, the softmax in float32 or wider.
     """
     query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
 
@@ -162,6 +162,10 @@ def attention(
     if value.dtype == jnp.float16:  # JAX's products of float16 are for GPUs alone
         gpu = {"cuda": attend, "rocm": attend}
         out = jax.lax.platform_dependent(query, key, value, **gpu, default=attend_widely)
+    elif value.dtype == jnp.float64:  # JAX's softmax would be float32 even then
+        logits = jnp.einsum("bqhw,bkhw->bhqk", query, key) / math.sqrt(query.shape[-1])
+        shares = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf))
+        out = jnp.einsum("bhqk,bkhw->bqhw", shares, value)
     else:
         out = attend(query, key, value)
     return out.reshape(*out.shape[:2], -1)
