@@ -146,7 +146,7 @@ def pairs(
 def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """Greatest absolute difference, and its ratio to the greatest value; NaN is not forgiven."""
     gap = float(np.abs(np.asarray(ours, np.float64) - theirs).max())
-    return gap, gap / max(float(np.abs(theirs).max()), np.finfo(np.float32).tiny)
+    return gap, gap / max(float(np.abs(theirs).max()), 1e-30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import diffrax
 import jax
@@ -79,6 +79,10 @@ def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
     return key
 
 
+@overload
+def denoise(*args: Any, trace: Literal[False] = False, **more: Any) -> Array: ...
+@overload
+def denoise(*args: Any, trace: Literal[True], **more: Any) -> tuple[Array, Trace]: ...
 def denoise(
     params: FluxParams,
     conditioning: Conditioning,

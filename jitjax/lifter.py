@@ -83,6 +83,7 @@ class Lifter(eqx.Module):
             others = jnp.zeros_like(exact)
         elif self.kind == "linear":
             known = jnp.where(self.anchors.valid[..., None], values, 0)
+            assert self.weights is not None
             weights = self.weights.astype(values.dtype)
             others = jnp.einsum("bnm,bmd->bnd", weights, known, precision="highest")
         else:

@@ -120,8 +120,9 @@ def evaluations_per_step(solver: diffrax.AbstractSolver) -> int | None:
         return evaluations_per_step(solver.solver)
     if isinstance(solver, Euler | AdamsBashforth2):
         return 1
-    if isinstance(solver, diffrax.AbstractERK) and not solver.tableau.fsal:
-        return solver.tableau.num_stages
+    tableau = getattr(solver, "tableau", None)  # of Runge-Kutta methods
+    if isinstance(tableau, diffrax.ButcherTableau) and not tableau.fsal:
+        return tableau.num_stages
     return None
 
 
