@@ -25,7 +25,7 @@ from jitjax.lifter import Lifter
 from jitjax.plan import Plan
 from jitjax.solvers import Euler, evaluations_per_step, integrate, remembering
 from jitjax.terms import SagArgs, Velocity, sag_ode
-from jitjax.trace import Trace, Transition
+from jitjax.trace import Recorder, Trace
 from jitjax.transition import transition
 
 
@@ -102,7 +102,7 @@ def jit_solve(
     solver = remembering(solver or Euler())
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
-    states, sets, clean, transitions, slots = [], [], [], [], []
+    record = Recorder() if trace else None
     for stage, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
         lifter = None
         if budget < n:
@@ -112,31 +112,19 @@ def jit_solve(
             run, y, sigmas[start : end + 1], SagArgs(lifter, args), progress, check_finite, start,
             trace,
         )  # fmt: skip
-        happened: Transition | None = None
-        if trace:
-            states.append(every)
-            everywhere = jnp.broadcast_to(jnp.arange(n), (y.shape[0], n))
-            sets.append(everywhere if lifter is None else index)
-            clean.append(y - sigmas[end] * u)
-            slots += [n if lifter is None else lifter.anchors.index.shape[1]] * (end - start)
+        if record:
+            record.stage(every, index if lifter else None, y - sigmas[end] * u, lifter)
+        happened = None
         if lifter is not None and end < plan.steps and budgets[stage + 1] > budget:
             last = sigmas[end - 1], sigmas[end]
             y, index, happened = transition(
                 plan, budget, budgets[stage + 1], y, u, *last, lifter, microflow_noise,
                 random_scores,
             )  # fmt: skip
-        if end < plan.steps:
-            transitions.append(happened)
+        if record and end < plan.steps:
+            record.transitions.append(happened)
         start = end
-    if not trace:
-        return y
-    cost = evaluations_per_step(solver)
-    evaluations = None if cost is None else cost * plan.steps
-    record = Trace(
-        jnp.concatenate(states), tuple(sets), tuple(clean), tuple(transitions), tuple(slots),
-        evaluations,
-    )  # fmt: skip
-    return y, record
+    return (y, record.trace(evaluations_per_step(solver))) if record else y
 
 
 def _drive(

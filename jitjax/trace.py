@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jitjax.lifter import Lifter
 
 
 class Transition(NamedTuple):
@@ -44,3 +47,39 @@ class Trace(NamedTuple):
     transitions: tuple[Transition | None, ...]
     slots: tuple[int, ...]
     evaluations: int | None
+
+
+class Recorder:
+    """Collects a `Trace` stage by stage."""
+
+    def __init__(self) -> None:
+        self.states: list[Array] = []
+        self.anchors: list[Array] = []
+        self.clean: list[Array] = []
+        self.transitions: list[Transition | None] = []
+        self.slots: list[int] = []
+
+    def stage(
+        self, states: Array | None, anchors: Array | None, clean: Array, lifter: Lifter | None
+    ) -> None:
+        """A stage is over; `anchors` and `lifter` are None if all tokens ran."""
+        assert states is not None
+        b, n, _ = clean.shape
+        everywhere = jnp.broadcast_to(jnp.arange(n), (b, n))
+        self.states.append(states)
+        self.anchors.append(everywhere if anchors is None else anchors)
+        self.clean.append(clean)
+        slots = n if lifter is None else lifter.anchors.index.shape[1]
+        self.slots += [slots] * states.shape[0]
+
+    def trace(self, evaluations_per_step: int | None) -> Trace:
+        """All of it."""
+        cost = evaluations_per_step
+        return Trace(
+            jnp.concatenate(self.states),
+            tuple(self.anchors),
+            tuple(self.clean),
+            tuple(self.transitions),
+            tuple(self.slots),
+            None if cost is None else cost * len(self.slots),
+        )
