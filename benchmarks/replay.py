@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def read_recording(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             arrays = dict(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is no whole .npz file: {error}") from None
     missing = [name for name in NEEDED if name not in arrays]
     if missing:

@@ -231,7 +231,8 @@ def test_ablations_do_what_they_say():
 @pytest.mark.parametrize("plan", [PLAN, PLAN.replace(pad_to=32), Plan(5)])
 @pytest.mark.parametrize("progress", [None, lambda done: None])
 def test_the_trace_tells_what_happened_and_changes_nothing(plan, progress):
-    plain = solve(plan)
+    plain = solve(plan).block_until_ready()
+    jax.effects_barrier()
     COUNT.clear()
     got, trace = solve(plan, trace=True, progress=progress)
     jax.block_until_ready(trace)
