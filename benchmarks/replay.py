@@ -92,20 +92,18 @@ def replay(
     params: FluxParams, arrays: Mapping[str, np.ndarray], plan: Plan
 ) -> tuple[jax.Array, Trace]:
     """This project's run on what the recording was given."""
-    noise = jnp.asarray(arrays["noise_tokens"])
-    first = jnp.asarray(arrays["anchors_initial"])
     with jax.default_matmul_precision("highest"):
         return denoise(
             params,
             Conditioning(
                 jnp.asarray(arrays["prompt_embeds"]), jnp.asarray(arrays["pooled_prompt_embeds"])
             ),
-            noise,
+            jnp.asarray(arrays["noise_tokens"]),
             plan=plan,
             grid=(int(arrays["grid"][0]), int(arrays["grid"][1])),
             guidance=float(arrays.get("guidance", 0.0)),
             microflow_noise=jnp.asarray(arrays["microflow_noise"]),
-            first_anchors=first,
+            first_anchors=jnp.asarray(arrays["anchors_initial"]),
             trace=True,
         )
 
@@ -168,12 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arrays = read_recording(options.recording)
         params = read_transformer(options.transformer, options.config)
         plan = recorded_plan(arrays)
-        tokens, trace = replay(params, arrays, plan)
+        compared = list(pairs(arrays, *replay(params, arrays, plan)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     relative = np.inf
-    for name, ours, theirs in pairs(arrays, tokens, trace):
+    for name, ours, theirs in compared:
         if np.issubdtype(theirs.dtype, np.integer):
             print(f"{name} not_in_common={len(np.setdiff1d(ours, theirs))}/{theirs.size}")
             continue

@@ -1,12 +1,14 @@
 """The models of a FLUX pipeline as a diffusers folder has them: facts for reading and writing it.
 
-model_index.json                         _class_name FluxPipeline
-transformer/       config.json, diffusion_pytorch_model*.safetensors    transformer
-text_encoder/      config.json, model*.safetensors                      clip
-text_encoder_2/    config.json, model*.safetensors                      t5
-vae/               config.json, diffusion_pytorch_model*.safetensors    autoencoder
-scheduler/         scheduler_config.json                                shift of dense plans
-tokenizer/, tokenizer_2/                                                copied as they are
+    model_index.json                         _class_name FluxPipeline
+    transformer/       config.json, diffusion_pytorch_model*.safetensors    transformer
+    text_encoder/      config.json, model*.safetensors                      clip
+    text_encoder_2/    config.json, model*.safetensors                      t5
+    vae/               config.json, diffusion_pytorch_model*.safetensors    autoencoder
+    scheduler/         scheduler_config.json                                shift of dense plans
+    tokenizer/, tokenizer_2/                                                copied as they are
+
+Reading is in `reading.py`, writing in `writing.py`; neither torch nor diffusers is needed.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def jit_solve(
             last = sigmas[end - 1], sigmas[end]
             y, index, happened = transition(
                 plan, budget, budgets[stage + 1], y, u, *last, lifter, microflow_noise,
-                random_scores,
+                random_scores, record=trace,
             )  # fmt: skip
         if record and end < plan.steps:
             record.transitions.append(happened)

@@ -1,8 +1,10 @@
 """Between two stages: take up new anchors and move them to a state fit for the network.
 
-last velocity u --> scores --> new anchors Q
-y - sigma u = clean prediction x0 --> lifted --> noised = target y* of the new anchors
-micro-flow: Q y --> y*
+    last velocity u --> scores --> new anchors Q
+    y - sigma u = clean prediction x0 --> lifted --> noised = target y* of the new anchors
+    micro-flow: Q y --> y*
+
+Source: paper, importance-guided activation and deterministic micro-flow (DMF).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from jitjax.terms import MicroflowArgs, microflow_ode
 from jitjax.trace import Transition
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="record")
 def transition(
     plan: Plan,
     known: int,
@@ -33,11 +35,13 @@ def transition(
     lifter: Lifter,
     noise: Float[Array, "b n d"],
     random_scores: Float[Array, "b n"] | None,
-) -> tuple[Float[Array, "b n d"], Int[Array, "b k"], Transition]:
+    *,
+    record: bool = False,
+) -> tuple[Float[Array, "b n d"], Int[Array, "b k"], Transition | None]:
     """Take up `budget - known` new anchors at `sigma`, after a step from sigma `before`.
 
     Returns:
-        the state, the next stage's anchors, and what happened (free under `jit` if not used).
+        the state, the next stage's anchors, and, with `record`, what happened.
     """
     b, n, _ = y.shape
     anchors, grid = lifter.anchors, lifter.grid
@@ -55,7 +59,8 @@ def transition(
     lifted = lifter(anchors.gather(clean))
     target = fresh.gather((1 - sigma) * lifted + sigma * noise)
     after = fresh.scatter(y, microflow(plan, fresh.gather(y), target, before, sigma))
-    return after, index, Transition(scores, lifted, new, target, y, after)
+    happened = Transition(scores, lifted, new, target, y, after) if record else None
+    return after, index, happened
 
 
 def microflow(
@@ -78,13 +83,3 @@ def microflow(
     sigmas = jnp.linspace(start, end, plan.microflow_steps + 1)
     moved, _, _ = integrate(microflow_ode, Euler(), y, sigmas, MicroflowArgs(target, horizon))
     return moved
-
-
-def microflow_exact(
-    y: Float[Array, "*s d"], target: Float[Array, "*s d"], start: Array, end: Array, horizon: Array
-) -> Float[Array, "*s d"]:
-    """The micro-flow's closed form: the gap to the target shrinks in proportion to horizon - sigma.
-
-    y(end) = y* + (y(start) - y*) (horizon - end) / (horizon - start).
-    """
-    return target + (y - target) * (horizon - end) / (horizon - start)

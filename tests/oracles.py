@@ -92,3 +92,8 @@ def solve(
         )
         y = y + u * (following - sigma)
     return y
+
+
+def microflow(y, target, start: float, end: float, horizon: float):
+    """The micro-flow's closed form: the gap to the target shrinks in proportion to T - sigma."""
+    return target + (y - target) * (horizon - end) / (horizon - start)

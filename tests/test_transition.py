@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import oracles
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jitjax.plan import Plan
-from jitjax.transition import microflow, microflow_exact
+from jitjax.transition import microflow
 
 sigmas = st.tuples(st.floats(0.02, 1), st.floats(0.01, 0.95)).map(lambda p: (p[0], p[0] * p[1]))
 states = jax.random.normal(jax.random.key(0), (2, 2, 9, 4))
@@ -24,7 +24,7 @@ def move(plan: Plan, start: float, end: float) -> np.ndarray:
 def test_hit_hits_the_target_in_any_number_of_steps(ends, steps):
     got = move(Plan(1, microflow="hit", microflow_steps=steps), *ends)
     np.testing.assert_allclose(got, states[1], rtol=1e-5, atol=1e-5)
-    closed = microflow_exact(*states, *map(jnp.float32, ends), jnp.float32(ends[1]))
+    closed = oracles.microflow(*states, *ends, ends[1])
     np.testing.assert_allclose(got, closed, rtol=1e-5, atol=1e-5)
 
 
@@ -34,19 +34,9 @@ def test_blend_goes_one_part_of_the_way_in_any_number_of_steps(ends, steps, rela
     y, target = states
     np.testing.assert_allclose(got, y + (target - y) / relax, rtol=1e-4, atol=1e-4)
     start, end = ends
-    closed = microflow_exact(
-        y, target, jnp.float32(start), jnp.float32(end), jnp.float32(start + relax * (end - start))
-    )
+    closed = oracles.microflow(y, target, start, end, start + relax * (end - start))
     np.testing.assert_allclose(got, closed, rtol=1e-4, atol=1e-4)
 
 
 def test_none_leaves_the_tokens_where_they_are():
     np.testing.assert_array_equal(move(Plan(1, microflow="none"), 0.7, 0.6), states[0])
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_way_between_is_straight(steps):
-    """Half of the steps of a hitting flow, done: half of the way."""
-    y, target = states
-    half = microflow_exact(y, target, jnp.float32(0.8), jnp.float32(0.7), jnp.float32(0.6))
-    np.testing.assert_allclose(half, (y + target) / 2, rtol=1e-5, atol=1e-6)
