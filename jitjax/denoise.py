@@ -101,8 +101,8 @@ def denoise(
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
     """Noise to clean tokens by the FLUX transformer, following `plan`.
 
-    Pure, and traces under `jit`, `vmap` and `grad`, unless `progress` is given. The choice of
-    anchors is piecewise constant in all inputs: no gradient passes through it.
+    Pure, and traces under `jit`, `vmap` and `grad`, unless `progress` or `check_finite` is given.
+    The choice of anchors is piecewise constant in all inputs: no gradient passes through it.
 
     Args:
         params: parameters; only the transformer's are used.
