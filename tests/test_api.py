@@ -61,6 +61,12 @@ def test_the_same_key_gives_the_same_picture_in_any_batch_and_padding(small, pla
     np.testing.assert_allclose(padded[0], batch[1], atol=1e-4)
 
 
+def test_one_key_begins_a_larger_batch_with_the_same_pictures():
+    keys = [jax.random.key_data(batch_keys(jax.random.key(3), b)) for b in (2, 5)]
+    np.testing.assert_array_equal(keys[0], keys[1][:2])
+    assert len(np.unique(keys[1], axis=0)) == 5
+
+
 def test_sample_is_encode_denoise_decode(small):
     key = jax.random.key(5)
     whole = jitjax.sample(small, PROMPT, key=key, plan=PLAN)

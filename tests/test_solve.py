@@ -29,7 +29,10 @@ PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
 
 @dataclass(frozen=True)
 class Pull:
-    """Velocity of a flow to a point that depends on the token's place, evaluations counted."""
+    """Velocity of a flow to a point that depends on the token's place, evaluations counted.
+
+    As in a transformer, each velocity depends on all tokens that are not padding.
+    """
 
     poison: bool = False
 
@@ -37,7 +40,9 @@ class Pull:
         jax.debug.callback(lambda: COUNT.update(["evaluations"]))
         place = positions[..., 1:].sum(-1, keepdims=True)
         goal = jnp.sin(place * args)
-        u = (tokens - goal) / jnp.maximum(sigma, 0.05)
+        seen = jnp.ones(tokens.shape[:2]) if valid is None else valid.astype(tokens.dtype)
+        mean = jnp.einsum("bm,bmd->bd", seen, tokens - goal) / seen.sum(1, keepdims=True)
+        u = (tokens - goal + 0.1 * mean[:, None]) / jnp.maximum(sigma, 0.05)
         if self.poison and valid is not None:
             u = jnp.where(valid[..., None], u, jnp.nan)
         return u

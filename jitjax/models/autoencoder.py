@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jitjax.config import AutoencoderConfig
+from jitjax.models.attention import attend
 
 Image = Float[Array, "b _ _ _"]  # NHWC; sizes and widths change on the way
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         pixels = norm(self.config, self.dtype, "norm")(x).reshape(b, h * w, c)
         qkv = nn.DenseGeneral((3, c), dtype=self.dtype, name="qkv")(pixels)
         q, k, v = jnp.moveaxis(qkv[:, :, :, None], 2, 0)  # each [b, pixels, one head, c]
-        y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        y = attend(q, k, v)
         return x + nn.Dense(c, dtype=self.dtype, name="out")(y.reshape(b, h, w, c))
 
 

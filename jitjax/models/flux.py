@@ -24,14 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
 from jitjax.config import TransformerConfig
+from jitjax.models.attention import attend
 from jitjax.models.layers import (
     Perceptron,
     Projections,
     Rotation,
-    attention,
     finite,
     modulate,
     modulation,
+    rotate,
     rotations,
     sinusoids,
     wide,
@@ -39,6 +40,13 @@ from jitjax.models.layers import (
 
 SCALE = 1000.0
 """FLUX embeds sigma and guidance times this."""
+
+
+def _mix(query: Array, key: Array, value: Array, rotation: Rotation, mask: Array | None) -> Array:
+    """Attention with rotated queries and keys; heads are joined in the result, [b, s, hidden]."""
+    query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
+    out = attend(query, key, value, mask)
+    return out.reshape(*out.shape[:2], -1)
 
 
 class DoubleBlock(nn.Module):
@@ -72,7 +80,7 @@ class DoubleBlock(nn.Module):
             )
             projected.append(project(modulate(x, shift, scale)))
         query, key, value = (jnp.concatenate(both, axis=1) for both in zip(*projected, strict=True))
-        joint = attention(query, key, value, rotation, mask)
+        joint = _mix(query, key, value, rotation, mask)
 
         out = []
         mixed = jnp.split(joint, [streams[0].shape[1]], axis=1)
@@ -109,7 +117,7 @@ class SingleBlock(nn.Module):
         project = Projections(
             config.num_attention_heads, config.attention_head_dim, dtype, name="attention"
         )
-        mixed = attention(*project(normal), rotation, mask)
+        mixed = _mix(*project(normal), rotation, mask)
         mlp = nn.gelu(nn.Dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normal), True)
         both = jnp.concatenate([mixed, mlp], axis=-1)
         y = nn.Dense(config.hidden, dtype=dtype, name="out")(both)

@@ -1,4 +1,4 @@
-"""Pieces of the FLUX transformer: embeddings of scalars, rotary positions, attention, MLP.
+"""Pieces of the FLUX transformer: embeddings of scalars, rotary positions, projections, MLP.
 
 Whatever the `dtype` of the network, sinusoids, rotations and normalisations are computed in
 float32 (float64 for a float64 network): they are cheap, and the first to suffer from rounding.
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 EPSILON = 1e-6
 """Of every normalisation in FLUX."""
@@ -138,34 +138,3 @@ class Projections(nn.Module):
         query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
         key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
         return query, key, qkv[:, :, 2]
-
-
-def attention(
-    query: Float[Array, "b s heads width"],
-    key: Float[Array, "b s heads width"],
-    value: Float[Array, "b s heads width"],
-    rotation: Rotation,
-    mask: Bool[Array, "b 1 1 s"] | None,
-) -> Float[Array, "b s h"]:
-    """Every token attends to every token whose `mask` is true; heads are joined in the result.
-
-    The two matrix products run in the dtype of `value`, the softmax in float32 or wider.
-    """
-    query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
-
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
-
-    def attend_widely(*qkv: Array) -> Array:
-        return attend(*(x.astype(jnp.float32) for x in qkv)).astype(jnp.float16)
-
-    if value.dtype == jnp.float16:  # JAX's products of float16 are for GPUs alone
-        gpu = {"cuda": attend, "rocm": attend}
-        out = jax.lax.platform_dependent(query, key, value, **gpu, default=attend_widely)
-    elif value.dtype == jnp.float64:  # JAX's softmax would be float32 even then
-        logits = jnp.einsum("bqhw,bkhw->bhqk", query, key) / math.sqrt(query.shape[-1])
-        shares = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf))
-        out = jnp.einsum("bhqk,bkhw->bqhw", shares, value)
-    else:
-        out = attend(query, key, value)
-    return out.reshape(*out.shape[:2], -1)
