@@ -1,0 +1,1 @@
+"""The table that judges samplers: `python -m benchmarks.quality --help`."""

@@ -1,0 +1,166 @@
+"""Judges samplers: what was asked for, and the distance to the full solve, at what cost.
+
+    python -m benchmarks.quality --out quality.jsonl               the whole table; hours on a CPU
+    python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:linear
+    python -m benchmarks.quality --quick --out quick.jsonl         minutes: shows that it works
+    python -m benchmarks.report quality.jsonl                      then: table and plot
+
+Every batch of prompts is drawn by all methods in turn, from the same noise, so that times compare
+side by side, and a run that was stopped goes on where it was: its lines are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import jitjax
+from benchmarks.checker import check
+from benchmarks.quality import flops
+from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods
+from benchmarks.quality.prompts import CATEGORIES, Prompt, prompts
+from benchmarks.quality.scores import distances
+from jitjax.latents import draw_noise, token_grid
+
+QUICK = ("4x", "7x:program", "dense-7", "teacache-7", "taylor-7")
+Task = tuple[int, Prompt, int]  # number of the prompt, the prompt, a seed
+
+
+def judge(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
+    """The checker's verdict on what the prompt's category asks for."""
+    result = check(image, prompt.scene, mentioned=CATEGORIES[prompt.category])
+    return {name: bool(value) for name, value in result.items()}
+
+
+def draw(
+    runner: Runner, method: Method, tasks: list[Task], batch: int
+) -> tuple[np.ndarray, list[int], float]:
+    """Pictures, tokens of each evaluation, and seconds from noise to clean tokens."""
+    filled = (tasks * batch)[:batch]  # all batches are one compiled program
+    params = runner.params
+    conditioning = jitjax.encode_prompt(params, [prompt.text for _, prompt, _ in filled])
+    keys = jax.vmap(jax.random.split)(jnp.stack([jax.random.key(seed) for *_, seed in filled]))
+    noise = draw_noise(keys[:, 0], runner.grid, params.config.transformer.in_channels)
+    jax.block_until_ready((conditioning, noise))
+    start = time.perf_counter()
+    tokens, slots = runner(method, conditioning, noise, keys[:, 1])
+    tokens.block_until_ready()
+    seconds = time.perf_counter() - start
+    images = jitjax.decode(params, tokens, grid=runner.grid)
+    return np.asarray(images)[: len(tasks)], list(slots), seconds
+
+
+def lines(
+    runner: Runner,
+    methods: dict[str, Method],
+    tasks: list[Task],
+    batch: int,
+    known: set[str],
+    warm: set[str],
+) -> list[dict]:
+    """One line per picture and method that is not in `known`; `warm` are those that compiled."""
+    text = runner.params.config.text_length
+    config = runner.params.config.transformer
+    reference, base, found = None, 0.0, []
+    for name, method in {REFERENCE: methods[REFERENCE], **methods}.items():
+        if name in known and name != REFERENCE:
+            continue
+        images, slots, seconds = draw(runner, method, tasks, batch)
+        if name == REFERENCE:
+            reference, base = images, seconds
+            if name in known:
+                continue
+        assert reference is not None
+        same = name == REFERENCE
+        measured = {} if same else distances(runner.params, images, reference)
+        # The first picture of a size compiles.
+        times = {} if name not in warm else {"seconds": seconds / batch, "dense": base / batch}
+        warm.add(name)
+        for i, (number, prompt, seed) in enumerate(tasks):
+            found.append(
+                {
+                    "method": name,
+                    "prompt": number,
+                    "seed": seed,
+                    "category": prompt.category,
+                    "text": prompt.text,
+                    "verdict": judge(images[i], prompt),
+                    "tflops": flops.run(config, slots, text) / 1e12,
+                    "evaluations": len(slots),
+                }
+                | times
+                | {metric: values[i] for metric, values in measured.items()}
+            )
+    return found
+
+
+def main() -> None:
+    """Append lines to the file until every task has been drawn by every method."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; continued if there")
+    parser.add_argument("--methods", nargs="+", help="some of those that --list shows")
+    parser.add_argument("--list", action="store_true", help="print the methods' names and stop")
+    parser.add_argument("--split", default="test", help="dev (to choose by) or test (to report)")
+    parser.add_argument("--per-category", type=int, default=50, help="prompts (default: 50)")
+    parser.add_argument("--categories", nargs="+", default=list(CATEGORIES))
+    parser.add_argument("--seeds", type=int, default=3, help="pictures per prompt (default: 3)")
+    parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--checkpoint", default="tiny")
+    parser.add_argument("--quick", action="store_true", help="few methods, 6 pictures of 256 px")
+    args = parser.parse_args()
+    if args.quick:
+        args.per_category, args.seeds, args.side, args.batch = 1, 1, 256, 3
+        args.methods = args.methods or list(QUICK)
+    params = jitjax.load(args.checkpoint)
+    grid = token_grid(args.side, args.side, params.config)
+    methods = all_methods(params.config.transformer, grid[0] * grid[1], params.config.text_length)
+    if args.list:
+        print("\n".join(methods))
+        return
+    unknown = set(args.methods or ()) - set(methods)
+    if unknown:
+        parser.error(f"unknown methods {sorted(unknown)}; expected some of {sorted(methods)}")
+    chosen = {name: methods[name] for name in methods if name in (args.methods or methods)}
+    chosen = {REFERENCE: methods[REFERENCE]} | chosen
+    runner = Runner(params, grid)
+
+    tasks = [
+        (number, prompt, seed)
+        for number, prompt in enumerate(prompts(args.per_category, args.split, args.seeds))
+        if prompt.category in args.categories
+        for seed in prompt.seeds
+    ]
+    settings = {"split": args.split, "side": args.side, "checkpoint": args.checkpoint}
+    done: dict[tuple[int, int], set[str]] = {}
+    if args.out.exists():
+        head, *rest = (json.loads(line) for line in args.out.read_text().splitlines())
+        if head != settings:
+            raise ValueError(f"{args.out} has settings {head}; expected {settings}")
+        for line in rest:
+            done.setdefault((line["prompt"], line["seed"]), set()).add(line["method"])
+    else:
+        args.out.write_text(json.dumps(settings) + "\n")
+    warm: set[str] = set()
+    with tqdm(total=len(tasks), unit="picture") as bar:
+        for at in range(0, len(tasks), args.batch):
+            part = tasks[at : at + args.batch]
+            known = set.intersection(*(done.get((n, seed), set()) for n, _, seed in part))
+            if not set(chosen) <= known:
+                found = lines(runner, chosen, part, args.batch, known, warm)
+                with args.out.open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in found)
+            bar.update(len(part))
+
+
+if __name__ == "__main__":
+    main()

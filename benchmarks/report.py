@@ -1,0 +1,170 @@
+"""Turns the lines of `benchmarks.quality` into figures: a JSON file, a Markdown table, a plot.
+
+    python -m benchmarks.report quality.jsonl
+    python -m benchmarks.report quality.jsonl --json q.json --markdown q.md --plot q.png
+
+Intervals are 95 % bootstrap intervals over prompts (all seeds of a prompt are drawn together);
+"against dense" is the paired difference to the 50-step dense solve of the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.quality.methods import REFERENCE
+from benchmarks.quality.prompts import CATEGORIES
+from benchmarks.quality.scores import interval
+
+METRICS = ("psnr", "ssim", "features")
+
+
+def read(path: Path) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
+    """Settings, and per method its lines by (prompt, seed)."""
+    head, *rest = (json.loads(line) for line in path.read_text().splitlines())
+    found: dict[str, dict[tuple[int, int], dict]] = defaultdict(dict)
+    for line in rest:
+        found[line["method"]][line["prompt"], line["seed"]] = line
+    return head, found
+
+
+def per_prompt(values: dict[tuple[int, int], float]) -> np.ndarray:
+    """Means over the seeds of each prompt, prompts in order."""
+    grouped = defaultdict(list)
+    for (number, _), value in sorted(values.items()):
+        grouped[number].append(value)
+    return np.array([np.mean(group) for group in grouped.values()])
+
+
+def summary(lines: dict[str, dict[tuple[int, int], dict]]) -> dict[str, dict]:
+    """Figures per method."""
+    verdicts = {
+        name: {task: float(line["verdict"]["right"]) for task, line in own.items()}
+        for name, own in lines.items()
+    }
+    dense, found = verdicts[REFERENCE], {}
+    cost = next(iter(lines[REFERENCE].values()))["tflops"]
+    for name, own in lines.items():
+        right = verdicts[name]
+        row = {"pictures": len(own), "right": float(per_prompt(right).mean())}
+        row["interval"] = interval(per_prompt(right))
+        difference = {task: value - dense[task] for task, value in right.items()}
+        row["against_dense"] = float(per_prompt(difference).mean())
+        row["against_dense_interval"] = interval(per_prompt(difference))
+        row["categories"] = {}
+        for category in CATEGORIES:
+            part = {t: v for t, v in right.items() if own[t]["category"] == category}
+            if part:
+                values = per_prompt(part)
+                row["categories"][category] = {
+                    "right": float(values.mean()),
+                    "interval": interval(values),
+                }
+        for metric in METRICS if name != REFERENCE else ():
+            values = per_prompt({task: line[metric] for task, line in own.items()})
+            row[metric] = {"mean": float(values.mean()), "interval": interval(values)}
+        tflops = float(np.mean([line["tflops"] for line in own.values()]))
+        timed = [line for line in own.values() if "seconds" in line]
+        row |= {
+            "evaluations": float(np.mean([line["evaluations"] for line in own.values()])),
+            "tflops": tflops,
+            "fewer_flops": cost / tflops,
+            "faster": float(np.median([line["dense"] / line["seconds"] for line in timed]))
+            if timed
+            else None,
+        }
+        found[name] = row
+    return found
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """The table, cheapest methods last."""
+    categories = [c for c in CATEGORIES if c in rows[REFERENCE]["categories"]]
+    titles = ["method", "evaluations", "FLOPs ÷", "time ÷", "right", "against dense", *categories]
+    titles += ["PSNR dB", "SSIM", "features"]
+    out = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["tflops"]):
+        low, high = row["against_dense_interval"]
+        cells = [
+            f"`{name}`",
+            f"{row['evaluations']:.3g}",
+            f"{row['fewer_flops']:.2f}",
+            f"{row['faster']:.2f}" if row["faster"] else "",
+            f"{row['right']:.1%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})",
+            "" if name == REFERENCE else f"{row['against_dense']:+.1%} ({low:+.0%} to {high:+.0%})",
+            *(f"{row['categories'][c]['right']:.0%}" for c in categories),
+        ]
+        for metric, digits in zip(METRICS, (1, 3, 4), strict=True):
+            cells.append(f"{row[metric]['mean']:.{digits}f}" if metric in row else "")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def plot(rows: dict[str, dict], path: Path) -> None:
+    """Share of right pictures against operations, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    families = {
+        "dense, FLUX's sigmas": lambda n: n.startswith("dense") and not n.endswith("beta"),
+        "dense, Beta sigmas": lambda n: n.startswith("dense") and n.endswith("beta"),
+        "JiT": lambda n: n[:1].isdigit() or n.startswith("tuned"),
+        "TeaCache": lambda n: n.startswith("teacache"),
+        "Taylor": lambda n: n.startswith("taylor"),
+    }
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for (label, belongs), marker in zip(families.items(), "osD^v", strict=True):
+        own = sorted(
+            ((r["tflops"], r, n) for n, r in rows.items() if belongs(n)), key=lambda t: t[0]
+        )
+        if not own:
+            continue
+        x, y = [cost for cost, *_ in own], [row["right"] for _, row, _ in own]
+        spread = [
+            [row["right"] - row["interval"][0] for _, row, _ in own],
+            [row["interval"][1] - row["right"] for _, row, _ in own],
+        ]
+        line = "-" if label.startswith("dense") else ""
+        axes.errorbar(x, y, yerr=spread, label=label, marker=marker, ls=line, capsize=2, alpha=0.8)
+        for cost, row, name in own:
+            axes.annotate(
+                name, (cost, row["right"]), fontsize=6, xytext=(4, 2), textcoords="offset points"
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel("TFLOP per picture (network)")
+    axes.set_ylabel("share of pictures that show what was asked for")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Print the table; write what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("lines", type=Path, help="what benchmarks.quality wrote")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG; needs matplotlib")
+    args = parser.parse_args()
+    settings, lines = read(args.lines)
+    rows = summary(lines)
+    table = markdown(rows)
+    print(table)
+    if args.json:
+        text = json.dumps({"settings": settings, "methods": rows}, indent=1)
+        args.json.write_text(text + "\n")
+    if args.markdown:
+        args.markdown.write_text(table)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

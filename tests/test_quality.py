@@ -1,0 +1,270 @@
+"""The harness that judges samplers: prompts, counted operations, peers, distances, report."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jitjax
+from benchmarks import report
+from benchmarks.quality import flops, peers, scores
+from benchmarks.quality.methods import REFERENCE, Runner, all_methods, modulated_input
+from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
+from jitjax.config import TransformerConfig
+from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
+from jitjax.models.layers import rotations
+from training.scenes import held_out
+
+SIGMAS = jnp.linspace(1, 0, 29)
+NOISE = jax.random.normal(jax.random.key(0), (2, 5, 3))
+
+
+def decay(tokens, sigma):
+    """A velocity that is neither constant nor a polynomial along the path."""
+    return jnp.sin(3 * sigma) + tokens / (1 + sigma)
+
+
+def euler(velocity, y=NOISE):
+    for a, b in itertools.pairwise(SIGMAS):
+        y = y + velocity(y, a) * (b - a)
+    return y
+
+
+def test_prompts_are_the_same_ones_and_unseen():
+    few, many = prompts(4), prompts(12)
+    assert few == many[: len(few)]
+    assert {p.category for p in few} == set(CATEGORIES)
+    assert not {p.text for p in prompts(12, "dev")} >= {p.text for p in many}
+    for p in many:
+        assert len(set(p.seeds)) == 3
+        for thing in p.scene.things:
+            assert held_out(thing.shape, thing.colour, thing.size, thing.texture)
+            assert thing.shape in p.text
+        if p.category in ("two", "position", "binding"):
+            assert len({thing.shape for thing in p.scene.things}) == 2
+        assert p.scene.relation in p.text
+        assert bool(p.scene.relation) == (p.category == "position")
+    assert prompt("counting", 2).text.split()[0] in ("four", "there")
+    with pytest.raises(ValueError, match="category is 'colours'"):
+        prompt("colours", 0)
+    with pytest.raises(ValueError, match="split is 'train'"):
+        prompt("single", 0, "train")
+
+
+@pytest.mark.parametrize(("tokens", "text"), [(96, 16), (256, 48)])
+def test_counted_operations_are_what_xla_counts(tokens, text):
+    # One block of each kind: XLA counts the body of a scan once. On few heads of full width, so
+    # that elementwise work is small beside the products.
+    config = TransformerConfig(
+        num_layers=1, num_single_layers=1, num_attention_heads=8, joint_attention_dim=64
+    )
+    shapes = {
+        "tokens": (1, tokens, config.in_channels),
+        "positions": (1, tokens, 3),
+        "text": (1, text, 64),
+        "pooled": (1, config.pooled_projection_dim),
+        "sigma": (1,),
+        "guidance": (1,),
+    }
+    given = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def products(jaxpr):
+        """Operations of all matrix products of a program, loops unrolled."""
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (left, _), _ = equation.params["dimension_numbers"]
+                inner = np.prod([equation.invars[0].aval.shape[axis] for axis in left])
+                total += 2 * inner * np.prod(equation.outvars[0].aval.shape)
+            times = equation.params.get("length", 1)
+            branches = equation.params.get("branches")
+            inside = [branches[0]] if branches else [*equation.params.values()]
+            for value in inside:
+                value = getattr(value, "jaxpr", value)
+                if hasattr(value, "eqns"):
+                    total += times * products(value)
+        return total
+
+    model = FluxTransformer(config)
+    traced = jax.make_jaxpr(lambda p, g: model.apply({"params": p}, **g))(
+        abstract_params(config), given
+    )
+    expected = products(traced.jaxpr)
+    # What we leave out: the vectors of each sample, one row beside the tokens' many.
+    assert flops.forward(config, tokens, text) == pytest.approx(expected, rel=0.03)
+    assert flops.forward(config, tokens, text) < expected
+
+
+def test_flops_of_the_paper():
+    """Design note: 74 TFLOP a forward at 1024 px, plans at 4.14 and 6.96 times fewer."""
+    config = TransformerConfig()
+    assert flops.forward(config, 4096, 512) == pytest.approx(74e12, rel=0.01)
+    dense = flops.run(config, [4096] * 50, 512)
+    for name, ratio in (("4x", 4.14), ("7x", 6.96)):
+        plan = jitjax.PLANS[name]
+        ends = plan.stage_steps
+        counts = np.diff([0, *ends])
+        slots = np.repeat(plan.budgets(4096, 512), counts)
+        assert dense / flops.run(config, slots.tolist(), 512) == pytest.approx(ratio, rel=0.01)
+
+
+def test_matched_methods_cost_what_they_match():
+    config = TransformerConfig()
+    methods = all_methods(config, 4096, 512)
+    assert {"dense-50", "dense-12", "dense-7", "dense-12-beta", "teacache-12", "taylor-7"} <= set(
+        methods
+    )
+    assert methods["4x:program"].plan.microflow == "blend"
+    assert methods["4x"].plan == jitjax.PLANS["4x"]
+
+
+@pytest.mark.parametrize("evaluations", [3, 7, 12, 28])
+def test_taylor_evaluates_as_often_as_told(evaluations):
+    steps = peers.evaluated_steps(28, evaluations)
+    assert len(steps) == len(set(steps)) == evaluations
+    assert steps[:2] == (0, 1)
+    assert steps[-1] < 28
+    seen = []
+
+    def counted(tokens, sigma):
+        seen.append(float(sigma))
+        return decay(tokens, sigma)
+
+    _, count = peers.taylor(counted, NOISE, SIGMAS, steps)
+    assert len(seen) == count == evaluations
+
+
+def test_taylor_at_all_steps_is_euler_and_forecasts_what_is_linear_in_steps():
+    every = peers.taylor(decay, NOISE, SIGMAS, range(28))[0]
+    np.testing.assert_allclose(every, euler(decay), rtol=1e-5)
+
+    def line(tokens, sigma):
+        return jnp.ones_like(tokens) * (2 - 3 * sigma)
+
+    # Rounding of sigmas is amplified by the second difference: 1e-6 over steps 1 and 2 apart.
+    sparse = peers.taylor(line, NOISE, SIGMAS, peers.evaluated_steps(28, 7))[0]
+    np.testing.assert_allclose(sparse, euler(line), atol=1e-4)
+    held = peers.taylor(line, NOISE, SIGMAS, peers.evaluated_steps(28, 7), order=0)[0]
+    assert float(jnp.abs(held - euler(line)).max()) > 0.05
+    with pytest.raises(ValueError, match="evaluations is 2"):
+        peers.evaluated_steps(28, 2)
+
+
+def test_teacache_at_threshold_0_is_euler_and_calibration_meets_the_count():
+    def indicate(tokens, sigma):
+        return jnp.ones_like(tokens) * (1 + sigma)
+
+    curve = peers.changes(decay, indicate, NOISE, SIGMAS)
+    for wanted in (7, 12):
+        rule = peers.calibrate(*curve, wanted)
+        _, count = peers.teacache(decay, indicate, NOISE, SIGMAS, *rule)
+        assert abs(count - wanted) <= 1
+    full, count = peers.teacache(decay, indicate, NOISE, SIGMAS, rule[0], -np.inf)
+    assert count == 28
+    np.testing.assert_allclose(full, euler(decay), rtol=1e-5)
+
+
+def test_the_indicator_is_the_first_blocks_input(small):
+    """Against the module itself, all of whose intermediate values are captured."""
+    config = dataclasses.replace(small.config.transformer, num_layers=1, num_single_layers=1)
+    params = dict(small.transformer)
+    for name in ("double_blocks", "single_blocks"):
+        params[name] = jax.tree.map(lambda leaf: leaf[:1], params[name])
+    conditioning = jitjax.encode_prompt(small, "a red circle")
+    tokens = jax.random.normal(jax.random.key(1), (1, 16, config.in_channels))
+    got = modulated_input(tokens, jnp.float32(0.7), (params, conditioning, jnp.full((1,), 3.5)))
+    places = jnp.zeros((1, 16, 3))
+    told = conditioning.text, conditioning.pooled, 0.7, 3.5
+    capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    _, state = FluxTransformer(config).apply({"params": params}, tokens, places, *told, **capture)
+    own = state["intermediates"].items()
+    values = {name: value["__call__"][0] for name, value in own if name != "__call__"}
+    vector = sum(values[name] for name in ("sigma_in", "pooled_in", "guidance_in"))
+    first = jax.tree.map(lambda leaf: leaf[0], params["double_blocks"])
+    ids = jnp.zeros((1, 16 + conditioning.text.shape[1], 3))
+    streams = values["text_in"], values["image_in"]
+    _, state = DoubleBlock(config, jnp.float32).apply(
+        {"params": first},
+        streams,
+        jax.nn.silu(vector),
+        rotations(ids, config.axes_dims_rope),
+        None,
+        **capture,
+    )
+    parts = state["intermediates"]["image_modulation"]["__call__"][0]  # [b, 6, h]
+    image = values["image_in"]
+    centred = image - image.mean(-1, keepdims=True)
+    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    expected = normal * (1 + parts[:, 1, None]) + parts[:, 0, None]
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_distances(small):
+    a = np.random.default_rng(0).uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
+    near, far = np.clip(a + 0.02, 0, 1), 1 - a
+    same = scores.distances(small, a, a)
+    assert np.allclose(same["features"], 0, atol=1e-9)
+    assert np.allclose(same["ssim"], 1)
+    close, wide = scores.distances(small, near, a), scores.distances(small, far, a)
+    assert min(close["psnr"]) > 30 > 15 > max(wide["psnr"])
+    assert min(close["ssim"]) > max(wide["ssim"])
+    assert max(close["features"]) < min(wide["features"])
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        low, high = scores.interval(rng.uniform(size=40) < 0.4, seed=i)
+        covered += low <= 0.4 <= high
+    assert 0.89 < covered / 200 < 0.99
+    assert scores.interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_every_method_runs_on_a_small_model(small):
+    grid = (4, 4)
+    methods = all_methods(small.config.transformer, 16, small.config.text_length)
+    wanted = [
+        "4x",
+        "7x:program",
+        *(n for n in methods if n.split("-")[0] in ("teacache", "taylor")),
+    ]
+    runner = Runner(small, grid)
+    conditioning = jitjax.encode_prompt(small, ["a red circle", "a blue star"])
+    keys = jax.random.split(jax.random.key(0), 2)
+    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
+    for name in wanted:
+        tokens, slots = runner(methods[name], conditioning, noise, keys)
+        assert tokens.shape == noise.shape
+        assert bool(jnp.isfinite(tokens).all())
+        wanted_count = methods[name].evaluations or methods[name].plan.steps
+        assert abs(len(slots) - wanted_count) <= (3 if "teacache" in name else 0)
+
+
+def test_report(tmp_path):
+    def line(method, number, seed, right, tflops):
+        found = {"method": method, "prompt": number, "seed": seed, "category": "single"}
+        found |= {"verdict": {"right": right}, "tflops": tflops, "evaluations": 5}
+        found |= {"seconds": tflops / 10, "dense": 1.0}
+        return found | {} if method == REFERENCE else found | dict.fromkeys(report.METRICS, 0.5)
+
+    rows = [line(REFERENCE, n, s, n % 2 == 0, 10.0) for n in range(20) for s in (1, 2)]
+    rows += [line("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
+    settings, lines = report.read(path)
+    assert settings == {"split": "test"}
+    got = report.summary(lines)["4x"]
+    assert got["right"] == pytest.approx(0.25)
+    assert got["against_dense"] == pytest.approx(-0.25)
+    assert got["against_dense_interval"][0] < -0.25 < got["against_dense_interval"][1]
+    assert got["fewer_flops"] == pytest.approx(4)
+    assert got["faster"] == pytest.approx(4)
+    assert got["pictures"] == 40
+    table = report.markdown(report.summary(lines))
+    assert table.count("\n") == 4
+    assert "`4x`" in table
