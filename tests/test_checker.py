@@ -1,42 +1,29 @@
 """The picture checker against drawn scenes, clean and spoilt, and against wrong prompts."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
+from benchmarks.agreement import WAYS, agreement
 from benchmarks.checker import check, describe
 from training.scenes import COLOURS, SHAPES, SIZES, TEXTURES, random_scene, render
 
 
-def spoil(image, how, rng):
-    """The picture as a camera or a codec might leave it."""
-    if how == "noise":
-        image = image + rng.normal(0, 0.04, image.shape)
-    elif how == "blur":
-        image = ndimage.gaussian_filter(image, (len(image) / 256, len(image) / 256, 0))
-    elif how == "jpeg":
-        pillow = pytest.importorskip("PIL.Image")
-        file = io.BytesIO()
-        pillow.fromarray((image * 255).round().astype(np.uint8)).save(file, "JPEG", quality=60)
-        image = np.asarray(pillow.open(file)) / 255
-    return np.clip(image, 0, 1).astype(np.float32)
-
-
 @pytest.mark.parametrize(("side", "n"), [(256, 80), (512, 40)])
-@pytest.mark.parametrize("how", ["clean", "noise", "blur", "jpeg"])
+@pytest.mark.parametrize("how", WAYS)
 def test_agrees_with_drawn_scenes(side, n, how):
-    right = texture = 0
-    for i in range(n):
-        rng = np.random.default_rng((7, side, i))
-        scene = random_scene(rng, unseen=i % 2 == 0)
-        result = check(spoil(render(scene, side, side), how, rng), scene)
-        right += result["right"]
-        texture += result["texture"]
-    assert right >= n - 1  # some hundreds of scenes: see benchmarks/README for the figures
-    assert texture >= 0.95 * n
+    """Of one thing; some thousands of scenes of up to four: `python -m benchmarks.agreement`."""
+    results = [result for _, result in agreement(1, False, side, how, n)]
+    assert sum(r["right"] for r in results) >= n - 1
+    assert sum(r["texture"] for r in results) >= 0.95 * n
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize(("things", "same"), [(2, False), (4, True)])
+def test_agrees_with_drawn_scenes_of_several_things(things, same, how):
+    results = [result for _, result in agreement(things, same, 512, how, 12)]
+    assert all(r["right"] for r in results)
 
 
 @pytest.mark.parametrize(
