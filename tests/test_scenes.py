@@ -85,9 +85,12 @@ def test_captions_name_what_they_must():
 def test_relations_and_counts():
     seen = set()
     for i, scene in enumerate(scenes(60, things=2)):
-        text = caption(scene, np.random.default_rng(i))
+        text = caption(scene, np.random.default_rng(i), relation=True)
         assert scene.relation
         assert scene.relation in text
+        both = caption(scene, np.random.default_rng(i), relation=False)
+        assert " and " in both
+        assert scene.relation not in both
         assert holds(scene.relation, *scene.things)
         seen.add(scene.relation)
     assert len(seen) == 4

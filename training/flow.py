@@ -44,7 +44,7 @@ SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
 BATCH = {128: 64, 256: 20, 512: 6}
 COUNT = {128: 12_288, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
-TEXT = {128: 16, 256: 16, 512: None}  # text states that the transformer sees; None: all
+TEXT = {128: 16, 256: 16, 512: None}  # text states the transformer sees of one thing; None: all
 
 
 def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--distil", action="store_true", help="learn guidance from the average")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=1.5e-3)
+    parser.add_argument("--several", action="store_true", help="scenes of one to four things")
     parser.add_argument("--dropout", type=float, default=0.1, help="of captions")
     parser.add_argument("--average", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
@@ -161,7 +162,7 @@ def main() -> None:
         model.transformer.compile(dynamic=False)
         if teacher:
             teacher.transformer.compile(dynamic=False)
-    data = {side: Latents(side, COUNT[side], args.seed) for side, _ in kinds}
+    data = {side: Latents(side, COUNT[side], args.seed, args.several) for side, _ in kinds}
 
     def save() -> None:
         state = {
@@ -182,7 +183,7 @@ def main() -> None:
     while used < budget:
         choice = np.random.default_rng((args.seed, step, 1)).choice(len(kinds), p=weights)
         side, stride = kinds[int(choice)]
-        batch, grid = BATCH[side], side // 16
+        batch, grid, length = BATCH[side], side // 16, None if args.several else TEXT[side]
         ids = positions(grid, grid, stride)
         x0, noise, sigma, guidance, texts = draw(
             data[side],
@@ -195,8 +196,8 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             target = noise - x0
             if teacher:
-                target = target + push(teacher, x, sigma, guidance, texts, ids, TEXT[side])
-            u = model(x, sigma, guidance, *model.encode(texts, TEXT[side]), ids)
+                target = target + push(teacher, x, sigma, guidance, texts, ids, length)
+            u = model(x, sigma, guidance, *model.encode(texts, length), ids)
         loss = (u.float() - target).square().mean()
         loss.backward()
         used = share_gradients(named, time.monotonic() - start)

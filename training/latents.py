@@ -1,4 +1,4 @@
-"""Latents of a fixed set of single-shape pictures, encoded when first asked for and kept on disk.
+"""Latents of a fixed set of pictures, encoded when first asked for and kept on disk.
 
 python -m training.latents            # measures the latents' mean and spread, once
 """
@@ -10,24 +10,30 @@ import torch
 
 from training.common import RUNS, load_if_there, save_atomically
 from training.model import load_autoencoder
-from training.scenes import Scene, random_scene, render
+from training.scenes import Scene, random_scene, render, training_scene
 
 SHARD = 256
 
 
 class Latents:
-    """`count` pictures of `side` pixels. Scene i derives from (seed, side, i) alone."""
+    """`count` pictures of `side` pixels, of one thing or of `several`.
 
-    def __init__(self, side: int, count: int, seed: int, folder=RUNS / "latents"):
+    Scene i derives from (seed, side, i) alone.
+    """
+
+    def __init__(
+        self, side: int, count: int, seed: int, several: bool = False, folder=RUNS / "latents"
+    ):
         self.side, self.count, self.seed = side, count, seed
-        self.folder = folder / str(side)
+        self.draw = training_scene if several else random_scene
+        self.folder = folder / (f"{side}-several" if several else str(side))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards: dict[int, tuple[torch.Tensor, list[Scene]]] = {}
         self.vae = load_autoencoder().to(memory_format=torch.channels_last)
         self.permutations: dict[int, np.ndarray] = {}
 
     def scene(self, index: int) -> Scene:
-        return random_scene(np.random.default_rng((self.seed, self.side, index)))
+        return self.draw(np.random.default_rng((self.seed, self.side, index)))
 
     @torch.no_grad()
     def encode(self, scenes: list[Scene]) -> torch.Tensor:

@@ -178,6 +178,16 @@ def random_scene(
                 return Scene(tuple(found), background, ground, slope, ramp, relation)
 
 
+def training_scene(rng: np.random.Generator) -> Scene:
+    """One thing in two scenes of five; else two that differ, or two to four that are alike."""
+    kind = rng.uniform()
+    if kind < 0.4:
+        return random_scene(rng)
+    if kind < 0.75:
+        return random_scene(rng, things=2)
+    return random_scene(rng, things=2 + int(rng.integers(3)), same=True)
+
+
 # ------------------------------------------------------------------------------------- captions
 
 
@@ -210,6 +220,7 @@ def caption(
     size: bool | None = None,
     texture: bool | None = None,
     background: bool | None = None,
+    relation: bool | None = None,
 ) -> str:
     """A caption that names shapes and colours always, and the rest as asked (None: at random)."""
 
@@ -229,7 +240,7 @@ def caption(
         phrases = [_a(_phrase(rng, thing, *mentions(thing))) for thing in scene.things]
         if count == 1:
             text = phrases[0]
-        elif count == 2 and scene.relation:
+        elif scene.relation and (rng.uniform() < 0.8 if relation is None else relation):
             text = f"{phrases[0]} {scene.relation} {phrases[1]}"
         else:
             text = ", ".join(phrases[:-1]) + " and " + phrases[-1]

@@ -178,13 +178,19 @@ class Runner:
 
     def rule(self, method: Method) -> tuple[Polynomial, float]:
         """TeaCache's polynomial and threshold, fitted on prompts of the development split."""
-        if self.curve is None:
+        if method.evaluations not in self.rules:
             chosen = prompts(1, "dev", seeds=1)[:4]
             conditioning = jitjax.encode_prompt(self.params, [p.text for p in chosen])
             keys = jnp.stack([jax.random.key(p.seeds[0]) for p in chosen])
             noise = draw_noise(keys, self.grid, self.params.config.transformer.in_channels)
-            functions = self._functions(conditioning)
-            self.curve = peers.changes(*functions, noise, self.sigmas(method.plan))
-        if method.evaluations not in self.rules:
-            self.rules[method.evaluations] = peers.calibrate(*self.curve, method.evaluations)
+            given = (*self._functions(conditioning), noise, self.sigmas(method.plan))
+            self.curve = self.curve or peers.changes(*given)
+            rescale = peers.calibrate(*self.curve)
+            highest = float(np.abs(rescale(self.curve[0])).sum())
+            threshold = peers.find_threshold(
+                lambda threshold: peers.teacache(*given, rescale, threshold)[1],
+                method.evaluations,
+                highest,
+            )
+            self.rules[method.evaluations] = rescale, threshold
         return self.rules[method.evaluations]

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -108,31 +107,18 @@ def changes(
     return indicator, output
 
 
-def calibrate(
-    indicator: np.ndarray, output: np.ndarray, evaluations: int, degree: int = 4
-) -> tuple[Polynomial, float]:
-    """The polynomial of `teacache` and the threshold that gives about `evaluations` of them.
+def calibrate(indicator: np.ndarray, output: np.ndarray, degree: int = 4) -> Polynomial:
+    """The polynomial of `teacache`, from what `changes` returned; TeaCache's have degree 4."""
+    return Polynomial.fit(indicator, output, degree)
 
-    Args:
-        indicator, output: what `changes` returned.
-        evaluations: wanted.
-        degree: of the polynomial; TeaCache's have 4.
-    """
-    rescale = Polynomial.fit(indicator, output, degree)
-    estimates = rescale(indicator)
-    low, high = 0.0, float(np.abs(estimates).sum())
-    for _ in range(60):
+
+def find_threshold(count: Callable[[float], int], wanted: int, highest: float) -> float:
+    """The threshold at which `count` evaluations are nearest to `wanted`, by bisection."""
+    low, high, tried = 0.0, highest, {}
+    for _ in range(12):
         threshold = (low + high) / 2
-        count, total = 1, 0.0
-        for step, estimate in enumerate(estimates):
-            total += float(estimate)
-            if step == len(estimates) - 1 or total >= threshold:
-                count, total = count + 1, 0.0
-        low, high = (threshold, high) if count > evaluations else (low, threshold)
-    return rescale, high
-
-
-def jitted(function: Callable[..., Array], *args: object) -> Evaluate:
-    """`function(tokens, sigma, *args)` compiled, with `args` filled in."""
-    compiled = jax.jit(function)
-    return lambda tokens, sigma: compiled(tokens, sigma, *args)
+        tried[threshold] = got = count(threshold)
+        if got == wanted:
+            break
+        low, high = (threshold, high) if got > wanted else (low, threshold)
+    return min(tried, key=lambda threshold: abs(tried[threshold] - wanted))

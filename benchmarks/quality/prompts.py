@@ -59,7 +59,8 @@ def prompt(category: str, number: int, split: str = "test", seeds: int = 3) -> P
         scene = _distinct(rng, CATEGORIES[category])
     if category != "position":
         scene = replace(scene, relation="")
-    text = caption(scene, rng, size="size" in CATEGORIES[category], texture=False, background=False)
+    size = "size" in CATEGORIES[category]
+    text = caption(scene, rng, size, texture=False, background=False, relation=True)
     return Prompt(text, scene, category, noise)
 
 
