@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ class Runner:
         self._evaluate = jax.jit(self._everywhere)
         self._indicate = jax.jit(modulated_input)
 
-    def _everywhere(self, tokens: Array, sigma: Array, args: object) -> Array:
+    def _everywhere(self, tokens: Array, sigma: Array, args: Any) -> Array:
         places = positions(jnp.arange(self.tokens), self.grid)
         places = jnp.broadcast_to(places, (tokens.shape[0], *places.shape))
         return self.velocity(tokens, places, sigma, None, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,8 @@ def feature_distance(
     """
     config, weights = params.config.autoencoder, params.autoencoder
     pairs = zip(_features(config, weights, a), _features(config, weights, b), strict=True)
-    return sum(jnp.square(x - y).sum(-1).mean((1, 2)) for x, y in pairs) / len(
-        config.block_out_channels
-    )
+    levels = [jnp.square(x - y).sum(-1).mean((1, 2)) for x, y in pairs]
+    return jnp.stack(levels).mean(0)
 
 
 def distances(params: FluxParams, images: np.ndarray, references: np.ndarray) -> dict[str, list]:
@@ -49,7 +49,8 @@ def distances(params: FluxParams, images: np.ndarray, references: np.ndarray) ->
     pairs = list(zip(images, references, strict=True))
     with np.errstate(divide="ignore"):
         psnr = [float(peak_signal_noise_ratio(b, a, data_range=1)) for a, b in pairs]
-    ssim = [float(structural_similarity(a, b, channel_axis=2, data_range=1)) for a, b in pairs]
+    how: dict[str, Any] = {"channel_axis": 2, "data_range": 1}
+    ssim = [float(np.asarray(structural_similarity(a, b, **how))) for a, b in pairs]
     features = np.asarray(feature_distance(params, jnp.asarray(images), jnp.asarray(references)))
     return {"psnr": psnr, "ssim": ssim, "features": features.tolist()}
 

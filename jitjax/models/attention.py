@@ -36,8 +36,8 @@ def _at_once(query: Array, key: Array, value: Array, mask: Array | None) -> Arra
 
 
 def _at_once_in_float32(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    qkv = (x.astype(jnp.float32) for x in (query, key, value))
-    return _at_once(*qkv, mask).astype(value.dtype)
+    q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
+    return _at_once(q, k, v, mask).astype(value.dtype)
 
 
 def _by_heads(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
