@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--count", type=int, default=120, help="prompts (default: 120)")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first ones")
+    parser.add_argument("--seed", type=int, default=2026, help="of the prompts (default: 2026)")
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -79,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     plans = {text: parse_plan(text) for text in args.plans}
     params = jitjax.load(args.checkpoint)
-    prompts = evaluation_prompts(args.skip + args.count)[args.skip :]
+    prompts = evaluation_prompts(args.skip + args.count, args.seed)[args.skip :]
     rows, sheet = {}, []
     print("| plan | right | 95 % | colour | shape | size | one object | s per picture |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
