@@ -137,7 +137,7 @@ def _texture(image: np.ndarray, inner: np.ndarray) -> str:
     share = float((neutral[inner] > 0.5).mean())
     if share < 0.08:
         return "plain"
-    dy, dx = np.gradient(neutral)
+    dy, dx = (np.asarray(slope) for slope in np.gradient(neutral))
     xx, yy, xy = ((a * b)[inner].sum() for a, b in ((dx, dx), (dy, dy), (dx, dy)))
     agreement = float(np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-6))
     if agreement > 0.55:
