@@ -24,8 +24,16 @@ METRICS = ("psnr", "ssim", "features")
 
 
 def read(path: Path) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
-    """Settings, and per method its lines by (prompt, seed)."""
-    head, *rest = (json.loads(line) for line in path.read_text().splitlines())
+    """Settings, and per method its lines by (prompt, seed); a line cut short is left out.
+
+    Raises:
+        ValueError: there is not one whole line.
+    """
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    if not whole:
+        raise ValueError(f"{path} has no whole line; expected what benchmarks.quality writes")
+    head, *rest = (json.loads(line) for line in whole)
     found: dict[str, dict[tuple[int, int], dict]] = defaultdict(dict)
     for line in rest:
         found[line["method"]][line["prompt"], line["seed"]] = line

@@ -106,10 +106,11 @@ def test_flops_of_the_paper():
     dense = flops.run(config, [4096] * 50, 512)
     for name, ratio in (("4x", 4.14), ("7x", 6.96)):
         plan = jitjax.PLANS[name]
-        ends = plan.stage_steps
-        counts = np.diff([0, *ends])
-        slots = np.repeat(plan.budgets(4096, 512), counts)
-        assert dense / flops.run(config, slots.tolist(), 512) == pytest.approx(ratio, rel=0.01)
+        slots = flops.slots(plan, 4096, 512)
+        assert len(slots) == plan.steps
+        assert dense / flops.run(config, slots, 512) == pytest.approx(ratio, rel=0.01)
+    padded = flops.slots(jitjax.PLANS["4x"].replace(pad_to=128), 4096, 512)
+    assert [(k + 512) % 128 for k in padded] == [0] * 18
 
 
 def test_matched_methods_cost_what_they_match():
@@ -259,6 +260,8 @@ def test_report(tmp_path):
     rows += [line("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
+    with path.open("a") as file:  # a run that was killed while it wrote
+        file.write('{"method": "4x", "pro')
     settings, lines = report.read(path)
     assert settings == {"split": "test"}
     got = report.summary(lines)["4x"]

@@ -27,6 +27,7 @@ from benchmarks.quality import flops
 from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods
 from benchmarks.quality.prompts import CATEGORIES, Prompt, prompts
 from benchmarks.quality.scores import distances
+from benchmarks.report import read
 from jitjax.latents import draw_noise, token_grid
 
 QUICK = ("4x", "7x:program", "dense-7", "teacache-7", "taylor-7")
@@ -143,11 +144,14 @@ def main() -> None:
     settings = {"split": args.split, "side": args.side, "checkpoint": args.checkpoint}
     done: dict[tuple[int, int], set[str]] = {}
     if args.out.exists():
-        head, *rest = (json.loads(line) for line in args.out.read_text().splitlines())
+        head, before = read(args.out)
         if head != settings:
-            raise ValueError(f"{args.out} has settings {head}; expected {settings}")
-        for line in rest:
-            done.setdefault((line["prompt"], line["seed"]), set()).add(line["method"])
+            parser.error(f"{args.out} has settings {head}; expected {settings}")
+        for name, own in before.items():
+            for task in own:
+                done.setdefault(task, set()).add(name)
+        with args.out.open("r+b") as file:  # drop a line that a killed run cut short
+            file.truncate(file.read().rfind(b"\n") + 1)
     else:
         args.out.write_text(json.dumps(settings) + "\n")
     warm: set[str] = set()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from jitjax.config import TransformerConfig
+from jitjax.plan import Plan
 
 
 def forward(config: TransformerConfig, tokens: int, text: int) -> float:
@@ -24,3 +27,10 @@ def forward(config: TransformerConfig, tokens: int, text: int) -> float:
 def run(config: TransformerConfig, slots: Sequence[int], text: int) -> float:
     """Operations of one picture: `slots` image tokens in each evaluation."""
     return sum(forward(config, tokens, text) for tokens in slots)
+
+
+def slots(plan: Plan, tokens: int, text: int) -> list[int]:
+    """Image tokens that each step of `plan` runs, padding included, on a grid of `tokens`."""
+    budgets = plan.budgets(tokens, text)
+    stages = [tokens if k == tokens else plan.slots(k, text) for k in budgets]
+    return np.repeat(stages, np.diff([0, *plan.stage_steps])).tolist()

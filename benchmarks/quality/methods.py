@@ -56,14 +56,8 @@ class Method:
 
 def matched_steps(config: TransformerConfig, plan: Plan, tokens: int, text: int) -> int:
     """Dense steps nearest in operations to a picture by `plan`."""
-    slots = [
-        budget
-        for budget, start, end in zip(
-            plan.budgets(tokens, text), (0, *plan.stage_steps), plan.stage_steps, strict=False
-        )
-        for _ in range(end - start)
-    ]
-    return round(flops.run(config, slots, text) / flops.forward(config, tokens, text))
+    whole = flops.run(config, flops.slots(plan, tokens, text), text)
+    return round(whole / flops.forward(config, tokens, text))
 
 
 def all_methods(config: TransformerConfig, tokens: int, text: int) -> dict[str, Method]:
@@ -153,10 +147,7 @@ class Runner:
                 self.params, conditioning, noise, plan=plan, grid=self.grid,
                 guidance=self.guidance, key=keys,
             )  # fmt: skip
-            budgets, ends = plan.budgets(self.tokens, conditioning.text.shape[1]), plan.stage_steps
-            starts = (0, *ends[:-1])
-            stages = zip(budgets, starts, ends, strict=True)
-            return tokens, [k for k, start, end in stages for _ in range(end - start)]
+            return tokens, flops.slots(plan, self.tokens, conditioning.text.shape[1])
         evaluate, indicate = self._functions(conditioning)
         sigmas = self.sigmas(plan)
         if method.peer == "taylor":

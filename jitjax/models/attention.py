@@ -20,6 +20,7 @@ def attend(
     """Every token attends to every token whose `mask` is true: `softmax(q k / sqrt(width)) v`.
 
     The two matrix products run in the dtype of the inputs, the softmax in float32 or wider.
+    Source: Vaswani et al., 2017 (arXiv 1706.03762), equation 1; as in diffusers' FLUX.
     """
     if value.dtype == jnp.float64:  # JAX's softmax would be float32 even then
         return _by_heads(query, key, value, mask)
