@@ -1,7 +1,7 @@
 """How many pictures of one object come out right, per plan.
 
     python -m benchmarks.single_object                       the three named plans
-    python -m benchmarks.single_object --plans 4x:blend:fresh 4x:hit:initial
+    python -m benchmarks.single_object --plans 4x 4x:microflow=blend
 
 Prompts are unseen in training and name colour, shape and size; a picture is right when the exact
 checker (`benchmarks.checker`) finds one object with all three. All plans get the same prompts and
@@ -24,14 +24,9 @@ from tqdm import tqdm
 
 import jitjax
 from benchmarks.checker import check
-from jitjax.plan import Plan, get_plan
+from benchmarks.quality.methods import parse_plan
+from jitjax.plan import Plan
 from training.scenes import Scene, evaluation_prompts
-
-
-def parse_plan(text: str) -> Plan:
-    """NAME, NAME:MICROFLOW or NAME:MICROFLOW:NOISE, such as 4x:blend:fresh."""
-    name, *changes = text.split(":")
-    return get_plan(name).replace(**dict(zip(("microflow", "microflow_noise"), changes)))  # noqa: B905
 
 
 def interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -78,7 +73,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--sheet", type=Path, help="PNG: a row of eight pictures for each plan")
     args = parser.parse_args()
-    plans = {text: parse_plan(text) for text in args.plans}
+    try:
+        plans = {text: parse_plan(text) for text in args.plans}
+    except ValueError as error:
+        parser.error(str(error))
     params = jitjax.load(args.checkpoint)
     prompts = evaluation_prompts(args.skip + args.count, args.seed)[args.skip :]
     rows, sheet = {}, []

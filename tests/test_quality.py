@@ -12,7 +12,13 @@ import pytest
 import jitjax
 from benchmarks import report
 from benchmarks.quality import flops, peers, scores
-from benchmarks.quality.methods import REFERENCE, Runner, all_methods, modulated_input
+from benchmarks.quality.methods import (
+    REFERENCE,
+    Runner,
+    all_methods,
+    modulated_input,
+    parse_plan,
+)
 from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
 from jitjax.config import TransformerConfig
 from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
@@ -121,6 +127,18 @@ def test_matched_methods_cost_what_they_match():
     )
     assert methods["4x:program"].plan.microflow == "blend"
     assert methods["4x"].plan == jitjax.PLANS["4x"]
+
+
+def test_a_plan_in_words():
+    assert parse_plan("4x") == jitjax.PLANS["4x"]
+    got = parse_plan("4x:lift=linear:steps=12:densities=(0.5, 1.0):stage_ends=(0.25, 1.0)")
+    assert got == jitjax.Plan(12, (0.5, 1.0), (0.25, 1.0), lift="linear")
+    with pytest.raises(ValueError, match="unknown plan '5x'"):
+        parse_plan("5x:lift=linear")
+    with pytest.raises(ValueError, match="changes 'lifter'"):
+        parse_plan("4x:lifter=linear")
+    with pytest.raises(ValueError, match=r"Plan\.steps is 'many'"):
+        parse_plan("4x:steps=many")
 
 
 @pytest.mark.parametrize("evaluations", [3, 7, 12, 28])

@@ -1,6 +1,8 @@
-"""Samples unseen prompts with the averaged weights, writes a contact sheet and the checker's score.
+"""Samples the six kinds of prompts with the averaged weights; a contact sheet and the score.
 
     python -m training.preview --n 24 --side 256 --steps 25 --guidance 1 3
+
+Prompts are those of the benchmark's development split.
 
 Before distillation guidance is two forward passes (`--distilled` off); after it, one.
 """
@@ -18,10 +20,10 @@ import torch
 from PIL import Image
 
 from benchmarks.checker import check
+from benchmarks.quality.prompts import CATEGORIES, prompts
 from training.common import RUNS
 from training.export import trained
 from training.model import TinyFlux, load_autoencoder, positions, unpack
-from training.scenes import evaluation_prompts
 
 
 def schedule(steps: int, tokens: int) -> torch.Tensor:
@@ -70,19 +72,19 @@ def main() -> None:
 
     model, step = trained(args.flow)
     vae = load_autoencoder()
-    prompts = evaluation_prompts(args.n)
+    wanted = prompts(math.ceil(args.n / len(CATEGORIES)), "dev", seeds=1)[: args.n]
     rows = []
     for guidance in args.guidance:
         start = time.monotonic()
         images = []
         for at in range(0, args.n, args.batch):
-            texts, _, seeds = zip(*prompts[at : at + args.batch], strict=True)
+            part = wanted[at : at + args.batch]
             images.append(
                 sample(
                     model,
                     vae,
-                    list(texts),
-                    seeds,
+                    [prompt.text for prompt in part],
+                    [prompt.seeds[0] for prompt in part],
                     args.side,
                     args.steps,
                     guidance,
@@ -91,16 +93,22 @@ def main() -> None:
                 )
             )
         images = np.concatenate(images)
-        results = [check(image, prompt[1]) for image, prompt in zip(images, prompts, strict=True)]
-        score = {key: float(np.mean([r[key] for r in results])) for key in results[0]}
+        results = [
+            check(image, prompt.scene, CATEGORIES[prompt.category])
+            for image, prompt in zip(images, wanted, strict=True)
+        ]
+        score = {
+            name: [r["right"] for r, p in zip(results, wanted, strict=True) if p.category == name]
+            for name in CATEGORIES
+        }
         print(
-            f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}, n {args.n}: "
-            + " ".join(f"{key} {value:.2f}" for key, value in score.items())
+            f"step {step}, {args.side} px, {args.steps} steps, guidance {guidance}: "
+            + " ".join(f"{name} {sum(own)}/{len(own)}" for name, own in score.items())
             + f"  ({time.monotonic() - start:.0f} s)",
             flush=True,
         )
-        for text, result in list(zip(prompts, results, strict=True))[:12]:
-            print("   ", text[0], "|", " ".join(k for k, v in result.items() if not v))
+        for prompt, result in list(zip(wanted, results, strict=True))[:12]:
+            print("   ", prompt.text, "|", " ".join(k for k, v in result.items() if not v))
         shown = images[: len(images) // 6 * 6, :: args.side // 128, :: args.side // 128]
         rows += [np.concatenate(shown[i : i + 6], axis=1) for i in range(0, len(shown), 6)]
     sheet = (np.concatenate(rows) * 255).round().astype(np.uint8)

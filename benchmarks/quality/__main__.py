@@ -1,7 +1,7 @@
 """Judges samplers: what was asked for, and the distance to the full solve, at what cost.
 
     python -m benchmarks.quality --out quality.jsonl               the whole table; hours on a CPU
-    python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:linear
+    python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:fill=dither
     python -m benchmarks.quality --quick --out quick.jsonl         minutes: shows that it works
     python -m benchmarks.report quality.jsonl                      then: table and plot
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import jitjax
 from benchmarks.checker import check
 from benchmarks.quality import flops
-from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods
+from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods, parse_plan
 from benchmarks.quality.prompts import CATEGORIES, Prompt, prompts
 from benchmarks.quality.scores import distances
 from benchmarks.report import read
@@ -108,7 +108,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; continued if there")
-    parser.add_argument("--methods", nargs="+", help="some of those that --list shows")
+    parser.add_argument(
+        "--methods", nargs="+", help="those that --list shows, or PLAN:FIELD=VALUE:..."
+    )
     parser.add_argument("--list", action="store_true", help="print the methods' names and stop")
     parser.add_argument("--split", default="test", help="dev (to choose by) or test (to report)")
     parser.add_argument("--per-category", type=int, default=50, help="prompts (default: 50)")
@@ -128,11 +130,12 @@ def main() -> None:
     if args.list:
         print("\n".join(methods))
         return
-    unknown = set(args.methods or ()) - set(methods)
-    if unknown:
-        parser.error(f"unknown methods {sorted(unknown)}; expected some of {sorted(methods)}")
-    chosen = {name: methods[name] for name in methods if name in (args.methods or methods)}
-    chosen = {REFERENCE: methods[REFERENCE]} | chosen
+    chosen = {REFERENCE: methods[REFERENCE]}
+    for name in args.methods or methods:
+        try:
+            chosen[name] = methods[name] if name in methods else Method(parse_plan(name))
+        except ValueError as error:
+            parser.error(f"{error}; see --list for what has a name")
     runner = Runner(params, grid)
 
     tasks = [

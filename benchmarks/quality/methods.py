@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jitjax.denoise import FluxVelocity
 from jitjax.latents import Grid, draw_noise, positions
 from jitjax.models.flux import SCALE
 from jitjax.models.layers import Perceptron, modulate, sinusoids
-from jitjax.plan import PLANS, Plan
+from jitjax.plan import PLANS, Plan, get_plan
 from jitjax.schedule import plan_sigmas
 
 REFERENCE = "dense-50"
@@ -52,6 +53,25 @@ class Method:
     plan: Plan
     peer: str = ""
     evaluations: int = 0
+
+
+def parse_plan(text: str) -> Plan:
+    """NAME or NAME:FIELD=VALUE:..., such as 4x:lift=linear or "4x:densities=(0.5,1):steps=12".
+
+    Raises:
+        ValueError: no such plan, no such field, or a value that the field cannot have.
+    """
+    name, *changes = text.split(":")
+    known, changed = {field.name for field in fields(Plan)}, {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        if field not in known:
+            raise ValueError(f"{text!r} changes {field!r}; expected FIELD=VALUE of {sorted(known)}")
+        try:
+            changed[field] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            changed[field] = value  # a word
+    return get_plan(name).replace(**changed)
 
 
 def matched_steps(config: TransformerConfig, plan: Plan, tokens: int, text: int) -> int:
