@@ -1,4 +1,4 @@
-"""`python -m jitjax.convert`: diffusers folders to checkpoints, and back."""
+"""`python -m jitjax.convert`: FLUX's weights to checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jitjax import checkpoint
+from jitjax.checkpoint import PARTS
 
-from .reading import read_folder
+from .single_files import read_sources
 from .writing import check_target, write_folder
 
 DTYPES = {
@@ -22,10 +23,12 @@ DTYPES = {
 }
 
 DESCRIPTION = """\
-Turn a diffusers folder of FLUX into a jitjax checkpoint, once; or a checkpoint into a diffusers
-folder. Every tensor has to be known, used once, and of the right shape: otherwise nothing is
-written and the message lists what does not fit. FLUX.1-dev needs about 35 GB of memory and of
-disk. Neither torch nor diffusers is needed.
+Turn FLUX's weights into a jitjax checkpoint, once; or a checkpoint into a diffusers folder. The
+layout is recognised from the tensors' names: diffusers folders, the original release's single
+files, ComfyUI's (with a prefix, in fp8 with or without scales, one model or several in a file).
+Every tensor has to be known, used once, and of the right shape: otherwise nothing is written and
+the message lists what does not fit. FLUX.1-dev needs about 35 GB of memory and of disk. Neither
+torch nor diffusers is needed.
 """
 
 EXAMPLES = """\
@@ -33,8 +36,15 @@ examples:
   a folder as `hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev` gives it:
     python -m jitjax.convert FLUX.1-dev --out flux-dev
 
-  the same, with all weights rounded to bfloat16:
-    python -m jitjax.convert FLUX.1-dev --out flux-dev --dtype bfloat16
+  the same with another transformer:
+    python -m jitjax.convert FLUX.1-dev --transformer finetuned.safetensors --out finetuned
+
+  single files; the tokenizers are folders of the release, `tokenizer/` and `tokenizer_2/`:
+    python -m jitjax.convert --transformer flux1-dev.safetensors --vae ae.safetensors \\
+        --t5 t5xxl_fp16.safetensors --clip clip_l.safetensors --tokenizers FLUX.1-dev --out flux-dev
+
+  the transformer alone, for conditioning computed elsewhere:
+    python -m jitjax.convert flux1-dev-fp8.safetensors --parts transformer --out flux-dev
 
   and back, for diffusers:
     python -m jitjax.convert flux-dev --to-diffusers --out FLUX.1-dev-again
@@ -42,6 +52,9 @@ examples:
 then, in Python:
     params = jitjax.load("flux-dev")
 """
+
+FILES = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5", "clip": "clip"}
+"""Option -> model."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +69,22 @@ def parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         type=Path,
-        help="diffusers folder (the one with model_index.json); with --to-diffusers, a checkpoint",
+        nargs="?",
+        help="diffusers folder (the one with model_index.json) or safetensors file; with "
+        "--to-diffusers, a checkpoint",
+    )
+    for option, model in FILES.items():
+        out.add_argument(
+            f"--{option}", metavar="FILE", type=Path, help=f"take the {model} from this file"
+        )
+    out.add_argument(
+        "--tokenizers",
+        metavar="FOLDER",
+        type=Path,
+        help="folder with tokenizer/ and tokenizer_2/, where SOURCE is no folder",
+    )
+    out.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="convert these models only (default: all found)"
     )
     out.add_argument(
         "--out",
@@ -71,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="auto",
-        help="dtype of all weights of the checkpoint; auto keeps them as they are stored (default)",
+        help="dtype of all weights of the checkpoint (default: bfloat16); auto keeps them as they "
+        "are stored, and makes fp8 bfloat16",
     )
     out.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     return out
@@ -82,16 +110,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 2 for what the user can mend."""
     options = parser().parse_args(arguments)
     try:
+        files = {m: f for o, m in FILES.items() if (f := getattr(options, o)) is not None}
         if options.to_diffusers:
-            if options.dtype != "auto":
-                raise ValueError("--dtype has no meaning together with --to-diffusers")
+            others = (options.parts, options.tokenizers, options.dtype)
+            if options.source is None or files or any(others):
+                raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
             check_target(options.out, options.overwrite)  # before anything is read
             params = checkpoint.load(options.source)
             write_folder(params, options.out, overwrite=options.overwrite, progress=True)
         else:
+            if options.source is None and not files:
+                raise ValueError("nothing to convert; expected SOURCE or files, see --help")
             if options.out.exists() and not options.overwrite:
                 raise FileExistsError(f"{options.out} is there already; --overwrite replaces it")
-            params = read_folder(options.source, DTYPES[options.dtype], progress=True)
+            params = read_sources(
+                options.source,
+                files,
+                DTYPES[options.dtype or "bfloat16"],
+                tokenizers=options.tokenizers,
+                parts=options.parts,
+                progress=True,
+            )
             checkpoint.save(params, options.out, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

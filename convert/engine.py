@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ Tree = dict[str, Any]
 
 class ConversionError(ValueError):
     """The source tensors and the rule table do not fit; the message lists every misfit."""
+
+    @classmethod
+    def of(cls, what: str, problems: Sequence[str]) -> ConversionError:
+        """The error that lists the problems of one model."""
+        return cls(f"{what}: {len(problems)} key(s) do not fit\n  " + "\n  ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,6 @@ def check(
     problems += [f"rule for a leaf that does not exist: {t}" for t in targets if t not in shapes]
     used = Counter(n for rule in rules for names in rule.names() for n in names)
     problems += [f"key used twice: {k}" for k, n in used.items() if n > 1]
-    known = used.keys() | set(ignored)
-    problems += [f"unmatched key: {k}" for k in sources if k not in known]
     fitting: list[Rule] = []
     for rule in rules:
         shape = shapes.get(rule.target)
@@ -174,15 +177,22 @@ def check(
             problems.append(f"leaf {rule.target} is {list(shape)}, its rule has {rule.blocks}")
         elif shape is not None:
             fitting.append(rule)
-    for name, shape in expected_sources(fitting, shapes).items():
+    problems += misfits(expected_sources(fitting, shapes), sources, used.keys() | set(ignored))
+    if problems:
+        raise ConversionError.of(what, problems)
+
+
+def misfits(
+    expected: Mapping[str, Shape], sources: Mapping[str, Shape], known: Container[str]
+) -> list[str]:
+    """A line for each source that is not known, not there, or not of the expected shape."""
+    problems = [f"unmatched key: {k}" for k in sources if k not in known]
+    for name, shape in expected.items():
         if name not in sources:
             problems.append(f"missing key: {name} {list(shape)}")
         elif tuple(sources[name]) != tuple(shape):
             problems.append(f"wrong shape: {name} is {list(sources[name])}, expected {list(shape)}")
-    if problems:
-        raise ConversionError(
-            f"{what}: {len(problems)} key(s) do not fit\n  " + "\n  ".join(problems)
-        )
+    return problems
 
 
 def apply(rule: Rule, read: Callable[[str], np.ndarray], shape: Shape, dtype: Any) -> np.ndarray:

@@ -8,72 +8,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from jitjax.checkpoint import FluxParams
+from jitjax.checkpoint import PARTS, FluxParams
 from jitjax.config import FluxConfig
 
-from .components import COMPONENTS, PIPELINE, SCHEDULER, SHIFT_FIELDS, byte_bar, read_json
-from .engine import ConversionError, Rule, check, fill, leaf_shapes, leaf_types
-from .text_tables import canonical_names
+from .components import (
+    COMPONENTS,
+    PIPELINE,
+    SCHEDULER,
+    SHIFT_FIELDS,
+    Component,
+    byte_bar,
+    read_json,
+)
+from .engine import ConversionError, Rule, Shape, Tree, check, fill, leaf_shapes, leaf_types
+from .tensors import TYPES, OriginalWeights, Weights, scan_all
 
 TEXT_LENGTH = 512
 """Most T5 tokens that FLUX was trained with; the tokenizer may say less."""
 IMAGE_SIZE = 1024
 """Side of FLUX's pictures in pixels, where `vae/config.json` has no `sample_size`."""
-
-TYPES = {
-    "BF16": np.dtype(jnp.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
-"""safetensors' names of the types that weights may have."""
-
-
-class Weights:
-    """The tensors of one component's safetensors files: headers at once, numbers on demand.
-
-    Attributes:
-        shapes: canonical name -> shape.
-        types: canonical name -> dtype; None for types that no weight may have.
-    """
-
-    def __init__(self, folder: Path, stem: str, aliases: Mapping[str, str]):
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.types: dict[str, np.dtype | None] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
-        files: dict[str, Path] = {}
-        for path in _weight_files(folder, stem):
-            for name in _header(path):
-                if name in files:
-                    raise ValueError(f"{name} is both in {files[name]} and in {path}")
-                files[name] = path
-        for canonical, name in canonical_names(files, aliases).items():
-            shape, kind = _header(files[name])[name]
-            self.shapes[canonical], self.types[canonical] = shape, TYPES.get(kind)
-            self._places[canonical] = files[name], name
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, by canonical name, with the dtype of the file."""
-        path, stored = self._places[name]
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor(stored)
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file: {error}") from None
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -149,8 +109,77 @@ def _read_shift(path: Path) -> dict[str, Any]:
     return {name: raw.get(key, absent) for key, (name, absent) in SHIFT_FIELDS.items()}
 
 
+@dataclass(frozen=True)
+class Job:
+    """One model, checked and ready to be read: all but the numbers is known.
+
+    Attributes:
+        name: field in `FluxParams`.
+        rules, shapes, types: table, and shape and dtype of every leaf.
+        read: returns a source tensor by name.
+    """
+
+    name: str
+    rules: list[Rule]
+    shapes: Mapping[str, Shape]
+    types: Mapping[str, np.dtype]
+    read: Callable[[str], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the parameters."""
+        return sum(self.types[path].itemsize * math.prod(self.shapes[path]) for path in self.shapes)
+
+
+def prepare(
+    component: Component,
+    config: Any,
+    weights: Weights | OriginalWeights,
+    dtype: Any = None,
+    *,
+    what: str,
+    ignored: Iterable[str] = (),
+) -> Job:
+    """Check a model's tensors against its table.
+
+    Raises:
+        ConversionError: keys or shapes do not fit; the message lists them.
+        ValueError: a tensor has a type that no weight may have.
+    """
+    rules, shapes = component.rules(config), leaf_shapes(component.abstract_params(config))
+    check(rules, shapes, weights.shapes, what=what, ignored=(*component.ignored, *ignored))
+    used = [name for rule in rules for names in rule.names() for name in names]
+    types = {name: kind for name in used if (kind := weights.types[name]) is not None}
+    if len(types) < len(used):
+        wrong = ", ".join(name for name in used if name not in types)
+        raise ValueError(f"{what}: {wrong}: expected one of the types {', '.join(TYPES)}")
+    return Job(component.name, rules, shapes, leaf_types(rules, types, dtype), weights.read)
+
+
+def read_jobs(jobs: Sequence[Job], *, progress: bool) -> dict[str, Tree]:
+    """The parameters of the models; NumPy arrays in host memory."""
+    trees = {}
+    with byte_bar(sum(job.bytes for job in jobs), "reading", progress) as bar:
+        for job in jobs:
+            trees[job.name] = fill(job.rules, job.shapes, job.types, job.read, bar.update)
+    return trees
+
+
+def assemble(trees: Mapping[str, Tree], config: FluxConfig, tokenizer: str) -> FluxParams:
+    """The parameters; models that are not in `trees` are left empty."""
+    return FluxParams(
+        **{component.name: trees.get(component.name, {}) for component in COMPONENTS},
+        config=config,
+        tokenizer=tokenizer if "t5" in trees or "clip" in trees else "",
+    )
+
+
 def read_folder(
-    folder: str | os.PathLike[str], dtype: Any = None, *, progress: bool = False
+    folder: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    parts: Sequence[str] = PARTS,
+    progress: bool = False,
 ) -> FluxParams:
     """Read a diffusers folder of FLUX.
 
@@ -160,6 +189,7 @@ def read_folder(
     Args:
         folder: the folder; its two tokenizers stay where they are.
         dtype: of all parameters; None keeps them as stored.
+        parts: names of the models to read; the others are left empty.
         progress: show a bar.
 
     Raises:
@@ -169,34 +199,18 @@ def read_folder(
     """
     folder = Path(folder)
     config = read_config(folder)
-    jobs, problems, total = [], [], 0
+    jobs, problems = [], []
     for component in COMPONENTS:
+        if component.name not in parts:
+            continue
+        tensors = scan_all(_weight_files(folder / component.folder, component.stem))
+        weights = Weights(tensors, component.aliases)
         one = getattr(config, component.name)
-        rules, shapes = component.rules(one), leaf_shapes(component.abstract_params(one))
-        weights = Weights(folder / component.folder, component.stem, component.aliases)
         try:
-            check(rules, shapes, weights.shapes, what=component.folder, ignored=component.ignored)
+            jobs.append(prepare(component, one, weights, dtype, what=component.folder))
         except ConversionError as error:
             problems.append(str(error))
-            continue
-        types = _stored_types(weights, rules, component.folder)
-        targets = leaf_types(rules, types, dtype)
-        total += sum(targets[path].itemsize * math.prod(shapes[path]) for path in shapes)
-        jobs.append((component.name, rules, shapes, targets, weights.read))
     if problems:
         raise ConversionError("\n".join(problems))
-    trees = {}
-    with byte_bar(total, "reading", progress) as bar:
-        for name, rules, shapes, targets, read in jobs:
-            trees[name] = fill(rules, shapes, targets, read, bar.update)
-    return FluxParams(**trees, config=config, tokenizer=str(folder.resolve()))
-
-
-def _stored_types(weights: Weights, rules: list[Rule], what: str) -> dict[str, np.dtype]:
-    used = [name for rule in rules for names in rule.names() for name in names]
-    wrong = [name for name in used if weights.types[name] is None]
-    if wrong:
-        raise ValueError(
-            f"{what}: {', '.join(wrong)}: expected one of the types {', '.join(TYPES)}"
-        )
-    return {name: kind for name in used if (kind := weights.types[name]) is not None}
+    trees = read_jobs(jobs, progress=progress)
+    return assemble(trees, config, str(folder.resolve()))

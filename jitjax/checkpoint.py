@@ -2,12 +2,14 @@
 
 A checkpoint is a folder:
 
-    jitjax.json      format version and configuration
-    tokenizer/       CLIP's, as in a diffusers folder
-    tokenizer_2/     T5's
-    params/          the arrays, written by orbax
+    jitjax.json            format version, configuration, names of the parts
+    tokenizer/             CLIP's, as in a diffusers folder
+    tokenizer_2/           T5's
+    params/transformer/    the arrays of each part, written by orbax
+    params/t5/ ...
 
-It is written under a temporary name and renamed when complete.
+The tokenizers are there if the text encoders are. It is written under a temporary name and renamed
+when complete.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,15 @@ from jax.typing import DTypeLike
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint folder; another one is refused."""
 
 DESCRIPTION = "jitjax.json"
 BUNDLED = Path(__file__).parent / "checkpoints"
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT = ("t5", "clip")
+HINT = ", or pass a Conditioning computed elsewhere in place of the prompt"
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +49,10 @@ class FluxParams:
 
     Attributes:
         transformer, t5, clip, autoencoder: nested dictionaries of arrays, blocks stacked along
-            the first axis.
-        config: the static facts.
-        tokenizer: folder that holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5).
+            the first axis; empty where a part was left out.
+        config: the static facts, of the parts left out too.
+        tokenizer: folder that holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5); empty if there
+            is none.
     """
 
     transformer: dict[str, Any]
@@ -56,6 +61,17 @@ class FluxParams:
     autoencoder: dict[str, Any]
     config: FluxConfig = dataclasses.field(metadata={"static": True})
     tokenizer: str = dataclasses.field(metadata={"static": True})
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The parameters of one of `PARTS`. Raises `ValueError` if it was left out."""
+        found = getattr(self, name)
+        if not found:
+            held = [part for part in PARTS if getattr(self, part)]
+            raise ValueError(
+                f"these parameters have no {name}, only {', '.join(held)}; load or convert a "
+                f"checkpoint with it{HINT if name in TEXT else ''}"
+            )
+        return found
 
 
 def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxParams:
@@ -72,7 +88,16 @@ def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxP
     )
 
 
-def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> FluxParams:
+Sharding = jax.sharding.Sharding
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    parts: Sequence[str] = PARTS,
+    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> FluxParams:
     """Load parameters.
 
     Args:
@@ -81,24 +106,56 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Flu
         dtype: floating-point type of the parameters, which is also the one computed in; by
             default as stored (the bundled checkpoint is stored in float16 and loaded as
             float32).
+        parts: which of `PARTS` to load; the others are left empty. By default all there are.
+        sharding: where the arrays go: one sharding for all, or a function of a leaf's path (such
+            as "transformer/single_blocks/out/kernel") and shape; by default the first device.
+            Every device reads its own share.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is not a checkpoint of this format and version, or not a whole one.
+        ValueError: it is not a checkpoint of this format and version, or not a whole one; or it
+            lacks a part that was asked for.
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.reading import read_folder  # pyright: ignore[reportMissingImports]
 
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or isinstance(parts, str) or not parts:
+        raise ValueError(f"parts is {parts!r}; expected some of {PARTS}")
+    place = sharding if callable(sharding) else lambda path, shape: sharding or _first_device()
     if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
-        return jax.device_put(read_folder(BUNDLED / path, dtype=dtype or jnp.float32))
+        params = read_folder(BUNDLED / path, dtype=dtype or jnp.float32, parts=parts)
+        placed = {
+            part: jax.tree.map(jax.device_put, tree, _placement(part, tree, place))
+            for part, tree in _trees(params).items()
+        }
+        return dataclasses.replace(params, **placed)
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(
             f"no checkpoint at {str(folder)!r}; expected a folder that jitjax.save or "
             f"`python -m jitjax.convert` wrote, or one of {bundled()}"
         )
-    config = _read_description(folder)
-    return _restore(folder, config, dtype)
+    config, held = _read_description(folder)
+    wanted = [part for part in held if part in parts]
+    absent = [part for part in parts if part not in held]
+    if absent and tuple(parts) != PARTS:
+        raise ValueError(f"{str(folder)!r} has no {', '.join(absent)}, only {', '.join(held)}")
+    return _restore(folder, config, wanted, dtype, place)
+
+
+def _first_device() -> Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _placement(part: str, tree: Any, place: Callable[[str, tuple[int, ...]], Sharding]) -> Any:
+    """The sharding of every leaf of a part."""
+
+    def one(path: Any, leaf: Any) -> Sharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return place(f"{part}/{name}", tuple(leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def bundled() -> list[str]:
@@ -106,7 +163,7 @@ def bundled() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def _read_description(folder: Path) -> FluxConfig:
+def _read_description(folder: Path) -> tuple[FluxConfig, list[str]]:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; expected a checkpoint folder")
     if (folder / "model_index.json").is_file():
@@ -127,37 +184,51 @@ def _read_description(folder: Path) -> FluxConfig:
     if version != FORMAT:
         raise ValueError(f"{str(folder)!r} has format {version!r}; this version reads {FORMAT}")
     try:
-        return _config_from_json(raw["config"])
+        return _config_from_json(raw["config"]), list(raw["parts"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{description}: not a FLUX configuration of this version ({error})"
         ) from (error)
 
 
-def _restore(folder: Path, config: FluxConfig, dtype: DTypeLike | None) -> FluxParams:
+def _restore(
+    folder: Path,
+    config: FluxConfig,
+    parts: Sequence[str],
+    dtype: DTypeLike | None,
+    place: Callable[[str, tuple[int, ...]], Sharding],
+) -> FluxParams:
     import orbax.checkpoint as ocp
 
-    missing = [n for n in (*TOKENIZERS, "params") if not (folder / n).is_dir()]
+    speaks = any(part in TEXT for part in parts)
+    needed = [*(TOKENIZERS if speaks else ()), *(f"params/{part}" for part in parts)]
+    missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
         raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: not a whole checkpoint")
-    wanted = _trees(abstract_params(config))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = _trees(abstract_params(config))
+    trees: dict[str, Any] = {part: {} for part in PARTS}
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata((folder / "params").absolute()).item_metadata.tree
-        except Exception as error:
-            raise ValueError(f"{str(folder / 'params')!r} cannot be read: {error}") from error
-        _compare(folder, wanted, stored)
-        target = jax.tree.map(
-            lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype or s.dtype, sharding=device),
-            wanted,
-            stored,
-        )
-        try:
-            trees = checkpointer.restore((folder / "params").absolute(), target)
-        except Exception as error:
-            raise ValueError(f"{str(folder / 'params')!r} is damaged: {error}") from error
-    return FluxParams(**trees, config=config, tokenizer=str(folder.absolute()))
+        for part in parts:
+            path = (folder / "params" / part).absolute()
+            try:
+                stored = checkpointer.metadata(path).item_metadata.tree
+            except Exception as error:
+                raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+            _compare(path, abstract[part], stored)
+            target = jax.tree.map(
+                lambda w, s, sharding: jax.ShapeDtypeStruct(
+                    w.shape, dtype or s.dtype, sharding=sharding
+                ),
+                abstract[part],
+                stored,
+                _placement(part, abstract[part], place),
+            )
+            try:
+                trees[part] = checkpointer.restore(path, target)
+            except Exception as error:
+                raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    tokenizer = str(folder.absolute()) if speaks else ""
+    return FluxParams(**trees, config=config, tokenizer=tokenizer)
 
 
 def _compare(folder: Path, wanted: Any, stored: Any) -> None:
@@ -186,11 +257,13 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     """Write parameters to a checkpoint folder that `load` reads.
 
     The folder appears when it is complete: a run that is killed leaves what was there before.
+    Parts that are empty are left out.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is false, or it is something else than a
             checkpoint.
-        FileNotFoundError: the parameters' tokenizer folder is gone.
+        FileNotFoundError: the text encoders' tokenizer folder is gone.
+        ValueError: all parts are empty.
     """
     import orbax.checkpoint as ocp
 
@@ -198,7 +271,11 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     foreign = target.exists() and not (target / DESCRIPTION).is_file()
     if foreign and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
-    sources = [Path(params.tokenizer) / name for name in TOKENIZERS]
+    held = [part for part in PARTS if getattr(params, part)]
+    if not held:
+        raise ValueError("there are no parameters to save; expected some of the parts")
+    speaks = any(part in TEXT for part in held)
+    sources = [Path(params.tokenizer) / name for name in TOKENIZERS if speaks]
     for source in sources:
         if not source.is_dir():
             raise FileNotFoundError(f"no tokenizer at {str(source)!r}; expected a folder")
@@ -206,8 +283,13 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
         for source in sources:
             shutil.copytree(source, folder / source.name)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "params", _trees(params))
-        description = {"format": FORMAT, "config": dataclasses.asdict(params.config)}
+            for part in held:
+                checkpointer.save(folder / "params" / part, getattr(params, part))
+        description = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(params.config),
+            "parts": held,
+        }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 

@@ -184,7 +184,7 @@ def denoise(
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
         random_scores=scores,
-        args=(params.transformer, conditioning, embedded),
+        args=(params.part("transformer"), conditioning, embedded),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
         progress=progress,

@@ -79,13 +79,13 @@ def decode(
         grid: rows and columns of tokens.
 
     Raises:
-        ValueError: `tokens` do not fit the grid or the autoencoder.
+        ValueError: `tokens` do not fit the grid or the autoencoder, or `params` has none.
     """
     expected = (grid[0] * grid[1], params.config.transformer.in_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
         raise ValueError(f"tokens is {list(tokens.shape)}; expected [batch, {expected[0]}, "
                          f"{expected[1]}] for a token grid of {grid[0]} x {grid[1]}")  # fmt: skip
-    return _decode(params.config.autoencoder, grid, params.autoencoder, tokens)
+    return _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

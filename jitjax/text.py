@@ -26,6 +26,8 @@ from jitjax.models.t5 import T5Encoder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from jitjax.checkpoint import FluxParams
+
 CLIP_LENGTH = 77
 """Ids per prompt that CLIP was trained on."""
 
@@ -69,12 +71,11 @@ class Conditioning(eqx.Module):
             )
 
 
-def encode_prompt(params: Any, prompt: str | Sequence[str]) -> Conditioning:
+def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioning:
     """The conditioning of one prompt or of several.
 
     Args:
-        params: has `config`, `t5`, `clip` (parameter trees) and `tokenizer`, the folder that holds
-            `tokenizer/` and `tokenizer_2/`.
+        params: parameters; only the text encoders' and the tokenizers' folder are used.
         prompt: a string, which is a batch of one, or a sequence of strings. The empty string is
             allowed; it stands for no prompt.
 
@@ -82,18 +83,14 @@ def encode_prompt(params: Any, prompt: str | Sequence[str]) -> Conditioning:
         float32 arrays; the encoders run in the dtype of their parameters.
 
     Raises:
-        ValueError: no prompts, or ids that the encoders do not have.
+        ValueError: no text encoders, no prompts, or ids that the encoders do not have.
         TypeError: a prompt that is no string.
         FileNotFoundError: no tokenizer.
     """
-    if params.tokenizer is None:
-        raise FileNotFoundError(
-            "these parameters have no tokenizer folder (with tokenizer/ and tokenizer_2/), which a "
-            "prompt needs; without one, pass a Conditioning in place of the prompt"
-        )
+    t5, clip = params.part("t5"), params.part("clip")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     t5_ids, clip_ids = tokenize(params.tokenizer, prompts, params.config)
-    return encode_ids(params.t5, params.clip, t5_ids, clip_ids, params.config)
+    return encode_ids(t5, clip, t5_ids, clip_ids, params.config)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -160,3 +161,28 @@ def test_a_failed_save_leaves_nothing(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         jitjax.save(broken, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_are_restored_on_to_the_sharding_asked_for(saved):
+    code = (
+        "import sys, jax, numpy as np, jitjax\n"
+        "from jax.sharding import Mesh, NamedSharding, PartitionSpec as P\n"
+        "mesh = Mesh(np.array(jax.devices()), ('x',))\n"
+        "def place(path, shape):\n"
+        "    assert path.split('/')[0] == 'transformer', path\n"
+        "    split = len(shape) > 1 and shape[-1] % 4 == 0\n"
+        "    return NamedSharding(mesh, P(*[None] * (len(shape) - 1), 'x') if split else P())\n"
+        "plain = jitjax.load(sys.argv[1])\n"
+        "split = jitjax.load(sys.argv[1], parts=('transformer',), sharding=place)\n"
+        "everywhere = jitjax.load('tiny', sharding=NamedSharding(mesh, P()))\n"
+        "halves = 0\n"
+        "for one, two in zip(*map(jax.tree.leaves, (plain.transformer, split.transformer))):\n"
+        "    np.testing.assert_array_equal(one, two)\n"
+        "    assert len(two.sharding.device_set) == 4\n"
+        "    halves += two.addressable_shards[0].data.size * 4 == two.size\n"
+        "assert halves > 10, halves\n"
+        "assert not split.t5 and plain.t5\n"
+        "assert len(jax.tree.leaves(everywhere)[0].sharding.device_set) == 4\n"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", code, str(saved)], check=True, env=os.environ | flags)

@@ -426,7 +426,7 @@ def test_parameters_that_do_not_fit_their_config(params, tmp_path: Path):
 
 def test_command_line_there_and_back(original: Path, tmp_path: Path, capsys):
     there, back = str(tmp_path / "checkpoint"), str(tmp_path / "folder")
-    assert main([str(original), "--out", there]) == 0
+    assert main([str(original), "--dtype", "auto", "--out", there]) == 0
     assert_same_params(checkpoint.load(there), read_folder(original))
     assert main([there, "--to-diffusers", "--out", back]) == 0
     for component in SOURCE_TYPES:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from jitjax.checkpoint import FluxParams
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.models import clip, t5
 from jitjax.models.clip import CLIPText
@@ -115,11 +116,13 @@ def params(folder):
     def random(tree):
         return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), tree)
 
-    return SimpleNamespace(
-        config=CONFIG,
-        tokenizer=folder,
+    return FluxParams(
+        transformer={},
         t5=random(t5.abstract_params(CONFIG.t5)),
         clip=random(clip.abstract_params(CONFIG.clip)),
+        autoencoder={},
+        config=CONFIG,
+        tokenizer=folder,
     )
 
 
@@ -252,8 +255,8 @@ def test_missing_tokenizer(tmp_path, params):
         FileNotFoundError, match=r"tokenizer: expected .* vocab\.json and merges\.txt"
     ):
         tokenize(tmp_path, ["red"], CONFIG)
-    without = SimpleNamespace(**vars(params) | {"tokenizer": None})
-    with pytest.raises(FileNotFoundError, match=r"pass a Conditioning"):
+    without = dataclasses.replace(params, clip={})
+    with pytest.raises(ValueError, match=r"have no clip, only t5; .* pass a Conditioning"):
         encode_prompt(without, "red")
 
 
@@ -294,7 +297,7 @@ def test_encode_prompt_in_the_parameters_dtype(params, dtype):
     cast = {
         name: jax.tree.map(lambda x: x.astype(dtype), vars(params)[name]) for name in ("t5", "clip")
     }
-    got = encode_prompt(SimpleNamespace(**vars(params) | cast), "red")
+    got = encode_prompt(dataclasses.replace(params, **cast), "red")
     exact = encode_prompt(params, "red")
     assert got.text.dtype == got.pooled.dtype == jnp.float32
     difference = float(np.abs(got.text - exact.text).max() / np.abs(exact.text).max())

@@ -1,0 +1,221 @@
+"""Reads FLUX from single safetensors files: one per model, or several models in one.
+
+Layouts are recognised from the names (see `layouts.py`), configurations inferred from the shapes.
+Any subset of the models will do: a checkpoint without text encoders works with conditioning
+computed elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jitjax.checkpoint import PARTS, TOKENIZERS, FluxParams
+from jitjax.config import (
+    PATCH,
+    AutoencoderConfig,
+    CLIPConfig,
+    FluxConfig,
+    T5Config,
+    TransformerConfig,
+)
+
+from .components import COMPONENTS, Component
+from .engine import ConversionError, expected_sources, leaf_shapes
+from .layouts import Found, Layout, recognise
+from .reading import TEXT_LENGTH, Job, assemble, prepare, read_config, read_folder, read_jobs
+from .tensors import OriginalWeights, Tensor, Weights, scan
+
+SCHNELL_TEXT_LENGTH = 256
+
+
+def read_files(
+    files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+    dtype: Any = None,
+    *,
+    tokenizers: str | os.PathLike[str] | None = None,
+    parts: Sequence[str] | None = None,
+    progress: bool = False,
+) -> FluxParams:
+    """Read models from single files.
+
+    Args:
+        files: safetensors files, in any order; or, of each model named, the file to take it from.
+        dtype: of all parameters; None keeps them as stored (fp8 becomes bfloat16).
+        tokenizers: folder with `tokenizer/` and `tokenizer_2/`; prompts need it, conditioning
+            computed elsewhere does not.
+        parts: names of the models to read, of `jitjax.checkpoint.PARTS`; None reads all there are.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: a file or a tokenizer is missing.
+        ValueError: a file is broken, holds no model of FLUX, or a model that is in another one too.
+        ConversionError: keys or shapes do not fit; the message lists them for all models.
+    """
+    models: dict[str, tuple[Path, Found, Weights]] = {}
+    named = isinstance(files, Mapping)
+    pairs = files.items() if named else ((None, file) for file in files)
+    for only, path in ((only, Path(file)) for only, file in pairs):
+        tensors = _scan(path)
+        for found in recognise({name: t.shape for name, t in tensors.items()}, str(path)):
+            model = found.layout.model
+            if model not in (PARTS if parts is None else parts) or only not in (None, model):
+                continue
+            if model in models:
+                raise ValueError(f"{model} is both in {models[model][0]} and in {path}")
+            own = {name: tensors[stored] for name, stored in found.names.items()}
+            models[model] = path, found, Weights(own, _component(model).aliases)
+    missing = [part for part in parts or (files if named else ()) if part not in models]
+    if missing or not models:
+        held = ", ".join(models) or "nothing"
+        raise ValueError(f"no file holds {', '.join(missing) or 'a model'}; found {held}")
+    folder = _tokenizer_folder(tokenizers, needed="t5" in models or "clip" in models)
+    configs, jobs, problems = {}, [], []
+    for model, (path, found, weights) in models.items():
+        try:
+            configs[model], job = _prepare(found.layout, weights, str(path), dtype)
+            jobs.append(job)
+        except ConversionError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConversionError("\n".join(problems))
+    config = whole_config(configs)
+    return assemble(read_jobs(jobs, progress=progress), config, folder)
+
+
+def read_sources(
+    source: str | os.PathLike[str] | None,
+    files: Mapping[str, str | os.PathLike[str]],
+    dtype: Any = None,
+    *,
+    tokenizers: str | os.PathLike[str] | None = None,
+    parts: Sequence[str] | None = None,
+    progress: bool = False,
+) -> FluxParams:
+    """Read a diffusers folder or a single file, with some models taken from files of their own.
+
+    Args:
+        source: the folder or file, or None if `files` is all there is.
+        files: of each model named, the file to take it from instead.
+        dtype, tokenizers, parts, progress: as for `read_files`.
+
+    Raises:
+        FileNotFoundError, ValueError, ConversionError: as `read_files` and `read_folder` do.
+    """
+    wanted = [part for part in PARTS if parts is None or part in parts]
+    if source is None or not Path(source).is_dir():
+        chosen: dict[str, str | os.PathLike[str]] = {}
+        if source is not None:
+            held = models_of(source)
+            chosen = {part: source for part in wanted if part in held}
+        chosen |= {part: file for part, file in files.items() if part in wanted}
+        missing = [part for part in parts or () if part not in chosen]
+        if missing or not chosen:
+            raise ValueError(
+                f"nothing given holds {', '.join(missing) or 'a model'}; found "
+                f"{', '.join(chosen) or 'nothing'}"
+            )
+        return read_files(chosen, dtype, tokenizers=tokenizers, progress=progress)
+    if tokenizers is not None:
+        raise ValueError(f"{source} is a folder, which has its own tokenizers; give none beside it")
+    own = [part for part in wanted if part not in files]
+    config = read_config(source)
+    folder = str(Path(source).resolve())
+    theirs = {part: file for part, file in files.items() if part in wanted}
+    found = read_files(theirs, dtype, tokenizers=folder, progress=progress) if theirs else None
+    if found is not None:
+        config = dataclasses.replace(config, **{p: getattr(found.config, p) for p in theirs})
+    trees = {}
+    if own:
+        read = read_folder(source, dtype, parts=own, progress=progress)
+        trees = {part: getattr(read, part) for part in own}
+    if found is not None:
+        trees |= {part: getattr(found, part) for part in theirs}
+    return assemble(trees, config, folder)
+
+
+def models_of(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the models in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is broken, or holds no model of FLUX.
+    """
+    shapes = {name: tensor.shape for name, tensor in _scan(Path(path)).items()}
+    return [found.layout.model for found in recognise(shapes, str(path))]
+
+
+def _scan(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected a safetensors file")
+    return scan(path)
+
+
+def _component(model: str) -> Component:
+    return next(c for c in COMPONENTS if c.name == model)
+
+
+def _prepare(layout: Layout, weights: Weights, path: str, dtype: Any) -> tuple[Any, Job]:
+    """Configuration of a model, and the model ready to be read."""
+    component, what = _component(layout.model), f"{path} ({layout.title})"
+    try:
+        config = layout.config(weights.shapes)
+    except KeyError as error:
+        raise ConversionError.of(what, [f"missing key: {error.args[0]}"]) from None
+    named: Weights | OriginalWeights = weights
+    if layout.parts:
+        leaves = leaf_shapes(component.abstract_params(config))
+        shapes = expected_sources(component.rules(config), leaves)
+        named = OriginalWeights(
+            weights, layout.parts(config), shapes, what=what, ignored=layout.ignored
+        )
+    return config, prepare(component, config, named, dtype, what=what, ignored=layout.ignored)
+
+
+def _tokenizer_folder(folder: str | os.PathLike[str] | None, *, needed: bool) -> str:
+    if folder is None:
+        if needed:
+            raise FileNotFoundError(
+                "text encoders need their tokenizers, which single files do not hold; expected a "
+                "folder with tokenizer/ and tokenizer_2/, as in a diffusers folder of FLUX"
+            )
+        return ""
+    for name in TOKENIZERS:
+        if not (Path(folder) / name).is_dir():
+            raise FileNotFoundError(f"no tokenizer at {Path(folder) / name}; expected a folder")
+    return str(Path(folder).resolve())
+
+
+def whole_config(models: Mapping[str, Any]) -> FluxConfig:
+    """The pipeline's configuration; models that are not there are FLUX's, of fitting widths.
+
+    FLUX.1-dev, which is told its guidance, shifts its sigmas by resolution; FLUX.1-schnell, which
+    is not, has no shift and shorter prompts.
+    """
+    ours = dict(models)
+    if "transformer" not in ours:
+        widths: dict[str, int] = {}
+        if "autoencoder" in ours:
+            widths["in_channels"] = ours["autoencoder"].latent_channels * PATCH**2
+        if "t5" in ours:
+            widths["joint_attention_dim"] = ours["t5"].d_model
+        if "clip" in ours:
+            widths["pooled_projection_dim"] = ours["clip"].hidden_size
+        ours["transformer"] = TransformerConfig(**widths)
+    transformer = ours["transformer"]
+    ours.setdefault("t5", T5Config(d_model=transformer.joint_attention_dim))
+    if "clip" not in ours:
+        hidden = transformer.pooled_projection_dim
+        ours["clip"] = CLIPConfig(hidden_size=hidden, num_attention_heads=max(1, hidden // 64))
+    channels = transformer.in_channels // PATCH**2
+    ours.setdefault("autoencoder", AutoencoderConfig(latent_channels=channels))
+    dev = transformer.guidance_embeds
+    return FluxConfig(
+        **ours,
+        text_length=TEXT_LENGTH if dev else SCHNELL_TEXT_LENGTH,
+        dynamic_shift=dev,
+        shift=3.0 if dev else 1.0,
+    )
