@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from tqdm import tqdm
 
 from jitjax import checkpoint
 from jitjax.checkpoint import PARTS
 
-from .single_files import read_sources
+from .single_files import open_sources
+from .streaming import compare_sources, write_checkpoint
 from .writing import check_target, write_folder
 
 DTYPES = {
@@ -45,6 +48,9 @@ examples:
 
   the transformer alone, for conditioning computed elsewhere:
     python -m jitjax.convert flux1-dev-fp8.safetensors --parts transformer --out flux-dev
+
+  read it all again, and compare it with what was written and with the files it was made from:
+    python -m jitjax.convert --verify flux-dev
 
   and back, for diffusers:
     python -m jitjax.convert flux-dev --to-diffusers --out FLUX.1-dev-again
@@ -90,8 +96,14 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         metavar="TARGET",
         type=Path,
-        required=True,
         help="the checkpoint to write; with --to-diffusers, the folder",
+    )
+    out.add_argument(
+        "--verify",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="write nothing: read a checkpoint again and tell of every damaged array, and of every "
+        "file it was made from that has changed",
     )
     out.add_argument(
         "--to-diffusers", action="store_true", help="the way back: checkpoint to diffusers folder"
@@ -107,35 +119,56 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 2 for what the user can mend."""
+    """Run the command. Returns the exit status: 1 for damage found, 2 for what can be mended."""
     options = parser().parse_args(arguments)
+    for name in ("absl", "asyncio"):  # orbax's tracebacks; the error is told
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        files = {m: f for o, m in FILES.items() if (f := getattr(options, o)) is not None}
-        if options.to_diffusers:
-            others = (options.parts, options.tokenizers, options.dtype)
-            if options.source is None or files or any(others):
-                raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
-            check_target(options.out, options.overwrite)  # before anything is read
-            params = checkpoint.load(options.source)
-            write_folder(params, options.out, overwrite=options.overwrite, progress=True)
-        else:
-            if options.source is None and not files:
-                raise ValueError("nothing to convert; expected SOURCE or files, see --help")
-            if options.out.exists() and not options.overwrite:
-                raise FileExistsError(f"{options.out} is there already; --overwrite replaces it")
-            params = read_sources(
-                options.source,
-                files,
-                DTYPES[options.dtype or "bfloat16"],
-                tokenizers=options.tokenizers,
-                parts=options.parts,
-                progress=True,
-            )
-            checkpoint.save(params, options.out, overwrite=options.overwrite)
+        if options.verify is not None:
+            return _verify(options.verify)
+        if options.out is None:
+            raise ValueError("nowhere to write to; expected --out TARGET, see --help")
+        (_back if options.to_diffusers else _convert)(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(options.out)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
+    files = {m: f for o, m in FILES.items() if (f := getattr(options, o)) is not None}
+    if options.source is None and not files:
+        raise ValueError("nothing to convert; expected SOURCE or files, see --help")
+    if options.out.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.out} is there already; --overwrite replaces it")
+    source = open_sources(
+        options.source,
+        files,
+        DTYPES[options.dtype or "bfloat16"],
+        tokenizers=options.tokenizers,
+        parts=options.parts,
+    )
+    write_checkpoint(source, options.out, overwrite=options.overwrite, progress=True)
+
+
+def _back(options: argparse.Namespace) -> None:
+    given = [getattr(options, name) for name in (*FILES, "parts", "tokenizers", "dtype")]
+    if options.source is None or any(given):
+        raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
+    check_target(options.out, options.overwrite)  # before anything is read
+    params = checkpoint.load(options.source)
+    write_folder(params, options.out, overwrite=options.overwrite, progress=True)
+
+
+def _verify(path: Path) -> int:
+    try:
+        with tqdm(desc="verifying", unit="array") as bar:
+            checkpoint.verify(path, lambda name: bar.update())
+        print(compare_sources(path))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

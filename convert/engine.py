@@ -247,7 +247,6 @@ def fill(
     shapes: Mapping[str, Shape],
     types: Mapping[str, np.dtype],
     read: Callable[[str], np.ndarray],
-    progress: Callable[[int], object] = lambda done: None,
 ) -> Tree:
     """The whole parameter tree of one model, leaf by leaf. `check` first.
 
@@ -256,10 +255,7 @@ def fill(
         shapes: path -> shape of every leaf.
         types: path -> dtype of every leaf.
         read: returns a source tensor by name.
-        progress: called after each leaf with its size in bytes.
     """
-    out: dict[str, np.ndarray] = {}
-    for rule in rules:
-        out[rule.target] = apply(rule, read, shapes[rule.target], types[rule.target])
-        progress(out[rule.target].nbytes)
-    return unflatten_dict(out, sep="/")
+    targets = ((rule.target, rule) for rule in rules)
+    filled = {path: apply(rule, read, shapes[path], types[path]) for path, rule in targets}
+    return unflatten_dict(filled, sep="/")

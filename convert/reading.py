@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from jitjax.checkpoint import PARTS, FluxParams
+from jitjax.checkpoint import PARTS, TEXT, FluxParams
 from jitjax.config import FluxConfig
 
 from .components import (
@@ -27,7 +28,7 @@ from .components import (
     byte_bar,
     read_json,
 )
-from .engine import ConversionError, Rule, Shape, Tree, check, fill, leaf_shapes, leaf_types
+from .engine import ConversionError, Rule, Shape, apply, check, leaf_shapes, leaf_types
 from .tensors import TYPES, OriginalWeights, Weights, scan_all
 
 TEXT_LENGTH = 512
@@ -156,22 +157,67 @@ def prepare(
     return Job(component.name, rules, shapes, leaf_types(rules, types, dtype), weights.read)
 
 
-def read_jobs(jobs: Sequence[Job], *, progress: bool) -> dict[str, Tree]:
-    """The parameters of the models; NumPy arrays in host memory."""
-    trees = {}
-    with byte_bar(sum(job.bytes for job in jobs), "reading", progress) as bar:
-        for job in jobs:
-            trees[job.name] = fill(job.rules, job.shapes, job.types, job.read, bar.update)
-    return trees
+@dataclass(frozen=True)
+class Source:
+    """Models found and checked: all but the numbers is known, and nothing is left to go wrong.
+
+    Attributes:
+        config: the pipeline's configuration.
+        jobs: the models.
+        tokenizer: folder of the two tokenizers; empty if there is none.
+        files: what the weights are in.
+    """
+
+    config: FluxConfig
+    jobs: tuple[Job, ...]
+    tokenizer: str
+    files: tuple[Path, ...]
+
+    def leaves(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Model, leaf and array, one after another; no other array is kept in memory."""
+        for job in self.jobs:
+            for rule in job.rules:
+                path = rule.target
+                yield job.name, path, apply(rule, job.read, job.shapes[path], job.types[path])
+
+    @property
+    def bytes(self) -> int:
+        """Size of all parameters."""
+        return sum(job.bytes for job in self.jobs)
+
+    def read(self, *, progress: bool = False) -> FluxParams:
+        """All parameters, as NumPy arrays in host memory; models that are not there are empty."""
+        found: dict[str, dict[str, np.ndarray]] = {component.name: {} for component in COMPONENTS}
+        with byte_bar(self.bytes, "reading", progress) as bar:
+            for model, path, array in self.leaves():
+                found[model][path] = array
+                bar.update(array.nbytes)
+        trees = {model: unflatten_dict(flat, sep="/") for model, flat in found.items()}
+        return FluxParams(**trees, config=self.config, tokenizer=self.tokenizer)
 
 
-def assemble(trees: Mapping[str, Tree], config: FluxConfig, tokenizer: str) -> FluxParams:
-    """The parameters; models that are not in `trees` are left empty."""
-    return FluxParams(
-        **{component.name: trees.get(component.name, {}) for component in COMPONENTS},
-        config=config,
-        tokenizer=tokenizer if "t5" in trees or "clip" in trees else "",
-    )
+def open_folder(
+    folder: str | os.PathLike[str], dtype: Any = None, *, parts: Sequence[str] = PARTS
+) -> Source:
+    """A diffusers folder of FLUX; see `read_folder`."""
+    folder = Path(folder)
+    config = read_config(folder)
+    jobs, problems, files = [], [], []
+    for component in COMPONENTS:
+        if component.name not in parts:
+            continue
+        own = _weight_files(folder / component.folder, component.stem)
+        weights = Weights(scan_all(own), component.aliases)
+        one = getattr(config, component.name)
+        try:
+            jobs.append(prepare(component, one, weights, dtype, what=component.folder))
+        except ConversionError as error:
+            problems.append(str(error))
+        files += own
+    if problems:
+        raise ConversionError("\n".join(problems))
+    speaks = any(part in TEXT for part in parts)
+    return Source(config, tuple(jobs), str(folder.resolve()) if speaks else "", tuple(files))
 
 
 def read_folder(
@@ -197,20 +243,4 @@ def read_folder(
         ValueError: a file is broken, or a setting is not implemented.
         ConversionError: keys or shapes do not fit; the message lists them for all models.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    jobs, problems = [], []
-    for component in COMPONENTS:
-        if component.name not in parts:
-            continue
-        tensors = scan_all(_weight_files(folder / component.folder, component.stem))
-        weights = Weights(tensors, component.aliases)
-        one = getattr(config, component.name)
-        try:
-            jobs.append(prepare(component, one, weights, dtype, what=component.folder))
-        except ConversionError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConversionError("\n".join(problems))
-    trees = read_jobs(jobs, progress=progress)
-    return assemble(trees, config, str(folder.resolve()))
+    return open_folder(folder, dtype, parts=parts).read(progress=progress)

@@ -1,4 +1,4 @@
-"""Reads FLUX from single safetensors files: one per model, or several models in one.
+"""FLUX in single safetensors files: one per model, or several models in one.
 
 Layouts are recognised from the names (see `layouts.py`), configurations inferred from the shapes.
 Any subset of the models will do: a checkpoint without text encoders works with conditioning
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitjax.checkpoint import PARTS, TOKENIZERS, FluxParams
+from jitjax.checkpoint import PARTS, TOKENIZERS
 from jitjax.config import (
     PATCH,
     AutoencoderConfig,
@@ -26,29 +26,27 @@ from jitjax.config import (
 from .components import COMPONENTS, Component
 from .engine import ConversionError, expected_sources, leaf_shapes
 from .layouts import Found, Layout, recognise
-from .reading import TEXT_LENGTH, Job, assemble, prepare, read_config, read_folder, read_jobs
+from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare
 from .tensors import OriginalWeights, Tensor, Weights, scan
 
 SCHNELL_TEXT_LENGTH = 256
 
 
-def read_files(
+def open_files(
     files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
     dtype: Any = None,
     *,
     tokenizers: str | os.PathLike[str] | None = None,
     parts: Sequence[str] | None = None,
-    progress: bool = False,
-) -> FluxParams:
-    """Read models from single files.
+) -> Source:
+    """Models in single files, found and checked.
 
     Args:
         files: safetensors files, in any order; or, of each model named, the file to take it from.
         dtype: of all parameters; None keeps them as stored (fp8 becomes bfloat16).
         tokenizers: folder with `tokenizer/` and `tokenizer_2/`; prompts need it, conditioning
             computed elsewhere does not.
-        parts: names of the models to read, of `jitjax.checkpoint.PARTS`; None reads all there are.
-        progress: show a bar.
+        parts: names of the models to take, of `jitjax.checkpoint.PARTS`; None takes all there are.
 
     Raises:
         FileNotFoundError: a file or a tokenizer is missing.
@@ -83,58 +81,52 @@ def read_files(
     if problems:
         raise ConversionError("\n".join(problems))
     config = whole_config(configs)
-    return assemble(read_jobs(jobs, progress=progress), config, folder)
+    return Source(config, tuple(jobs), folder, tuple(path for path, *_ in models.values()))
 
 
-def read_sources(
+def open_sources(
     source: str | os.PathLike[str] | None,
     files: Mapping[str, str | os.PathLike[str]],
     dtype: Any = None,
     *,
     tokenizers: str | os.PathLike[str] | None = None,
     parts: Sequence[str] | None = None,
-    progress: bool = False,
-) -> FluxParams:
-    """Read a diffusers folder or a single file, with some models taken from files of their own.
+) -> Source:
+    """A diffusers folder or a single file, with some models taken from files of their own.
 
     Args:
         source: the folder or file, or None if `files` is all there is.
         files: of each model named, the file to take it from instead.
-        dtype, tokenizers, parts, progress: as for `read_files`.
+        dtype, tokenizers, parts: as for `open_files`.
 
     Raises:
-        FileNotFoundError, ValueError, ConversionError: as `read_files` and `read_folder` do.
+        FileNotFoundError, ValueError, ConversionError: as `open_files` and `open_folder` do.
     """
     wanted = [part for part in PARTS if parts is None or part in parts]
+    others = {part: file for part, file in files.items() if part in wanted}
     if source is None or not Path(source).is_dir():
-        chosen: dict[str, str | os.PathLike[str]] = {}
-        if source is not None:
-            held = models_of(source)
-            chosen = {part: source for part in wanted if part in held}
-        chosen |= {part: file for part, file in files.items() if part in wanted}
+        held = [] if source is None else models_of(source)
+        chosen = {part: source for part in wanted if part in held and source is not None} | others
         missing = [part for part in parts or () if part not in chosen]
         if missing or not chosen:
             raise ValueError(
                 f"nothing given holds {', '.join(missing) or 'a model'}; found "
                 f"{', '.join(chosen) or 'nothing'}"
             )
-        return read_files(chosen, dtype, tokenizers=tokenizers, progress=progress)
+        return open_files(chosen, dtype, tokenizers=tokenizers)
     if tokenizers is not None:
         raise ValueError(f"{source} is a folder, which has its own tokenizers; give none beside it")
-    own = [part for part in wanted if part not in files]
-    config = read_config(source)
-    folder = str(Path(source).resolve())
-    theirs = {part: file for part, file in files.items() if part in wanted}
-    found = read_files(theirs, dtype, tokenizers=folder, progress=progress) if theirs else None
-    if found is not None:
-        config = dataclasses.replace(config, **{p: getattr(found.config, p) for p in theirs})
-    trees = {}
-    if own:
-        read = read_folder(source, dtype, parts=own, progress=progress)
-        trees = {part: getattr(read, part) for part in own}
-    if found is not None:
-        trees |= {part: getattr(found, part) for part in theirs}
-    return assemble(trees, config, folder)
+    folder = open_folder(source, dtype, parts=[part for part in wanted if part not in others])
+    if not others:
+        return folder
+    found = open_files(others, dtype, tokenizers=source)
+    models = {part: getattr(found.config, part) for part in others}
+    return Source(
+        dataclasses.replace(folder.config, **models),
+        (*folder.jobs, *found.jobs),
+        folder.tokenizer or found.tokenizer,
+        (*folder.files, *found.files),
+    )
 
 
 def models_of(path: str | os.PathLike[str]) -> list[str]:

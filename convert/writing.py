@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jitjax.checkpoint import FluxParams, replacing
+from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
+from jitjax.storage import replacing
 
 from .components import (
     COMPONENTS,

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder:
 
-    jitjax.json            format version, configuration, names of the parts
+    jitjax.json            format version, configuration, parts, sources, digests of all arrays
     tokenizer/             CLIP's, as in a diffusers folder
     tokenizer_2/           T5's
     params/transformer/    the arrays of each part, written by orbax
@@ -18,8 +18,7 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
+from jitjax import storage
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 
 FORMAT = 2
@@ -136,12 +137,13 @@ def load(
             f"no checkpoint at {str(folder)!r}; expected a folder that jitjax.save or "
             f"`python -m jitjax.convert` wrote, or one of {bundled()}"
         )
-    config, held = _read_description(folder)
+    told = description(folder)
+    held = told["parts"]
     wanted = [part for part in held if part in parts]
     absent = [part for part in parts if part not in held]
     if absent and tuple(parts) != PARTS:
         raise ValueError(f"{str(folder)!r} has no {', '.join(absent)}, only {', '.join(held)}")
-    return _restore(folder, config, wanted, dtype, place)
+    return _restore(folder, told["config"], wanted, dtype, place)
 
 
 def _first_device() -> Sharding:
@@ -163,7 +165,13 @@ def bundled() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
 
 
-def _read_description(folder: Path) -> tuple[FluxConfig, list[str]]:
+def description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `jitjax.json` says of a checkpoint, its "config" a `FluxConfig`.
+
+    Raises:
+        ValueError: it is not a checkpoint of this format and version.
+    """
+    folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; expected a checkpoint folder")
     if (folder / "model_index.json").is_file():
@@ -171,24 +179,23 @@ def _read_description(folder: Path) -> tuple[FluxConfig, list[str]]:
             f"{str(folder)!r} is a diffusers folder; convert it once with "
             f"`python -m jitjax.convert {folder} --out CHECKPOINT`, then load CHECKPOINT"
         )
-    description = folder / DESCRIPTION
-    if not description.is_file():
+    file = folder / DESCRIPTION
+    if not file.is_file():
         raise ValueError(
             f"{str(folder)!r} has no {DESCRIPTION}: not a jitjax checkpoint, or not a whole one"
         )
     try:
-        raw = json.loads(description.read_text())
+        raw = json.loads(file.read_text())
         version = raw["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{description} cannot be read ({error!r}); write it anew") from error
+        raise ValueError(f"{file} cannot be read ({error!r}); write it anew") from error
     if version != FORMAT:
         raise ValueError(f"{str(folder)!r} has format {version!r}; this version reads {FORMAT}")
     try:
-        return _config_from_json(raw["config"]), list(raw["parts"])
+        keys = ("parts", "sources", "digests")
+        return {key: raw[key] for key in keys} | {"config": _config_from_json(raw["config"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{description}: not a FLUX configuration of this version ({error})"
-        ) from (error)
+        raise ValueError(f"{file}: not a FLUX configuration of this version ({error})") from (error)
 
 
 def _restore(
@@ -198,8 +205,6 @@ def _restore(
     dtype: DTypeLike | None,
     place: Callable[[str, tuple[int, ...]], Sharding],
 ) -> FluxParams:
-    import orbax.checkpoint as ocp
-
     speaks = any(part in TEXT for part in parts)
     needed = [*(TOKENIZERS if speaks else ()), *(f"params/{part}" for part in parts)]
     missing = [name for name in needed if not (folder / name).is_dir()]
@@ -207,26 +212,19 @@ def _restore(
         raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: not a whole checkpoint")
     abstract = _trees(abstract_params(config))
     trees: dict[str, Any] = {part: {} for part in PARTS}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for part in parts:
-            path = (folder / "params" / part).absolute()
-            try:
-                stored = checkpointer.metadata(path).item_metadata.tree
-            except Exception as error:
-                raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-            _compare(path, abstract[part], stored)
-            target = jax.tree.map(
-                lambda w, s, sharding: jax.ShapeDtypeStruct(
-                    w.shape, dtype or s.dtype, sharding=sharding
-                ),
-                abstract[part],
-                stored,
-                _placement(part, abstract[part], place),
-            )
-            try:
-                trees[part] = checkpointer.restore(path, target)
-            except Exception as error:
-                raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    for part in parts:
+        path = folder / "params" / part
+        stored = storage.stored(path)
+        _compare(path, abstract[part], stored)
+        target = jax.tree.map(
+            lambda w, s, sharding: jax.ShapeDtypeStruct(
+                w.shape, dtype or s.dtype, sharding=sharding
+            ),
+            abstract[part],
+            stored,
+            _placement(part, abstract[part], place),
+        )
+        trees[part] = storage.restore(path, target)
     tokenizer = str(folder.absolute()) if speaks else ""
     return FluxParams(**trees, config=config, tokenizer=tokenizer)
 
@@ -265,60 +263,94 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
         FileNotFoundError: the text encoders' tokenizer folder is gone.
         ValueError: all parts are empty.
     """
-    import orbax.checkpoint as ocp
+    held = [part for part in PARTS if getattr(params, part)]
+    with writing(path, params.config, held, params.tokenizer, overwrite=overwrite) as add:
+        for part in held:
+            for key, leaf in jax.tree_util.tree_leaves_with_path(getattr(params, part)):
+                name = jax.tree_util.keystr(key, simple=True, separator="/")
+                add(part, name, np.asarray(leaf))
 
+
+@contextmanager
+def writing(
+    path: str | os.PathLike[str],
+    config: FluxConfig,
+    parts: Sequence[str],
+    tokenizer: str,
+    *,
+    overwrite: bool = False,
+    sources: Mapping[str, Any] | None = None,
+) -> Iterator[Callable[[str, str, np.ndarray], None]]:
+    """A checkpoint written leaf by leaf; yields the function that takes (part, leaf, array).
+
+    The folder appears when the block ends without an error; until then nothing is changed.
+
+    Args:
+        path, overwrite: as for `save`.
+        config: the pipeline's configuration.
+        parts: names of the parts that will be given, one after another.
+        tokenizer: folder of the tokenizers.
+        sources: what the weights were made from, kept with the checkpoint.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: as `save` does.
+    """
     target = Path(path)
     foreign = target.exists() and not (target / DESCRIPTION).is_file()
     if foreign and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
-    held = [part for part in PARTS if getattr(params, part)]
-    if not held:
+    if not parts:
         raise ValueError("there are no parameters to save; expected some of the parts")
-    speaks = any(part in TEXT for part in held)
-    sources = [Path(params.tokenizer) / name for name in TOKENIZERS if speaks]
-    for source in sources:
-        if not source.is_dir():
-            raise FileNotFoundError(f"no tokenizer at {str(source)!r}; expected a folder")
-    with replacing(target, overwrite=overwrite) as folder:
-        for source in sources:
-            shutil.copytree(source, folder / source.name)
-        with ocp.StandardCheckpointer() as checkpointer:
-            for part in held:
-                checkpointer.save(folder / "params" / part, getattr(params, part))
-        description = {
+    speaks = any(part in TEXT for part in parts)
+    folders = [Path(tokenizer) / name for name in TOKENIZERS if speaks]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; expected a folder")
+    with storage.replacing(target, overwrite=overwrite) as new:
+        for folder in folders:
+            shutil.copytree(folder, new / folder.name)
+        writers = {part: storage.Writer(new / "params" / part) for part in parts}
+        yield lambda part, name, array: writers[part].add(name, array)
+        for writer in writers.values():
+            writer.finish()
+        told = {
             "format": FORMAT,
-            "config": dataclasses.asdict(params.config),
-            "parts": held,
+            "config": dataclasses.asdict(config),
+            "parts": list(parts),
+            "sources": sources or {},
+            "digests": {part: writer.digests for part, writer in writers.items()},
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        (new / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
 
 
-@contextmanager
-def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends without an error.
+def verify(
+    path: str | os.PathLike[str], progress: Callable[[str], object] = lambda name: None
+) -> None:
+    """Read a checkpoint again and compare every array with the digest of what was written.
+
+    Args:
+        path: the checkpoint.
+        progress: called with the name of every leaf read.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is false.
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no checkpoint, or arrays are damaged; the message lists them all.
     """
-    path = path.absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists; give overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    new = work / "new"
-    new.mkdir()
-    try:
-        yield new
-        if path.exists():
-            path.rename(work / "old")
-        try:
-            new.rename(path)
-        except OSError:
-            if (work / "old").exists():
-                (work / "old").rename(path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"no checkpoint at {str(folder)!r}")
+    raw = description(folder)
+    problems = []
+    for part in raw["parts"]:
+        for name, problem in storage.damaged(folder / "params" / part, raw["digests"][part]):
+            progress(f"{part}/{name}")
+            if problem:
+                problems.append(f"{part}/{name} {problem}")
+    if problems:
+        raise ValueError(
+            f"{str(folder)!r}: {len(problems)} arrays are damaged; convert it again\n  "
+            + "\n  ".join(problems)
+        )
 
 
 def _trees(params: FluxParams) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jitjax.convert.__main__ import main
 from jitjax.convert.components import COMPONENTS, from_state
 from jitjax.convert.engine import ConversionError, expected_sources, leaf_shapes
 from jitjax.convert.layouts import LAYOUTS, full_size_names, recognise
-from jitjax.convert.single_files import read_files
+from jitjax.convert.single_files import open_files
 
 TRANSFORMER = TransformerConfig(
     in_channels=16,
@@ -47,6 +47,10 @@ CONFIGS = {
     ),
 }
 H = TRANSFORMER.hidden
+
+
+def read_files(files, dtype=None, **options):
+    return open_files(files, dtype, **options).read()
 
 
 def random_states(dtype=np.float32) -> dict[str, dict[str, np.ndarray]]:

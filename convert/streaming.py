@@ -1,0 +1,87 @@
+"""Writes a checkpoint from its sources leaf by leaf, and keeps what the sources were.
+
+    file --- mapped ---> tensors of one block ---> one leaf ---> orbax
+      \\--- SHA-256, in a thread of its own -------> jitjax.json
+
+Peak memory is the largest leaf and a fixed margin, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jitjax import checkpoint
+
+from .components import byte_bar
+from .reading import Source
+
+
+def write_checkpoint(
+    source: Source,
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Write what was found as a checkpoint that `jitjax.load` reads.
+
+    The folder appears when it is complete.
+
+    Args:
+        source: what `open_folder` or `open_sources` returns.
+        target: the folder.
+        overwrite: replace the checkpoint that is there.
+        progress: show a bar of bytes.
+
+    Raises:
+        FileExistsError: there is something, and it may not be replaced.
+        ConversionError: a number does not fit into float16.
+    """
+    parts = [job.name for job in source.jobs]
+    kept: dict[str, Any] = {}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        checkpoint.writing(
+            target, source.config, parts, source.tokenizer, overwrite=overwrite, sources=kept
+        ) as add,
+        byte_bar(source.bytes, "converting", progress) as bar,
+    ):
+        described = pool.submit(describe, source.files)
+        for model, path, array in source.leaves():
+            add(model, path, array)
+            bar.update(array.nbytes)
+        kept["files"] = described.result()
+
+
+def describe(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Path, size and SHA-256 of each file."""
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            value = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append({"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": value})
+    return found
+
+
+def compare_sources(path: str | os.PathLike[str]) -> str:
+    """Compare the files that a checkpoint was made from with what they were then.
+
+    Returns:
+        a sentence: how many are as they were, and how many are no longer there.
+
+    Raises:
+        ValueError: one has changed; the message lists all that have.
+    """
+    files = checkpoint.description(path)["sources"].get("files", [])
+    there = [file for file in files if Path(file["path"]).is_file()]
+    now = describe([Path(file["path"]) for file in there])
+    changed = [then["path"] for then, file in zip(there, now, strict=True) if then != file]
+    if changed:
+        raise ValueError(f"changed since the conversion: {', '.join(changed)}")
+    gone = f"; {len(files) - len(there)} are no longer there" if len(there) < len(files) else ""
+    return f"all arrays are as written; {len(there)} source files as they were{gone}"
