@@ -49,6 +49,9 @@ examples:
   the transformer alone, for conditioning computed elsewhere:
     python -m jitjax.convert flux1-dev-fp8.safetensors --parts transformer --out flux-dev
 
+  with two low-rank updates (LoRA) merged, the second at 0.7 of its strength:
+    python -m jitjax.convert FLUX.1-dev --lora ink.safetensors grain.safetensors:0.7 --out inked
+
   read it all again, and compare it with what was written and with the files it was made from:
     python -m jitjax.convert --verify flux-dev
 
@@ -114,6 +117,13 @@ def parser() -> argparse.ArgumentParser:
         help="dtype of all weights of the checkpoint (default: bfloat16); auto keeps them as they "
         "are stored, and makes fp8 bfloat16",
     )
+    out.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        nargs="+",
+        default=[],
+        help="low-rank updates to merge, each with its strength (default: 1)",
+    )
     out.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
     return out
 
@@ -149,11 +159,23 @@ def _convert(options: argparse.Namespace) -> None:
         tokenizers=options.tokenizers,
         parts=options.parts,
     )
-    write_checkpoint(source, options.out, overwrite=options.overwrite, progress=True)
+    loras = [parse_lora(text) for text in options.lora]
+    write_checkpoint(source, options.out, loras=loras, overwrite=options.overwrite, progress=True)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE. Raises `ValueError` if SCALE is no number."""
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise ValueError(f"--lora {text}: {scale!r} is no number; expected FILE:SCALE") from None
 
 
 def _back(options: argparse.Namespace) -> None:
-    given = [getattr(options, name) for name in (*FILES, "parts", "tokenizers", "dtype")]
+    given = [getattr(options, name) for name in (*FILES, "parts", "tokenizers", "dtype", "lora")]
     if options.source is None or any(given):
         raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
     check_target(options.out, options.overwrite)  # before anything is read

@@ -37,7 +37,13 @@ IMAGE_SIZE = 1024
 """Side of FLUX's pictures in pixels, where `vae/config.json` has no `sample_size`."""
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one model: one, or those that an index lists.
+
+    Raises:
+        FileNotFoundError: none is there, or one that the index lists is not.
+        ValueError: there is both one file and an index.
+    """
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if whole.exists() and index.exists():
         raise ValueError(f"{folder} has both {whole.name} and {index.name}; expected one of them")
@@ -173,12 +179,12 @@ class Source:
     tokenizer: str
     files: tuple[Path, ...]
 
-    def leaves(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Model, leaf and array, one after another; no other array is kept in memory."""
+    def leaves(self) -> Iterator[tuple[str, Rule, np.ndarray]]:
+        """Model, rule and leaf, one after another; no other array is kept in memory."""
         for job in self.jobs:
             for rule in job.rules:
                 path = rule.target
-                yield job.name, path, apply(rule, job.read, job.shapes[path], job.types[path])
+                yield job.name, rule, apply(rule, job.read, job.shapes[path], job.types[path])
 
     @property
     def bytes(self) -> int:
@@ -189,8 +195,8 @@ class Source:
         """All parameters, as NumPy arrays in host memory; models that are not there are empty."""
         found: dict[str, dict[str, np.ndarray]] = {component.name: {} for component in COMPONENTS}
         with byte_bar(self.bytes, "reading", progress) as bar:
-            for model, path, array in self.leaves():
-                found[model][path] = array
+            for model, rule, array in self.leaves():
+                found[model][rule.target] = array
                 bar.update(array.nbytes)
         trees = {model: unflatten_dict(flat, sep="/") for model, flat in found.items()}
         return FluxParams(**trees, config=self.config, tokenizer=self.tokenizer)
@@ -206,7 +212,7 @@ def open_folder(
     for component in COMPONENTS:
         if component.name not in parts:
             continue
-        own = _weight_files(folder / component.folder, component.stem)
+        own = weight_files(folder / component.folder, component.stem)
         weights = Weights(scan_all(own), component.aliases)
         one = getattr(config, component.name)
         try:

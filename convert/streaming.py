@@ -18,6 +18,7 @@ from typing import Any
 from jitjax import checkpoint
 
 from .components import byte_bar
+from .lora import read_loras
 from .reading import Source
 
 
@@ -25,6 +26,7 @@ def write_checkpoint(
     source: Source,
     target: str | os.PathLike[str],
     *,
+    loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
@@ -35,14 +37,18 @@ def write_checkpoint(
     Args:
         source: what `open_folder` or `open_sources` returns.
         target: the folder.
+        loras: low-rank updates to add, (file, scale) of each; see `lora.py`.
         overwrite: replace the checkpoint that is there.
         progress: show a bar of bytes.
 
     Raises:
         FileExistsError: there is something, and it may not be replaced.
-        ConversionError: a number does not fit into float16.
+        ConversionError: a number does not fit into float16, or an update does not fit.
+        OSError: it cannot be written (a full disk, say).
     """
     parts = [job.name for job in source.jobs]
+    updates = read_loras(loras, source.config, parts)
+    files = [*source.files, *(Path(file) for file, _ in loras)]
     kept: dict[str, Any] = {}
     with (
         ThreadPoolExecutor(1) as pool,
@@ -51,11 +57,12 @@ def write_checkpoint(
         ) as add,
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
-        described = pool.submit(describe, source.files)
-        for model, path, array in source.leaves():
-            add(model, path, array)
+        described = pool.submit(describe, files)
+        for model, rule, array in source.leaves():
+            add(model, rule.target, updates.apply(model, rule, array))
             bar.update(array.nbytes)
         kept["files"] = described.result()
+        kept["loras"] = [{"path": str(Path(file).resolve()), "scale": s} for file, s in loras]
 
 
 def describe(files: Sequence[Path]) -> list[dict[str, Any]]:

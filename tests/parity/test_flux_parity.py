@@ -17,8 +17,9 @@ from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from jitjax.config import TransformerConfig  # noqa: E402
 from jitjax.convert.components import COMPONENTS, from_state  # noqa: E402
 from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
-from jitjax.convert.reading import Weights  # noqa: E402
+from jitjax.convert.reading import weight_files  # noqa: E402
 from jitjax.convert.tables import transformer_rules  # noqa: E402
+from jitjax.convert.tensors import Weights, scan_all  # noqa: E402
 from jitjax.convert.text_tables import canonical_names  # noqa: E402
 from jitjax.convert.writing import write_folder  # noqa: E402
 from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
@@ -169,7 +170,8 @@ def test_diffusers_loads_what_is_written(small, tmp_path):
     )
     assert pipeline.scheduler.config.base_shift == small.config.base_shift
     for component in COMPONENTS:
-        weights = Weights(tmp_path / "folder" / component.folder, component.stem, {})
+        files = weight_files(tmp_path / "folder" / component.folder, component.stem)
+        weights = Weights(scan_all(files))
         loaded = getattr(pipeline, component.folder).state_dict()
         names = canonical_names(loaded, component.aliases)
         assert weights.shapes.keys() <= names.keys()

@@ -1,0 +1,198 @@
+"""Low-rank updates against a product written out in NumPy, under every name they may have."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_layouts import CONFIGS, TRANSFORMER, H, original_transformer, random_states, write
+
+import jitjax
+from jitjax.config import FluxConfig
+from jitjax.convert.__main__ import main
+from jitjax.convert.components import from_state
+from jitjax.convert.engine import ConversionError
+from jitjax.convert.lora import merge_loras
+
+RNG = np.random.default_rng(7)
+ORIGINAL = {  # layer of the original release -> (diffusers layers, width of each)
+    "double_blocks.1.img_attn.qkv": (
+        [f"transformer_blocks.1.attn.to_{c}" for c in "qkv"],
+        [H, H, H],
+    ),
+    "single_blocks.2.linear1": (
+        [*(f"single_transformer_blocks.2.attn.to_{c}" for c in "qkv"),
+         "single_transformer_blocks.2.proj_mlp"],
+        [H, H, H, 4 * H],
+    ),
+    "double_blocks.0.txt_mlp.2": (["transformer_blocks.0.ff_context.net.2"], [H]),
+}  # fmt: skip
+INPUTS = {"double_blocks.0.txt_mlp.2": 4 * H}
+
+
+def pairs(rank: int, scale: float = 0.1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Random A [rank, in] and B [out, rank] of the layers above."""
+    found = {}
+    for name, (_, widths) in ORIGINAL.items():
+        a = RNG.standard_normal((rank, INPUTS.get(name, H)), np.float32)
+        b = RNG.standard_normal((sum(widths), rank), np.float32) * np.float32(scale)
+        found[name] = a, b
+    return found
+
+
+@pytest.fixture(scope="module")
+def states():
+    return random_states()
+
+
+@pytest.fixture(scope="module")
+def params(states):
+    trees = {name: from_state(name, state, CONFIGS[name]) for name, state in states.items()}
+    return jitjax.checkpoint.FluxParams(**trees, config=FluxConfig(**CONFIGS), tokenizer="")
+
+
+def merged(states, *updates: tuple[dict, float]) -> dict:
+    """The oracle: the transformer with `factor * B A` added, rows split by hand."""
+    state = {name: value.astype(np.float64) for name, value in states["transformer"].items()}
+    for update, factor in updates:
+        for name, (a, b) in update.items():
+            layers, widths = ORIGINAL[name]
+            rows = np.split(b, np.cumsum(widths)[:-1])
+            for layer, part in zip(layers, rows, strict=True):
+                state[f"{layer}.weight"] += factor * part.astype(np.float64) @ a
+    state = {name: value.astype(np.float32) for name, value in state.items()}
+    return from_state("transformer", state, TRANSFORMER)
+
+
+def close(got, expected) -> None:
+    # Sums of at most 8 products of order 1, in float32.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def peft(update: dict, prefix: str = "transformer.") -> dict[str, np.ndarray]:
+    """diffusers' names; the layers of a fused one share their A."""
+    out = {}
+    for name, (a, b) in update.items():
+        layers, widths = ORIGINAL[name]
+        for layer, part in zip(layers, np.split(b, np.cumsum(widths)[:-1]), strict=True):
+            out[f"{prefix}{layer}.lora_A.weight"], out[f"{prefix}{layer}.lora_B.weight"] = a, part
+    return out
+
+
+def original(update: dict, prefix: str = "diffusion_model.") -> dict[str, np.ndarray]:
+    out = {}
+    for name, (a, b) in update.items():
+        out[f"{prefix}{name}.lora_A.weight"], out[f"{prefix}{name}.lora_B.weight"] = a, b
+    return out
+
+
+def kohya(update: dict, alpha: float) -> dict[str, np.ndarray]:
+    out = {}
+    for name, (a, b) in update.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        out |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+        out[f"{key}.alpha"] = np.asarray(alpha, np.float32)
+    return out
+
+
+def test_every_way_to_name_a_layer(tmp_path, states, params):
+    update = pairs(4)
+    plain, halved = merged(states, (update, 1.0)), merged(states, (update, 0.5))
+    before = np.array(params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"])
+    for file, expected in (
+        (write(tmp_path, "peft", peft(update)), plain),
+        (write(tmp_path, "model", peft(update, "base_model.model.")), plain),
+        (write(tmp_path, "bare", peft(update, "")), plain),
+        (write(tmp_path, "original", original(update)), plain),
+        (write(tmp_path, "originalbare", original(update, "")), plain),
+        (write(tmp_path, "kohya", kohya(update, 2.0)), halved),
+    ):
+        got = merge_loras(params, [(file, 1.0)])
+        close(got.transformer, expected)
+        assert got.t5 is params.t5
+    now = params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(now, before)
+
+
+def test_several_at_once_with_scales(tmp_path, states, params):
+    one, two = pairs(4), pairs(8)
+    files = [write(tmp_path, "one", peft(one)), write(tmp_path, "two", kohya(two, 4.0))]
+    got = merge_loras(params, [(files[0], 0.7), (files[1], -0.5)])
+    close(got.transformer, merged(states, (one, 0.7), (two, -0.25)))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_configuration_is_heeded(tmp_path, states, params, rslora):
+    update = pairs(4)
+    told = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.use_rslora": rslora}
+    told["transformer.alpha_pattern"] = {"transformer_blocks.0.ff_context.net.2": 2}
+    path = tmp_path / "told.safetensors"
+    state = {k: np.ascontiguousarray(v) for k, v in peft(update).items()}
+    save_file(state, path, metadata={"lora_adapter_metadata": json.dumps(told)})
+    name, share = "double_blocks.0.txt_mlp.2", 2 if rslora else 4
+    rest = {k: v for k, v in update.items() if k != name}
+    expected = merged(states, (rest, 8 / share), ({name: update[name]}, 2 / share))
+    close(merge_loras(params, [(path, 1.0)]).transformer, expected)
+
+
+def test_text_encoders_and_bfloat16(tmp_path, states, params):
+    a, b = (RNG.standard_normal(shape, np.float32) for shape in ((2, 64), (10, 2)))
+    layer = "text_model_encoder_layers_1_mlp_fc1"
+    state = {f"lora_te1_{layer}.lora_down.weight": a, f"lora_te1_{layer}.lora_up.weight": b}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    got = merge_loras(half, [(write(tmp_path, "te", state), 1.0)]).clip
+    name = "text_model.encoder.layers.1.mlp.fc1.weight"
+    exact = states["clip"][name].astype(jnp.bfloat16).astype(np.float32) + b @ a
+    kernel = got["blocks"]["mlp"]["up"]["kernel"][1]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(kernel, exact.T.astype(jnp.bfloat16))
+
+
+def test_what_does_not_fit_is_told(tmp_path, params):
+    a, b = np.ones((2, H), np.float32), np.ones((H, 2), np.float32)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    state = {
+        f"{layer}.lora_A.weight": a,
+        f"{layer}.lora_B.weight": b[1:],
+        "transformer.transformer_blocks.9.attn.to_q.lora_A.weight": a,
+        "transformer.proj_out.lora_B.weight": b,
+        f"{layer}.dora_scale": b,
+    }
+    with pytest.raises(ConversionError) as told:
+        merge_loras(params, [(write(tmp_path, "bad", state), 1.0)])
+    for line in (
+        "wrong shape: transformer.transformer_blocks.0.attn.to_q has A [2, 64] and B [63, 2]",
+        "unknown key: transformer.transformer_blocks.9.attn.to_q.lora_A.weight",
+        "transformer.proj_out has no A",
+        "unknown key: transformer.transformer_blocks.0.attn.to_q.dora_scale",
+        "4 key(s)",
+    ):
+        assert line in str(told.value)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        merge_loras(params, [(tmp_path / "nowhere", 1.0)])
+    with pytest.raises(ValueError, match="scale is nan"):
+        merge_loras(params, [(tmp_path / "bad.safetensors", float("nan"))])
+
+
+def test_merged_while_converting(tmp_path, states, capsys):
+    update = pairs(4)
+    flux = str(write(tmp_path, "flux", original_transformer(states["transformer"])))
+    lora = str(write(tmp_path, "lora", original(update)))
+    out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
+    assert main([flux, "--lora", f"{lora}:0.5", *out]) == 0
+    close(jitjax.load(tmp_path / "out").transformer, merged(states, (update, 0.5)))
+    te = {f"lora_te1_text_model_encoder_layers_1_mlp_fc1.{k}.weight": v for k, v in (
+        ("lora_down", np.ones((2, 64), np.float32)), ("lora_up", np.ones((10, 2), np.float32)),
+    )}  # fmt: skip
+    capsys.readouterr()
+    out[-1] = str(tmp_path / "none")
+    assert main([flux, "--lora", str(write(tmp_path, "te", te)), *out]) == 2
+    assert main([flux, "--lora", f"{lora}:much", *out]) == 2
+    told = capsys.readouterr().err
+    assert "te.safetensors, for transformer: 2 key(s)" in told
+    assert "unknown key: lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight" in told
+    assert "'much' is no number" in told
