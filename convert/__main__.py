@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jitjax import checkpoint
 from jitjax.checkpoint import PARTS
 
+from .hub import fetch, is_repository
 from .single_files import open_sources
 from .streaming import compare_sources, write_checkpoint
 from .writing import check_target, write_folder
@@ -38,6 +39,9 @@ EXAMPLES = """\
 examples:
   a folder as `hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev` gives it:
     python -m jitjax.convert FLUX.1-dev --out flux-dev
+
+  the same from the hub (or its cache); a gated repository needs `hf auth login`:
+    python -m jitjax.convert black-forest-labs/FLUX.1-dev --out flux-dev
 
   the same with another transformer:
     python -m jitjax.convert FLUX.1-dev --transformer finetuned.safetensors --out finetuned
@@ -77,10 +81,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "source",
         metavar="SOURCE",
-        type=Path,
         nargs="?",
-        help="diffusers folder (the one with model_index.json) or safetensors file; with "
-        "--to-diffusers, a checkpoint",
+        help="diffusers folder (the one with model_index.json), safetensors file, or repository on "
+        "the Hugging Face hub; with --to-diffusers, a checkpoint",
     )
     for option, model in FILES.items():
         out.add_argument(
@@ -152,8 +155,11 @@ def _convert(options: argparse.Namespace) -> None:
         raise ValueError("nothing to convert; expected SOURCE or files, see --help")
     if options.out.exists() and not options.overwrite:
         raise FileExistsError(f"{options.out} is there already; --overwrite replaces it")
+    place = options.source
+    if place is not None and is_repository(place):
+        place = fetch(place, [part for part in options.parts or PARTS if part not in files])
     source = open_sources(
-        options.source,
+        place,
         files,
         DTYPES[options.dtype or "bfloat16"],
         tokenizers=options.tokenizers,

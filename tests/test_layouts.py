@@ -380,3 +380,46 @@ def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, 
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_repository_on_the_hub(tmp_path, states, trees, monkeypatch, capsys):
+    """The hub itself is stood in for: nothing can be fetched here."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    folder = tmp_path / "cache"
+    for component in COMPONENTS:
+        (folder / component.folder).mkdir(parents=True)
+    asked = {}
+
+    def stand_in(repository, *, allow_patterns):
+        asked[repository] = allow_patterns
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    def http(kind):
+        error = kind.__new__(kind)  # it wants a response, of a library that depends on the version
+        Exception.__init__(error, "told so")
+        return error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    out = ["--out", str(tmp_path / "out")]
+    name = "black-forest-labs/FLUX.1-dev"
+    for outcome, message in (  # noqa: B007
+        (http(errors.GatedRepoError), "is gated: log in with `hf auth login`"),
+        (http(errors.RepositoryNotFoundError), f"has no repository {name}, or not for no token"),
+        (errors.LocalEntryNotFoundError("nothing"), "the hub cannot be reached"),
+        (http(errors.HfHubHTTPError), "broke off (told so)"),
+    ):
+        assert main([name, *out]) == 2
+        assert message in capsys.readouterr().err
+    assert "transformer/*.safetensors" in asked[name]
+    assert not any("flux1" in pattern or pattern.startswith("*") for pattern in asked[name])
+    outcome = folder
+    assert main([name, "--parts", "transformer", *out]) == 2  # it was taken for the folder
+    assert "is no complete diffusers folder" in capsys.readouterr().err
+    assert "text_encoder_2/*.safetensors" not in asked[name]
+    assert main(["nowhere", *out]) == 2
+    assert "nowhere is no file" in capsys.readouterr().err
