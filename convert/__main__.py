@@ -29,10 +29,10 @@ DTYPES = {
 DESCRIPTION = """\
 Turn FLUX's weights into a jitjax checkpoint, once; or a checkpoint into a diffusers folder. The
 layout is recognised from the tensors' names: diffusers folders, the original release's single
-files, ComfyUI's (with a prefix, in fp8 with or without scales, one model or several in a file).
-Every tensor has to be known, used once, and of the right shape: otherwise nothing is written and
-the message lists what does not fit. FLUX.1-dev needs about 35 GB of memory and of disk. Neither
-torch nor diffusers is needed.
+files, ComfyUI's (with a prefix, in fp8 with or without scales, one model or several in a file), and
+GGUF (with the extra: pip install "jitjax[gguf]"). Every tensor has to be known, used once, and of
+the right shape: otherwise nothing is written and the message lists what does not fit. Neither torch
+nor diffusers is needed.
 """
 
 EXAMPLES = """\
@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="diffusers folder (the one with model_index.json), safetensors file, or repository on "
-        "the Hugging Face hub; with --to-diffusers, a checkpoint",
+        help="diffusers folder (the one with model_index.json), safetensors or GGUF file, or "
+        "repository on the Hugging Face hub; with --to-diffusers, a checkpoint",
     )
     for option, model in FILES.items():
         out.add_argument(

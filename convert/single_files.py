@@ -1,4 +1,4 @@
-"""FLUX in single safetensors files: one per model, or several models in one.
+"""FLUX in single safetensors or GGUF files: one per model, or several models in one.
 
 Layouts are recognised from the names (see `layouts.py`), configurations inferred from the shapes.
 Any subset of the models will do: a checkpoint without text encoders works with conditioning
@@ -25,6 +25,7 @@ from jitjax.config import (
 
 from .components import COMPONENTS, Component
 from .engine import ConversionError, expected_sources, leaf_shapes
+from .gguf_files import GgufTensor
 from .layouts import Found, Layout, recognise
 from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare
 from .tensors import OriginalWeights, Tensor, Weights, scan
@@ -42,7 +43,8 @@ def open_files(
     """Models in single files, found and checked.
 
     Args:
-        files: safetensors files, in any order; or, of each model named, the file to take it from.
+        files: safetensors or GGUF files, in any order; or, of each model named, the file to take
+            it from.
         dtype: of all parameters; None keeps them as stored (fp8 becomes bfloat16).
         tokenizers: folder with `tokenizer/` and `tokenizer_2/`; prompts need it, conditioning
             computed elsewhere does not.
@@ -140,9 +142,9 @@ def models_of(path: str | os.PathLike[str]) -> list[str]:
     return [found.layout.model for found in recognise(shapes, str(path))]
 
 
-def _scan(path: Path) -> dict[str, Tensor]:
+def _scan(path: Path) -> Mapping[str, Tensor | GgufTensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; expected a safetensors file")
+        raise FileNotFoundError(f"{path} is no file; expected a safetensors or GGUF file")
     return scan(path)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .engine import ConversionError, Shape, misfits
+from .gguf_files import GgufTensor, scan_gguf
 from .original import Part, Rows, original_shapes
 from .text_tables import canonical_names
 
@@ -45,6 +46,11 @@ class Tensor:
     kind: str
     start: int
 
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Of the weight: bfloat16, which holds every fp8 number, for fp8; None for what is none."""
+        return BFLOAT16 if self.kind in FP8 else TYPES.get(self.kind)
+
     def map(self) -> np.ndarray:
         """The numbers, mapped from the file."""
         dtype, count = TYPES[self.kind], math.prod(self.shape)
@@ -54,8 +60,14 @@ class Tensor:
         return raw.view(dtype).reshape(self.shape)
 
 
-def scan(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises `ValueError` if it is not a whole one."""
+def scan(path: Path) -> Mapping[str, Tensor | GgufTensor]:
+    """The tensors of a safetensors or GGUF file by name.
+
+    Raises:
+        ValueError: it is not a whole file of its kind.
+    """
+    if path.suffix == ".gguf":
+        return scan_gguf(path)
     try:
         with safe_open(path, "numpy"):  # checks the header, and that the file is as long as it says
             pass
@@ -73,9 +85,9 @@ def scan(path: Path) -> dict[str, Tensor]:
     }
 
 
-def scan_all(paths: Iterable[Path]) -> dict[str, Tensor]:
+def scan_all(paths: Iterable[Path]) -> dict[str, Tensor | GgufTensor]:
     """The tensors of several files. Raises `ValueError` for a name that is in two of them."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | GgufTensor] = {}
     for path in paths:
         for name, tensor in scan(path).items():
             if name in found:
@@ -89,18 +101,21 @@ class Weights:
 
     Attributes:
         shapes: name -> shape.
-        types: name -> dtype; None for types that no weight may have. fp8 counts as bfloat16, which
-            holds every fp8 number.
+        types: name -> dtype of the weight; None for types that no weight may have.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor | GgufTensor],
+        aliases: Mapping[str, str] | None = None,
+    ):
         names = canonical_names(tensors, aliases or {})
         self._tensors = {canonical: tensors[own] for canonical, own in names.items()}
-        self._scales: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor | GgufTensor] = {}
         if any(tensor.kind in FP8 for tensor in tensors.values()):
             self._set_apart()
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self.types = {name: _type(tensor) for name, tensor in self._tensors.items()}
+        self.types = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def _set_apart(self) -> None:
         """Scales and marks of fp8 files are no weights of their own, if their layer is there."""
@@ -159,10 +174,6 @@ class OriginalWeights:
         """One tensor by diffusers' name."""
         part = self._parts[name]
         return self._weights.read(part.source, part.rows).reshape(self.shapes[name])
-
-
-def _type(tensor: Tensor) -> np.dtype | None:
-    return BFLOAT16 if tensor.kind in FP8 else TYPES.get(tensor.kind)
 
 
 def _rows(values: np.ndarray, rows: Rows | None) -> np.ndarray:

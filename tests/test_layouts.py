@@ -267,6 +267,36 @@ def test_fp8(tmp_path, states, scaled):
     assert halved.transformer["image_in"]["kernel"].dtype == jnp.bfloat16
 
 
+def test_gguf(tmp_path, states):
+    """Q8_0 and BF16 as the package itself reads them; Q4_K from random blocks."""
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import GGUFWriter, quants
+
+    rng, exact = np.random.default_rng(5), {}
+    writer = GGUFWriter(tmp_path / "flux.gguf", "flux")
+    for name, value in original_transformer(states["transformer"]).items():
+        kind = Kind.BF16 if value.ndim == 1 else Kind.Q8_0
+        if name.endswith("linear2.weight"):  # 5 * 64 columns do not fill blocks of 256
+            kind = Kind.F32
+        if value.shape[-1] % 32:
+            kind = Kind.F16
+        data = value if kind is Kind.F32 else quants.quantize(value, kind)
+        if name == "double_blocks.0.img_mlp.2.weight":
+            kind, data = Kind.Q4_K, rng.integers(0, 60, (64, 144), np.uint8)
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+        exact[name] = quants.dequantize(data, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    got = read_files([tmp_path / "flux.gguf"], jnp.float32)
+    assert_equal(got.transformer, read_files([write(tmp_path, "exact", exact)]).transformer)
+    half = tmp_path / "half.gguf"
+    half.write_bytes((tmp_path / "flux.gguf").read_bytes()[:999])
+    with pytest.raises(ValueError, match="no complete GGUF file"):
+        read_files([half])
+
+
 def test_schnell_has_no_guidance(tmp_path, states):
     state = original_transformer(states["transformer"])
     state = {name: value for name, value in state.items() if "guidance_in" not in name}
