@@ -23,12 +23,11 @@ from jitjax.config import (
     TransformerConfig,
 )
 
-from .components import COMPONENTS, Component
+from .components import COMPONENTS, Component, read_json
 from .engine import ConversionError, expected_sources, leaf_shapes
-from .gguf_files import GgufTensor
 from .layouts import Found, Layout, recognise
-from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare
-from .tensors import OriginalWeights, Tensor, Weights, scan
+from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare, weight_files
+from .tensors import OriginalWeights, Weights, scan_all
 
 SCHNELL_TEXT_LENGTH = 256
 
@@ -43,8 +42,8 @@ def open_files(
     """Models in single files, found and checked.
 
     Args:
-        files: safetensors or GGUF files, in any order; or, of each model named, the file to take
-            it from.
+        files: safetensors or GGUF files or folders of one model as diffusers has them, in any
+            order; or, of each model named, where to take it from.
         dtype: of all parameters; None keeps them as stored (fp8 becomes bfloat16).
         tokenizers: folder with `tokenizer/` and `tokenizer_2/`; prompts need it, conditioning
             computed elsewhere does not.
@@ -59,7 +58,7 @@ def open_files(
     named = isinstance(files, Mapping)
     pairs = files.items() if named else ((None, file) for file in files)
     for only, path in ((only, Path(file)) for only, file in pairs):
-        tensors = _scan(path)
+        tensors = scan_all(_files(path))
         for found in recognise({name: t.shape for name, t in tensors.items()}, str(path)):
             model = found.layout.model
             if model not in (PARTS if parts is None else parts) or only not in (None, model):
@@ -76,14 +75,15 @@ def open_files(
     configs, jobs, problems = {}, [], []
     for model, (path, found, weights) in models.items():
         try:
-            configs[model], job = _prepare(found.layout, weights, str(path), dtype)
+            configs[model], job = _prepare(found.layout, weights, path, dtype)
             jobs.append(job)
         except ConversionError as error:
             problems.append(str(error))
     if problems:
         raise ConversionError("\n".join(problems))
     config = whole_config(configs)
-    return Source(config, tuple(jobs), folder, tuple(path for path, *_ in models.values()))
+    used = dict.fromkeys(file for path, *_ in models.values() for file in _files(path))
+    return Source(config, tuple(jobs), folder, tuple(used))
 
 
 def open_sources(
@@ -106,7 +106,7 @@ def open_sources(
     """
     wanted = [part for part in PARTS if parts is None or part in parts]
     others = {part: file for part, file in files.items() if part in wanted}
-    if source is None or not Path(source).is_dir():
+    if source is None or not Path(source).is_dir() or (Path(source) / "config.json").is_file():
         held = [] if source is None else models_of(source)
         chosen = {part: source for part in wanted if part in held and source is not None} | others
         missing = [part for part in parts or () if part not in chosen]
@@ -138,25 +138,34 @@ def models_of(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is broken, or holds no model of FLUX.
     """
-    shapes = {name: tensor.shape for name, tensor in _scan(Path(path)).items()}
+    shapes = {name: tensor.shape for name, tensor in scan_all(_files(Path(path))).items()}
     return [found.layout.model for found in recognise(shapes, str(path))]
 
 
-def _scan(path: Path) -> Mapping[str, Tensor | GgufTensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; expected a safetensors or GGUF file")
-    return scan(path)
+def _files(path: Path) -> list[Path]:
+    """The weight files at a path: the file itself, or those in the folder of one model."""
+    if path.is_file():
+        return [path]
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is neither a safetensors or GGUF file nor the folder of a model"
+        )
+    stems = dict.fromkeys(component.stem for component in COMPONENTS)
+    return weight_files(path, next((s for s in stems if any(path.glob(f"{s}[.-]*"))), "model"))
 
 
 def _component(model: str) -> Component:
     return next(c for c in COMPONENTS if c.name == model)
 
 
-def _prepare(layout: Layout, weights: Weights, path: str, dtype: Any) -> tuple[Any, Job]:
-    """Configuration of a model, and the model ready to be read."""
+def _prepare(layout: Layout, weights: Weights, path: Path, dtype: Any) -> tuple[Any, Job]:
+    """Configuration of a model, told or inferred from shapes, and the model ready to be read."""
     component, what = _component(layout.model), f"{path} ({layout.title})"
     try:
-        config = layout.config(weights.shapes)
+        if path.is_dir():
+            config = component.config.from_diffusers(read_json(path / "config.json"))
+        else:
+            config = layout.config(weights.shapes)
     except KeyError as error:
         raise ConversionError.of(what, [f"missing key: {error.args[0]}"]) from None
     named: Weights | OriginalWeights = weights

@@ -331,7 +331,7 @@ def test_another_model_is_named_by_what_is_nearest(tmp_path):
     (tmp_path / "text.safetensors").write_text("not at all")
     with pytest.raises(ValueError, match="no complete safetensors file"):
         read_files([tmp_path / "text.safetensors"])
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is neither a safetensors"):
         read_files([tmp_path / "nowhere.safetensors"])
 
 
@@ -394,6 +394,10 @@ def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, 
         loaded.t5["final_norm"]["scale"], trees["t5"]["final_norm"]["scale"].astype(jnp.bfloat16)
     )
 
+    third = ["--transformer", f"{folder}/transformer", "--out", str(tmp_path / "third")]
+    assert main([*third, *exact]) == 0  # the folder of one model
+    assert_equal(jitjax.load(tmp_path / "third").transformer, trees["transformer"])
+
     alone = ["--parts", "transformer", "--out", str(tmp_path / "alone")]
     assert main([folder, *alone]) == 0
     assert not jitjax.load(tmp_path / "alone").t5
@@ -452,4 +456,4 @@ def test_a_repository_on_the_hub(tmp_path, states, trees, monkeypatch, capsys):
     assert "is no complete diffusers folder" in capsys.readouterr().err
     assert "text_encoder_2/*.safetensors" not in asked[name]
     assert main(["nowhere", *out]) == 2
-    assert "nowhere is no file" in capsys.readouterr().err
+    assert "nowhere is neither a safetensors or GGUF file nor" in capsys.readouterr().err

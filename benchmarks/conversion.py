@@ -1,0 +1,126 @@
+"""Memory and speed of a conversion, beside copying the same files on the same disk.
+
+    python -m benchmarks.conversion                   4 GB of FLUX's own widths, in many shards
+    python -m benchmarks.conversion --double 1 --single 2 --shard-mb 256
+
+Makes a diffusers transformer of full width and a few blocks, random and in bfloat16; copies it;
+converts it by the command line in a process of its own; and verifies it. Peak memory is the highest
+resident size of that process, its mapped files included; the floor is that of a process that only
+imports what the command needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jitjax.config import TransformerConfig
+from jitjax.convert.components import COMPONENTS
+from jitjax.convert.engine import expected_sources, leaf_shapes
+
+COMMAND = [sys.executable, "-m", "jitjax.convert"]
+
+
+def make(folder: Path, config: TransformerConfig, shard_bytes: int) -> tuple[int, int]:
+    """A transformer's folder, random, in shards; bytes in all, and of the largest leaf."""
+    component = next(c for c in COMPONENTS if c.name == "transformer")
+    leaves = leaf_shapes(component.abstract_params(config))
+    shapes = expected_sources(component.rules(config), leaves)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    rng, total = np.random.default_rng(0), 0
+    state, filled, paths, index = {}, 0, [], {}
+
+    def flush() -> None:
+        nonlocal state, filled
+        paths.append(folder / f"diffusion_pytorch_model-{len(paths):05d}.safetensors")
+        save_file(state, paths[-1])
+        index.update(dict.fromkeys(state, paths[-1].name))
+        state, filled = {}, 0
+
+    for name, shape in shapes.items():
+        count = int(np.prod(shape))
+        # Exponents near 1, so that every number is an ordinary one.
+        bits = rng.integers(0x3F00, 0x4000, count, np.uint16)
+        state[name] = bits.view(jnp.bfloat16).reshape(shape)
+        filled, total = filled + 2 * count, total + 2 * count
+        if filled > shard_bytes:
+            flush()
+    flush()
+    listed = folder / "diffusion_pytorch_model.safetensors.index.json"
+    listed.write_text(json.dumps({"weight_map": index}))
+    return total, max(2 * int(np.prod(shape)) for shape in leaves.values())
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Seconds, and the highest resident size of the process in bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--double", type=int, default=3, help="double blocks (default: 3)")
+    parser.add_argument("--single", type=int, default=6, help="single blocks (default: 6)")
+    parser.add_argument("--shard-mb", type=int, default=400)
+    parser.add_argument("--folder", type=Path, help="where to work; twice the size is needed")
+    args = parser.parse_args()
+    config = TransformerConfig(num_layers=args.double, num_single_layers=args.single)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        work = Path(name)
+        (work / "source").mkdir()
+        total, largest = make(work / "source", config, args.shard_mb * 2**20)
+        start = time.perf_counter()
+        shutil.copytree(work / "source", work / "copy")
+        os.sync()
+        copied = time.perf_counter() - start
+        shutil.rmtree(work / "copy")
+        _, floor = run([sys.executable, "-c", "import jitjax.convert.__main__ as m; m._verify"])
+        out = ["--out", str(work / "made")]
+        converted, peak = run([*COMMAND, "--transformer", str(work / "source"), *out])
+        start = time.perf_counter()
+        os.sync()
+        converted += time.perf_counter() - start
+        verified, _ = run([*COMMAND, "--verify", str(work / "made")])
+        print(
+            json.dumps(
+                {
+                    "config": dataclasses.asdict(config),
+                    "shards": len(list((work / "source").glob("*.safetensors"))),
+                    "GB": total / 1e9,
+                    "largest leaf MB": largest / 1e6,
+                    "floor MB": floor / 1e6,
+                    "peak MB": peak / 1e6,
+                    "margin MB": (peak - largest) / 1e6,
+                    "copy MB/s": total / copied / 1e6,
+                    "convert MB/s": total / converted / 1e6,
+                    "convert / copy": copied / converted,
+                    "verify MB/s": total / verified / 1e6,
+                    "own peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+                },
+                indent=1,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
