@@ -94,6 +94,7 @@ def main() -> None:
         share = {part: float(np.mean([r[part] for r in results])) for part in parts}
         low, high = interval(sum(r["right"] for r in results), len(results))
         rows[name] = share | {"low": low, "high": high, "seconds": seconds}
+        rows[name]["pictures"] = [r["right"] for r in results]  # for paired comparisons
         others = " | ".join(f"{share[part]:.0%}" for part in parts[1:])
         print(
             f"| {name} | {share['right']:.1%} | {low:.0%} to {high:.0%} | {others} "
