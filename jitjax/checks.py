@@ -47,6 +47,11 @@ def check_inputs(
         _check_finite("microflow_noise", microflow_noise)
     if budgets[0] == n:
         return
+    if microflow_noise is None and plan.microflow_noise == "fresh" and plan.microflow != "none":
+        raise ValueError(
+            f"microflow_noise is None; expected {list(noise.shape)} for a plan whose micro-flow's "
+            "noise is fresh"
+        )
     if plan.activation == "random":
         expected = (noise.shape[0], n)
         if random_scores is None or random_scores.shape != expected:

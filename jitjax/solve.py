@@ -74,7 +74,8 @@ def jit_solve(
         plan: steps, stages, anchors, micro-flow.
         grid: rows and columns; rows * columns = n.
         first_anchors: the first stage's anchors; not needed by a plan of one stage.
-        microflow_noise: noise of the new tokens' targets; by default the initial noise.
+        microflow_noise: noise of the new tokens' targets; needed where the plan says "fresh", else
+            by default the initial noise.
         random_scores: by which `activation="random"` chooses new anchors; else not used.
         args: anything `velocity` needs, such as parameters: gradients flow to it.
         solver: a diffrax solver; Euler by default.

@@ -24,7 +24,7 @@ from jitjax.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
 
 GRID = (4, 5)
-PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
+PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
 
 
 def normal(seed: int, like):

@@ -125,7 +125,7 @@ def test_matched_methods_cost_what_they_match():
     assert {"dense-50", "dense-12", "dense-7", "dense-12-beta", "teacache-12", "taylor-7"} <= set(
         methods
     )
-    assert methods["4x:program"].plan.microflow == "blend"
+    assert methods["4x:hit-initial"].plan.microflow == "hit"
     assert methods["4x"].plan == jitjax.PLANS["4x"]
 
 
@@ -137,8 +137,8 @@ def test_a_plan_in_words():
         parse_plan("5x:lift=linear")
     with pytest.raises(ValueError, match="changes 'lifter'"):
         parse_plan("4x:lifter=linear")
-    with pytest.raises(ValueError, match=r"Plan\.steps is 'many'"):
-        parse_plan("4x:steps=many")
+    with pytest.raises(ValueError, match=r"Plan\.steps is 0"):
+        parse_plan("4x:steps=0")
 
 
 @pytest.mark.parametrize("evaluations", [3, 7, 12, 28])
@@ -252,7 +252,7 @@ def test_every_method_runs_on_a_small_model(small):
     methods = all_methods(small.config.transformer, 16, small.config.text_length)
     wanted = [
         "4x",
-        "7x:program",
+        "7x:hit-initial",
         *(n for n in methods if n.split("-")[0] in ("teacache", "taylor")),
     ]
     runner = Runner(small, grid)

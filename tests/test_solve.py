@@ -24,7 +24,7 @@ from jitjax.solvers import AdamsBashforth2
 
 GRID = (6, 7)
 N = GRID[0] * GRID[1]
-PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
+PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class Broken:
 
 def test_a_velocity_that_is_not_finite_is_told_when_asked_to():
     sigmas = jnp.asarray([1.0, 0.8, 0.6, 0.4, 0.0])
-    plan = Plan(4, (0.5, 1.0), (0.5, 1.0), schedule=(1.0, 0.8, 0.6, 0.4))
+    plan = Plan(4, (0.5, 1.0), (0.5, 1.0), schedule=(1.0, 0.8, 0.6, 0.4), microflow_noise="initial")
     given = {"plan": plan, "grid": (2, 2), "first_anchors": jnp.asarray([[0, 1], [2, 3]])}
     noise = jnp.ones((2, 4, 3))
     with pytest.raises(FloatingPointError, match=r"step 2 \(sigma 0.6000\).*samples \[1\]"):
@@ -333,14 +333,22 @@ def test_a_velocity_that_is_not_finite_is_told_when_asked_to():
         ({"first_anchors": jnp.asarray([[-1, 2]])}, "expected 0 to 3"),
         ({"first_anchors": jnp.asarray([[2, 2]])}, "more than once"),
         ({"first_anchors": jnp.asarray([[0.0, 1.0]])}, "expected whole numbers"),
-        ({"plan": Plan(2, (0.5, 1.0), (0.5, 1.0), activation="random")}, "random_scores is None"),
+        (
+            {
+                "plan": Plan(
+                    2, (0.5, 1.0), (0.5, 1.0), activation="random", microflow_noise="initial"
+                )
+            },
+            "random_scores is None",
+        ),
+        ({"plan": Plan(2, (0.5, 1.0), (0.5, 1.0))}, "microflow_noise is None"),
     ],
 )
 def test_what_no_run_could_have_is_refused(unchecked, changes, message):
     given = {
         "noise": jnp.ones((1, 4, 3)),
         "sigmas": jnp.asarray([1.0, 0.5, 0.0]),
-        "plan": Plan(2, (0.5, 1.0), (0.5, 1.0)),
+        "plan": Plan(2, (0.5, 1.0), (0.5, 1.0), microflow_noise="initial"),
         "grid": (2, 2),
         "first_anchors": jnp.asarray([[0, 3]]),
     } | changes

@@ -30,7 +30,7 @@ from benchmarks.quality.scores import distances
 from benchmarks.report import read
 from jitjax.latents import draw_noise, token_grid
 
-QUICK = ("4x", "7x:program", "dense-7", "teacache-7", "taylor-7")
+QUICK = ("4x", "7x:hit-initial", "dense-7", "teacache-7", "taylor-7")
 Task = tuple[int, Prompt, int]  # number of the prompt, the prompt, a seed
 
 

@@ -27,17 +27,14 @@ from jitjax.schedule import plan_sigmas
 REFERENCE = "dense-50"
 PEER_STEPS = 28
 """Steps that the peers skip evaluations of, as in the paper's table."""
-PROGRAM = {"microflow": "blend", "microflow_noise": "fresh"}
-"""Settings of the authors' program."""
 VARIANTS = {
-    "program": PROGRAM,
     "random": {"activation": "random"},
     "grid": {"activation": "grid"},
     "no-lift": {"lift": "none"},
     "no-microflow": {"microflow": "none"},
     "hit-initial": {"microflow": "hit", "microflow_noise": "initial"},
-    "hit-fresh": {"microflow": "hit", "microflow_noise": "fresh"},
-    "blend-initial": {"microflow": "blend", "microflow_noise": "initial"},
+    "hit-fresh": {"microflow": "hit"},
+    "blend-initial": {"microflow_noise": "initial"},
     "narrow": {"lift": "narrow"},
     "linear": {"lift": "linear"},
     "nearest": {"lift": "nearest"},
