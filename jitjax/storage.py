@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-GROUP = 256 * 2**20
+GROUP = 64 * 2**20
 CHUNK = 64 * 2**20
 
 
