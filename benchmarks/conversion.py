@@ -28,8 +28,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.config import TransformerConfig
-from jitjax.convert.components import COMPONENTS
-from jitjax.convert.engine import expected_sources, leaf_shapes
+# `convert/` is mapped into the package at installation, which type checkers do not follow.
+from jitjax.convert.components import COMPONENTS  # pyright: ignore[reportMissingImports]
+from jitjax.convert.engine import (  # pyright: ignore[reportMissingImports]
+    expected_sources,
+    leaf_shapes,
+)
 
 COMMAND = [sys.executable, "-m", "jitjax.convert"]
 

@@ -200,7 +200,7 @@ def whole_config(models: Mapping[str, Any]) -> FluxConfig:
     """
     ours = dict(models)
     if "transformer" not in ours:
-        widths: dict[str, int] = {}
+        widths: dict[str, Any] = {}
         if "autoencoder" in ours:
             widths["in_channels"] = ours["autoencoder"].latent_channels * PATCH**2
         if "t5" in ours:
