@@ -28,6 +28,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.config import TransformerConfig
+
 # `convert/` is mapped into the package at installation, which type checkers do not follow.
 from jitjax.convert.components import COMPONENTS  # pyright: ignore[reportMissingImports]
 from jitjax.convert.engine import (  # pyright: ignore[reportMissingImports]
