@@ -11,6 +11,8 @@ import hashlib
 import math
 import shutil
 import tempfile
+import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +85,7 @@ class Writer:
         try:
             with _context():
                 action()
-        except Exception as error:  # orbax and tensorstore raise many kinds for a full disk
+        except (Exception, CancelledError) as error:  # a full disk raises many kinds here
             raise OSError(f"{str(self.path)!r} cannot be written: {_reason(error)}") from error
 
 
@@ -185,4 +187,8 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 (work / "old").rename(path)
             raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for _ in range(100):  # threads of a write that failed may still make files there
+            shutil.rmtree(work, ignore_errors=True)
+            if not work.exists():
+                break
+            time.sleep(0.05)

@@ -97,6 +97,7 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _convert_with_little_room(arguments: list[str], limit: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # pytest's is a file too, and would be full
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os._exit(main(arguments))
@@ -125,7 +126,7 @@ def test_a_dozen_kills_at_random_moments(folder, small, tmp_path):
     assert killed >= 6
 
 
-@pytest.mark.parametrize("limit", [4_000, 30_000, 60_000])
+@pytest.mark.parametrize("limit", [4_000, 30_000])
 def test_no_room_leaves_nothing(folder, tmp_path, limit):
     target = tmp_path / "out"
     process = START.Process(

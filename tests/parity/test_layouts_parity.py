@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from diffusers.loaders.single_file_utils import (
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from diffusers.loaders.single_file_utils import (  # noqa: E402
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_vae_checkpoint,
 )
 
-from jitjax.config import AutoencoderConfig, TransformerConfig
-from jitjax.convert.components import COMPONENTS
-from jitjax.convert.engine import expected_sources, leaf_shapes
-from jitjax.convert.original import autoencoder_parts, original_shapes, transformer_parts
+from jitjax.config import AutoencoderConfig, TransformerConfig  # noqa: E402
+from jitjax.convert.components import COMPONENTS  # noqa: E402
+from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
+from jitjax.convert.original import (  # noqa: E402
+    autoencoder_parts,
+    original_shapes,
+    transformer_parts,
+)
 
 pytestmark = pytest.mark.parity
 
