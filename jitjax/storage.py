@@ -89,7 +89,7 @@ class Writer:
             raise OSError(f"{str(self.path)!r} cannot be written: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of a message, without tensorstore's long specification."""
     return (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec")[0]
 
