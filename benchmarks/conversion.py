@@ -30,20 +30,17 @@ from safetensors.numpy import save_file
 from jitjax.config import TransformerConfig
 
 # `convert/` is mapped into the package at installation, which type checkers do not follow.
-from jitjax.convert.components import COMPONENTS  # pyright: ignore[reportMissingImports]
-from jitjax.convert.engine import (  # pyright: ignore[reportMissingImports]
-    expected_sources,
-    leaf_shapes,
-)
+from jitjax.convert.components import component_of  # pyright: ignore[reportMissingImports]
+from jitjax.convert.engine import leaf_shapes  # pyright: ignore[reportMissingImports]
 
 COMMAND = [sys.executable, "-m", "jitjax.convert"]
 
 
 def make(folder: Path, config: TransformerConfig, shard_bytes: int) -> tuple[int, int]:
     """A transformer's folder, random, in shards; bytes in all, and of the largest leaf."""
-    component = next(c for c in COMPONENTS if c.name == "transformer")
+    component = component_of("transformer")
     leaves = leaf_shapes(component.abstract_params(config))
-    shapes = expected_sources(component.rules(config), leaves)
+    shapes = component.source_shapes(config)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     rng, total = np.random.default_rng(0), 0
     state, filled, paths, index = {}, 0, [], {}

@@ -26,7 +26,7 @@ from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerCo
 from jitjax.models import autoencoder, clip, flux, t5
 
 from .autoencoder_tables import AUTOENCODER_IGNORED, autoencoder_rules
-from .engine import Rule, Tree, check, fill, leaf_shapes, leaf_types
+from .engine import Rule, Shape, Tree, check, expected_sources, fill, leaf_shapes, leaf_types
 from .tables import TRANSFORMER_IGNORED, transformer_rules
 from .text_tables import (
     CLIP_ALIASES,
@@ -64,6 +64,10 @@ class Component:
     abstract_params: Callable[[Any], Tree]
     ignored: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def source_shapes(self, config: Any) -> dict[str, Shape]:
+        """Canonical name -> shape of every tensor that a model of `config` is made from."""
+        return expected_sources(self.rules(config), leaf_shapes(self.abstract_params(config)))
 
 
 COMPONENTS = (
@@ -107,6 +111,12 @@ COMPONENTS = (
     ),
 )
 
+
+def component_of(model: str) -> Component:
+    """The component that fills a field of `FluxParams`."""
+    return next(component for component in COMPONENTS if component.name == model)
+
+
 SHIFT_FIELDS = {
     "use_dynamic_shifting": ("dynamic_shift", False),
     "base_shift": ("base_shift", 0.5),
@@ -130,7 +140,7 @@ def from_state(name: str, state: Mapping[str, np.ndarray], config: Any, dtype: A
     Raises:
         ConversionError: keys or shapes do not fit; the message lists all of them.
     """
-    component = next(c for c in COMPONENTS if c.name == name)
+    component = component_of(name)
     rules, shapes = component.rules(config), leaf_shapes(component.abstract_params(config))
     names = canonical_names(state, component.aliases)
     sources = {canonical: tuple(state[own].shape) for canonical, own in names.items()}

@@ -47,9 +47,9 @@ def fetch(repository: str, parts: Sequence[str] = PARTS) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted_files(parts)))
     except errors.GatedRepoError as error:
-        step = "accept its licence there" if get_token() else "log in with `hf auth login`"
+        step = "" if get_token() else "log in with `hf auth login`, "
         raise PermissionError(
-            f"{repository} is gated: {step}, and ask for access at {page}, then run this again"
+            f"{repository} is gated: {step}accept its licence at {page}, then run this again"
         ) from error
     except errors.RepositoryNotFoundError as error:
         token = "your token" if get_token() else "no token (`hf auth login` sets one)"

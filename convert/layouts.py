@@ -14,8 +14,8 @@ from typing import Any
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
 
-from .components import COMPONENTS
-from .engine import Shape, expected_sources, leaf_shapes
+from .components import component_of
+from .engine import Shape
 from .original import Part, autoencoder_parts, original_shapes, transformer_parts
 
 Shapes = Mapping[str, Shape]
@@ -84,14 +84,14 @@ def diffusers_transformer(shapes: Shapes) -> TransformerConfig:
     )  # fmt: skip
 
 
-def _autoencoder(shapes: Shapes, level: str, block: str, conv: str) -> AutoencoderConfig:
+def _autoencoder(shapes: Shapes, level: str, block: str) -> AutoencoderConfig:
     levels = _count(shapes, level.format(r"(\d+)"))
     widths = tuple(shapes[f"{block.format(i, 0)}.conv2.weight"][0] for i in range(levels))
     layers = _count(shapes, re.escape(block.format(0, "@")).replace("@", r"(\d+)"))
     return AutoencoderConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
         out_channels=shapes["decoder.conv_out.weight"][0],
-        latent_channels=shapes[conv][1],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
         block_out_channels=widths,
         layers_per_block=layers,
     )
@@ -99,19 +99,12 @@ def _autoencoder(shapes: Shapes, level: str, block: str, conv: str) -> Autoencod
 
 def original_autoencoder(shapes: Shapes) -> AutoencoderConfig:
     """From the shapes of the original release; the latents' shift and scale are FLUX's."""
-    return _autoencoder(
-        shapes, r"encoder\.down\.{}\.", "encoder.down.{}.block.{}", "decoder.conv_in.weight"
-    )
+    return _autoencoder(shapes, r"encoder\.down\.{}\.", "encoder.down.{}.block.{}")
 
 
 def diffusers_autoencoder(shapes: Shapes) -> AutoencoderConfig:
     """From the shapes of diffusers' file; the latents' shift and scale are FLUX's."""
-    return _autoencoder(
-        shapes,
-        r"encoder\.down_blocks\.{}\.",
-        "encoder.down_blocks.{}.resnets.{}",
-        "decoder.conv_in.weight",
-    )
+    return _autoencoder(shapes, r"encoder\.down_blocks\.{}\.", "encoder.down_blocks.{}.resnets.{}")
 
 
 def t5_encoder(shapes: Shapes) -> T5Config:
@@ -177,7 +170,7 @@ LAYOUTS = (
         "t5",
         "encoder.block.0.layer.0.SelfAttention.q.weight",
         t5_encoder,
-        ignored=("spiece_model", "logit_scale"),
+        ignored=("spiece_model",),
     ),
     Layout(
         "CLIP text model",
@@ -245,9 +238,7 @@ def _nearest(shapes: Shapes) -> str:
 
 def full_size_names(layout: Layout) -> dict[str, Shape]:
     """Names and shapes of FLUX.1-dev's tensors in a layout."""
-    component = next(c for c in COMPONENTS if c.name == layout.model)
+    component = component_of(layout.model)
     config = component.config()
-    shapes = expected_sources(
-        component.rules(config), leaf_shapes(component.abstract_params(config))
-    )
+    shapes = component.source_shapes(config)
     return original_shapes(layout.parts(config), shapes) if layout.parts else shapes

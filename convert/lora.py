@@ -29,12 +29,12 @@ from safetensors import safe_open
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
 
-from .components import COMPONENTS
-from .engine import TRANSFORMS, ConversionError, Rule, expected_sources, leaf_shapes
+from .components import COMPONENTS, component_of
+from .engine import TRANSFORMS, ConversionError, Rule
 from .original import Rows, autoencoder_parts, transformer_parts
 from .tensors import Weights, scan
 
-PARTS = {"transformer": transformer_parts, "autoencoder": autoencoder_parts}
+ORIGINAL = {"transformer": transformer_parts, "autoencoder": autoencoder_parts}
 PREFIXES = (
     ("transformer", ("transformer.", "diffusion_model.", "model.diffusion_model.", "unet.", "",
                      "lora_unet_", "lora_transformer_")),
@@ -123,9 +123,8 @@ def merge_loras(
     updates = read_loras(loras, params.config, held)
     changed = {}
     for model in updates.models():
-        component = next(c for c in COMPONENTS if c.name == model)
         flat: dict[str, Any] = flatten_dict(params.part(model), sep="/")
-        for rule in component.rules(getattr(params.config, model)):
+        for rule in component_of(model).rules(getattr(params.config, model)):
             flat[rule.target] = updates.apply(model, rule, np.asarray(flat[rule.target]))
         changed[model] = unflatten_dict(flat, sep="/")
     return FluxParams(
@@ -161,13 +160,12 @@ class _Layer:
 
 def _layers(model: str, config: FluxConfig) -> dict[str, _Layer]:
     """All layers of a model by every name they may have, dots also as underscores."""
-    component = next(c for c in COMPONENTS if c.name == model)
     own = getattr(config, model)
-    shapes = expected_sources(component.rules(own), leaf_shapes(component.abstract_params(own)))
+    shapes = component_of(model).source_shapes(own)
     weights = {n: s for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
     found = {name: _Layer(shape, ((name, None),)) for name, shape in weights.items()}
     fused: dict[str, list[tuple[str, Rows | None]]] = defaultdict(list)
-    for name, part in (PARTS[model](own) if model in PARTS else {}).items():
+    for name, part in (ORIGINAL[model](own) if model in ORIGINAL else {}).items():
         if name in weights:
             fused[part.source].append((name, part.rows))
     for source, targets in fused.items():

@@ -23,8 +23,8 @@ from jitjax.config import (
     TransformerConfig,
 )
 
-from .components import COMPONENTS, Component, read_json
-from .engine import ConversionError, expected_sources, leaf_shapes
+from .components import COMPONENTS, component_of, read_json
+from .engine import ConversionError
 from .layouts import Found, Layout, recognise
 from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare, weight_files
 from .tensors import OriginalWeights, Weights, scan_all
@@ -66,7 +66,7 @@ def open_files(
             if model in models:
                 raise ValueError(f"{model} is both in {models[model][0]} and in {path}")
             own = {name: tensors[stored] for name, stored in found.names.items()}
-            models[model] = path, found, Weights(own, _component(model).aliases)
+            models[model] = path, found, Weights(own, component_of(model).aliases)
     missing = [part for part in parts or (files if named else ()) if part not in models]
     if missing or not models:
         held = ", ".join(models) or "nothing"
@@ -109,13 +109,7 @@ def open_sources(
     if source is None or not Path(source).is_dir() or (Path(source) / "config.json").is_file():
         held = [] if source is None else models_of(source)
         chosen = {part: source for part in wanted if part in held and source is not None} | others
-        missing = [part for part in parts or () if part not in chosen]
-        if missing or not chosen:
-            raise ValueError(
-                f"nothing given holds {', '.join(missing) or 'a model'}; found "
-                f"{', '.join(chosen) or 'nothing'}"
-            )
-        return open_files(chosen, dtype, tokenizers=tokenizers)
+        return open_files(chosen, dtype, tokenizers=tokenizers, parts=parts)
     if tokenizers is not None:
         raise ValueError(f"{source} is a folder, which has its own tokenizers; give none beside it")
     folder = open_folder(source, dtype, parts=[part for part in wanted if part not in others])
@@ -154,13 +148,9 @@ def _files(path: Path) -> list[Path]:
     return weight_files(path, next((s for s in stems if any(path.glob(f"{s}[.-]*"))), "model"))
 
 
-def _component(model: str) -> Component:
-    return next(c for c in COMPONENTS if c.name == model)
-
-
 def _prepare(layout: Layout, weights: Weights, path: Path, dtype: Any) -> tuple[Any, Job]:
     """Configuration of a model, told or inferred from shapes, and the model ready to be read."""
-    component, what = _component(layout.model), f"{path} ({layout.title})"
+    component, what = component_of(layout.model), f"{path} ({layout.title})"
     try:
         if path.is_dir():
             config = component.config.from_diffusers(read_json(path / "config.json"))
@@ -170,8 +160,7 @@ def _prepare(layout: Layout, weights: Weights, path: Path, dtype: Any) -> tuple[
         raise ConversionError.of(what, [f"missing key: {error.args[0]}"]) from None
     named: Weights | OriginalWeights = weights
     if layout.parts:
-        leaves = leaf_shapes(component.abstract_params(config))
-        shapes = expected_sources(component.rules(config), leaves)
+        shapes = component.source_shapes(config)
         named = OriginalWeights(
             weights, layout.parts(config), shapes, what=what, ignored=layout.ignored
         )

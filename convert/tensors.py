@@ -35,6 +35,8 @@ TYPES = {
 SCALES = (".scale_weight", ".weight_scale")
 BESIDE = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 """How the names end of what a layer of an fp8 file has beside its weight."""
+MARK = "scaled_fp8"
+"""Name of an empty tensor that says that there are scales."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Weights:
 
     def _set_apart(self) -> None:
         """Scales and marks of fp8 files are no weights of their own, if their layer is there."""
+        self._tensors.pop(MARK, None)
         for name in list(self._tensors):
             ending = next((e for e in BESIDE if name.endswith(e)), None)
             weight = name.removesuffix(ending) + ".weight" if ending else ""

@@ -13,8 +13,7 @@ from golden.full_size import __file__ as script
 from golden.full_size import unfold
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
-from jitjax.convert.components import COMPONENTS
-from jitjax.convert.engine import expected_sources, leaf_shapes
+from jitjax.convert.components import component_of
 from jitjax.convert.layouts import recognise
 from jitjax.convert.reading import prepare
 from jitjax.convert.tensors import TYPES, OriginalWeights
@@ -53,10 +52,10 @@ def test_every_name_maps_and_every_parameter_is_filled(title):
     config = layout.config(weights.shapes)
     expected = {"guidance_embeds": False} if schnell else {}
     assert config == CONFIGS[layout.model](**expected)
-    component = next(c for c in COMPONENTS if c.name == layout.model)
+    component = component_of(layout.model)
     abstract = component.abstract_params(config)
     if layout.parts:
-        shapes = expected_sources(component.rules(config), leaf_shapes(abstract))
+        shapes = component.source_shapes(config)
         weights = OriginalWeights(weights, layout.parts(config), shapes, what=title)
     job = prepare(component, config, weights, what=title, ignored=layout.ignored)
     leaves = jax.tree.leaves(abstract)

@@ -18,7 +18,7 @@ import jitjax
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import COMPONENTS, from_state
-from jitjax.convert.engine import ConversionError, expected_sources, leaf_shapes
+from jitjax.convert.engine import ConversionError
 from jitjax.convert.layouts import LAYOUTS, full_size_names, recognise
 from jitjax.convert.single_files import open_files
 
@@ -58,10 +58,9 @@ def random_states(dtype=np.float32) -> dict[str, dict[str, np.ndarray]]:
     rng, found = np.random.default_rng(0), {}
     for component in COMPONENTS:
         config = CONFIGS[component.name]
-        shapes = leaf_shapes(component.abstract_params(config))
-        sources = expected_sources(component.rules(config), shapes)
         found[component.name] = {
-            n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in sources.items()
+            n: rng.standard_normal(s, np.float32).astype(dtype)
+            for n, s in component.source_shapes(config).items()
         }
     return found
 
@@ -260,6 +259,8 @@ def test_fp8(tmp_path, states, scaled):
                 stored[f"{layer}.{ending}"] = scale
                 stored[f"{layer}.{ending.replace('weight', 'input')}"] = np.ones((), np.float32)
                 exact[name] = exact[name] * (scale[:, None] if scaled == "rows" else scale)
+    if scaled:
+        stored["scaled_fp8"] = np.zeros(0, jnp.float8_e4m3fn)
     got = read_files([write(tmp_path, "fp8", stored)], jnp.float32)
     plain = read_files([write(tmp_path, "plain", exact)])
     assert_equal(got.transformer, plain.transformer)
@@ -404,7 +405,7 @@ def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, 
     out = ["--out", str(tmp_path / "none")]
     for arguments, message in (
         (out, "nothing to convert"),
-        ([ae, "--parts", "t5", *out], "nothing given holds t5; found nothing"),
+        ([ae, "--parts", "t5", *out], "no file holds t5; found nothing"),
         ([ae, "--t5", ae, *out], "no file holds t5"),
         ([flux, "--t5", t5, *out], "need their tokenizers"),
         ([folder, "--tokenizers", str(tmp_path), *out], "has its own tokenizers"),

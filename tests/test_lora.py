@@ -68,7 +68,7 @@ def merged(states, *updates: tuple[dict, float]) -> dict:
     return from_state("transformer", state, TRANSFORMER)
 
 
-def close(got, expected) -> None:
+def assert_close(got, expected) -> None:
     # Sums of at most 8 products of order 1, in float32.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
@@ -112,7 +112,7 @@ def test_every_way_to_name_a_layer(tmp_path, states, params):
         (write(tmp_path, "kohya", kohya(update, 2.0)), halved),
     ):
         got = merge_loras(params, [(file, 1.0)])
-        close(got.transformer, expected)
+        assert_close(got.transformer, expected)
         assert got.t5 is params.t5
     now = params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"]
     np.testing.assert_array_equal(now, before)
@@ -122,7 +122,7 @@ def test_several_at_once_with_scales(tmp_path, states, params):
     one, two = pairs(4), pairs(8)
     files = [write(tmp_path, "one", peft(one)), write(tmp_path, "two", kohya(two, 4.0))]
     got = merge_loras(params, [(files[0], 0.7), (files[1], -0.5)])
-    close(got.transformer, merged(states, (one, 0.7), (two, -0.25)))
+    assert_close(got.transformer, merged(states, (one, 0.7), (two, -0.25)))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -136,7 +136,7 @@ def test_pefts_configuration_is_heeded(tmp_path, states, params, rslora):
     name, share = "double_blocks.0.txt_mlp.2", 2 if rslora else 4
     rest = {k: v for k, v in update.items() if k != name}
     expected = merged(states, (rest, 8 / share), ({name: update[name]}, 2 / share))
-    close(merge_loras(params, [(path, 1.0)]).transformer, expected)
+    assert_close(merge_loras(params, [(path, 1.0)]).transformer, expected)
 
 
 def test_text_encoders_and_bfloat16(tmp_path, states, params):
@@ -184,7 +184,7 @@ def test_merged_while_converting(tmp_path, states, capsys):
     lora = str(write(tmp_path, "lora", original(update)))
     out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
     assert main([flux, "--lora", f"{lora}:0.5", *out]) == 0
-    close(jitjax.load(tmp_path / "out").transformer, merged(states, (update, 0.5)))
+    assert_close(jitjax.load(tmp_path / "out").transformer, merged(states, (update, 0.5)))
     te = {f"lora_te1_text_model_encoder_layers_1_mlp_fc1.{k}.weight": v for k, v in (
         ("lora_down", np.ones((2, 64), np.float32)), ("lora_up", np.ones((10, 2), np.float32)),
     )}  # fmt: skip

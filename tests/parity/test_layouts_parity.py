@@ -14,8 +14,7 @@ from diffusers.loaders.single_file_utils import (  # noqa: E402
 )
 
 from jitjax.config import AutoencoderConfig, TransformerConfig  # noqa: E402
-from jitjax.convert.components import COMPONENTS  # noqa: E402
-from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
+from jitjax.convert.components import component_of  # noqa: E402
 from jitjax.convert.original import (  # noqa: E402
     autoencoder_parts,
     original_shapes,
@@ -23,12 +22,6 @@ from jitjax.convert.original import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.parity
-
-
-def diffusers_shapes(name: str, config) -> dict[str, tuple[int, ...]]:
-    component = next(c for c in COMPONENTS if c.name == name)
-    shapes = leaf_shapes(component.abstract_params(config))
-    return expected_sources(component.rules(config), shapes)
 
 
 def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -56,7 +49,7 @@ def test_transformer(guidance):
     config = TransformerConfig(num_layers=2, num_single_layers=2, guidance_embeds=guidance)
     shapes = {
         name: (shape[0], *(1,) * (len(shape) - 1))
-        for name, shape in diffusers_shapes("transformer", config).items()
+        for name, shape in component_of("transformer").source_shapes(config).items()
     }
     parts = transformer_parts(config)
     original = numbered(original_shapes(parts, shapes))
@@ -66,7 +59,7 @@ def test_transformer(guidance):
 
 def test_autoencoder():
     config = AutoencoderConfig(block_out_channels=(4, 8, 8), norm_num_groups=2, latent_channels=3)
-    shapes = diffusers_shapes("autoencoder", config)
+    shapes = component_of("autoencoder").source_shapes(config)
     parts = autoencoder_parts(config)
     original = numbered(original_shapes(parts, shapes))
     levels = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
