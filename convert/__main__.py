@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jitjax import checkpoint
+from jitjax import loading
 from jitjax.checkpoint import PARTS
 
 from .hub import fetch, is_repository
@@ -185,14 +185,14 @@ def _back(options: argparse.Namespace) -> None:
     if options.source is None or any(given):
         raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
     check_target(options.out, options.overwrite)  # before anything is read
-    params = checkpoint.load(options.source)
+    params = loading.load(options.source)
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 
 
 def _verify(path: Path) -> int:
     try:
         with tqdm(desc="verifying", unit="array") as bar:
-            checkpoint.verify(path, lambda name: bar.update())
+            loading.verify(path, lambda name: bar.update())
         print(compare_sources(path))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,29 +70,51 @@ class Transform:
 
     Attributes:
         sources: the target's shape and the number of sources -> shapes of the source tensors.
-        forward: source tensors and the target's shape -> target.
+        forward: writes the target, a row-major array that is given, from the source tensors.
         backward: target and the number of sources -> source tensors.
     """
 
     sources: Callable[[Shape, int], list[Shape]]
-    forward: Callable[[Sequence[Array], Shape], Array]
+    forward: Callable[[Sequence[Array], np.ndarray], None]
     backward: Callable[[Array, int], list[Array]]
 
 
 TILE = 32  # rows; a tile of the widest matrix stays in the processor's cache
 
 
-def transpose(x: np.ndarray) -> np.ndarray:
-    """A copy of `x.T` in row-major order, tile by tile: four times as fast as NumPy's own.
+def transpose(source: np.ndarray, out: np.ndarray) -> None:
+    """Write `source.T` into `out` tile by tile: four times as fast as NumPy's own.
 
     Bits are moved as integers of their size, since NumPy knows no fast copy of bfloat16.
     """
-    bits = np.dtype(f"u{x.dtype.itemsize}")
-    out = np.empty(x.shape[::-1], x.dtype)
-    source, target = x.view(bits), out.view(bits)
-    for start in range(0, len(x), TILE):
-        target[:, start : start + TILE] = source[start : start + TILE].T
-    return out
+    if source.dtype == out.dtype:
+        bits = np.dtype(f"u{out.dtype.itemsize}")
+        source, out = source.view(bits), out.view(bits)
+    for start in range(0, len(source), TILE):
+        out[:, start : start + TILE] = source[start : start + TILE].T
+
+
+def _fill_linear(xs: Sequence[Array], out: np.ndarray) -> None:
+    transpose(xs[0], out.reshape(len(out), -1))
+
+
+def _fill_fused(xs: Sequence[Array], out: np.ndarray) -> None:
+    matrices = out.reshape(len(out), len(xs), -1)
+    for j, x in enumerate(xs):
+        transpose(x, matrices[:, j])
+
+
+def _fill_each(xs: Sequence[Array], out: np.ndarray) -> None:
+    for x, part in zip(xs, out, strict=True):
+        part[...] = x.reshape(part.shape)
+
+
+def _fill_conv(xs: Sequence[Array], out: np.ndarray) -> None:
+    out[...] = xs[0].transpose(2, 3, 1, 0)
+
+
+def _fill_flat(xs: Sequence[Array], out: np.ndarray) -> None:
+    out[...] = xs[0].reshape(out.shape)
 
 
 def _linear_shape(shape: Shape, n: int) -> list[Shape]:
@@ -105,35 +127,35 @@ def _fused_shape(shape: Shape, n: int) -> list[Shape]:
 
 TRANSFORMS: dict[str, Transform] = {
     # the tensor as it is
-    "same": Transform(lambda shape, n: [shape], lambda xs, shape: xs[0], lambda y, n: [y]),
+    "same": Transform(lambda shape, n: [shape], _fill_flat, lambda y, n: [y]),
     # a vector to a bias of several axes (heads, width)
     "flat": Transform(
         lambda shape, n: [(math.prod(shape),)],
-        lambda xs, shape: xs[0].reshape(shape),
+        _fill_flat,
         lambda y, n: [y.reshape(-1)],
     ),
     # torch Linear [out, in] to a Dense(General) kernel [in, *out]
     "linear": Transform(
         _linear_shape,
-        lambda xs, shape: transpose(xs[0]).reshape(shape),
+        _fill_linear,
         lambda y, n: [y.reshape(y.shape[0], -1).T],
     ),
     # n Linears [out, in] to one DenseGeneral kernel [in, n, *out]
     "fused": Transform(
         _fused_shape,
-        lambda xs, shape: np.stack([transpose(x) for x in xs], axis=1).reshape(shape),
+        _fill_fused,
         lambda y, n: [y[:, j].reshape(y.shape[0], -1).T for j in range(n)],
     ),
     # n biases [out] to one bias [n, *out]
     "fused_bias": Transform(
         lambda shape, n: [(math.prod(shape[1:]),)] * n,
-        lambda xs, shape: np.stack(xs).reshape(shape),
+        _fill_each,
         lambda y, n: [y[j].reshape(-1) for j in range(n)],
     ),
     # torch Conv2d [out, in, h, w] to a Conv kernel [h, w, in, out]
     "conv": Transform(
         lambda shape, n: [(shape[3], shape[2], shape[0], shape[1])],
-        lambda xs, shape: xs[0].transpose(2, 3, 1, 0),
+        _fill_conv,
         lambda y, n: [y.transpose(3, 2, 0, 1)],
     ),
 }
@@ -211,18 +233,29 @@ def misfits(
     return problems
 
 
-def apply(rule: Rule, read: Callable[[str], np.ndarray], shape: Shape, dtype: Any) -> np.ndarray:
-    """Fill one target leaf of `shape`; `read` returns a source tensor by name.
+def apply(
+    rule: Rule,
+    read: Callable[[str], np.ndarray],
+    shape: Shape,
+    dtype: Any,
+    blocks: slice = slice(None),
+) -> np.ndarray:
+    """One target leaf of `shape`, or those blocks of a stacked one.
 
-    The leaf is allocated once and filled block by block, so that no more than one block's
-    sources are in memory beside it.
+    Beside the result, no more than one block's sources are in memory.
+
+    Args:
+        rule: the leaf's rule.
+        read: returns a source tensor by name.
+        shape, dtype: of the whole leaf.
+        blocks: which, if it is stacked; the result keeps the leading axis.
     """
-    transform = TRANSFORMS[rule.transform]
-    out = np.empty(shape, dtype)
-    views = [out] if rule.blocks is None else [out[i, ...] for i in range(rule.blocks)]
+    transform, names = TRANSFORMS[rule.transform], rule.names()[blocks]
+    out = np.empty(shape if rule.blocks is None else (len(names), *shape[1:]), dtype)
+    views = [out] if rule.blocks is None else [out[i, ...] for i in range(len(out))]
     with np.errstate(over="ignore"):  # found and told below
-        for view, names in zip(views, rule.names(), strict=True):
-            view[...] = transform.forward([read(n) for n in names], view.shape)
+        for view, own in zip(views, names, strict=True):
+            transform.forward([read(n) for n in own], view)
     if out.dtype == np.float16 and not np.isfinite(out).all():
         raise ConversionError(f"{rule.target} does not fit into float16: take bfloat16")
     return out

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
@@ -80,24 +81,34 @@ class Updates:
         """Names of the models that are changed."""
         return list(self._found)
 
-    def apply(self, model: str, rule: Rule, leaf: np.ndarray) -> np.ndarray:
-        """The leaf with its updates added, in float32 before it is rounded to its dtype again."""
+    def add_to(self, model: str, rule: Rule, piece: np.ndarray, start: int = 0) -> None:
+        """Add to one leaf, in place, and in float32 before it is rounded to its dtype again.
+
+        Args:
+            model, rule: the leaf's.
+            piece: the leaf, or blocks of a stacked one.
+            start: number of the first of them.
+        """
         updates = self._found.get(model, {})
-        transform, out = TRANSFORMS[rule.transform], None
-        for i, names in enumerate(rule.names()):
+        transform = TRANSFORMS[rule.transform]
+        views = [piece] if rule.blocks is None else list(piece)
+        for view, names in zip(views, rule.names()[start : start + len(views)], strict=True):
             if not any(name in updates for name in names):
                 continue
-            if out is None:
-                out = leaf.copy()
-            view = out if rule.blocks is None else out[i]
             matrices = []
             for name, shape in zip(names, transform.sources(view.shape, len(names)), strict=True):
                 summed = np.zeros(shape, np.float32)
                 for update in updates.get(name, ()):
                     summed += update.matrix().reshape(shape)
                 matrices.append(summed)
-            view[...] = view.astype(np.float32) + transform.forward(matrices, view.shape)
-        return leaf if out is None else out
+            change = np.empty(view.shape, np.float32)
+            transform.forward(matrices, change)
+            view[...] = view.astype(np.float32) + change
+
+    def touches(self, model: str, rule: Rule) -> bool:
+        """Whether any update changes a leaf."""
+        updates = self._found.get(model, {})
+        return any(name in updates for names in rule.names() for name in names)
 
 
 def merge_loras(
@@ -111,7 +122,7 @@ def merge_loras(
         loras: (safetensors file, scale) of each; 1 is the strength it was trained at.
 
     Returns:
-        parameters with NumPy arrays where something has changed.
+        parameters; what has changed is of the same dtype and on the same devices.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -125,7 +136,12 @@ def merge_loras(
     for model in updates.models():
         flat: dict[str, Any] = flatten_dict(params.part(model), sep="/")
         for rule in component_of(model).rules(getattr(params.config, model)):
-            flat[rule.target] = updates.apply(model, rule, np.asarray(flat[rule.target]))
+            if updates.touches(model, rule):
+                old = flat[rule.target]
+                leaf = np.array(old)
+                updates.add_to(model, rule, leaf)
+                held_by_jax = isinstance(old, jax.Array)
+                flat[rule.target] = jax.device_put(leaf, old.sharding) if held_by_jax else leaf
         changed[model] = unflatten_dict(flat, sep="/")
     return FluxParams(
         **{c.name: changed.get(c.name, getattr(params, c.name)) for c in COMPONENTS},

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ TEXT_LENGTH = 512
 """Most T5 tokens that FLUX was trained with; the tokenizer may say less."""
 IMAGE_SIZE = 1024
 """Side of FLUX's pictures in pixels, where `vae/config.json` has no `sample_size`."""
+
+
+THREADS = min(4, os.cpu_count() or 1)
+WHOLE = 32 * 2**20
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -135,7 +141,11 @@ class Job:
     @property
     def bytes(self) -> int:
         """Size of the parameters."""
-        return sum(self.types[path].itemsize * math.prod(self.shapes[path]) for path in self.shapes)
+        return sum(self.size(path) for path in self.shapes)
+
+    def size(self, path: str) -> int:
+        """Size of one leaf."""
+        return self.types[path].itemsize * math.prod(self.shapes[path])
 
 
 def prepare(
@@ -163,6 +173,12 @@ def prepare(
     return Job(component.name, rules, shapes, leaf_types(rules, types, dtype), weights.read)
 
 
+def _made(
+    job: Job, rule: Rule, start: int, made: Future[np.ndarray]
+) -> tuple[Job, Rule, int, np.ndarray]:
+    return job, rule, start, made.result()
+
+
 @dataclass(frozen=True)
 class Source:
     """Models found and checked: all but the numbers is known, and nothing is left to go wrong.
@@ -179,12 +195,30 @@ class Source:
     tokenizer: str
     files: tuple[Path, ...]
 
-    def leaves(self) -> Iterator[tuple[str, Rule, np.ndarray]]:
-        """Model, rule and leaf, one after another; no other array is kept in memory."""
+    def pieces(self) -> Iterator[tuple[Job, Rule, int, np.ndarray]]:
+        """All leaves, one after another: model, rule, number of the first block, and array.
+
+        A stacked leaf of more than `WHOLE` bytes comes block by block. A few threads work ahead
+        (NumPy copies without Python's lock); no other array is kept in memory.
+        """
+        ahead: deque[tuple[Job, Rule, int, Future[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for job, rule, blocks in self._plan():
+                own = job.shapes[rule.target], job.types[rule.target], blocks
+                made = pool.submit(apply, rule, job.read, *own)
+                ahead.append((job, rule, blocks.start or 0, made))
+                if len(ahead) > THREADS:
+                    yield _made(*ahead.popleft())
+            while ahead:
+                yield _made(*ahead.popleft())
+
+    def _plan(self) -> Iterator[tuple[Job, Rule, slice]]:
         for job in self.jobs:
             for rule in job.rules:
-                path = rule.target
-                yield job.name, rule, apply(rule, job.read, job.shapes[path], job.types[path])
+                if rule.blocks is None or job.size(rule.target) <= WHOLE:
+                    yield job, rule, slice(None)
+                else:
+                    yield from ((job, rule, slice(i, i + 1)) for i in range(rule.blocks))
 
     @property
     def bytes(self) -> int:
@@ -195,9 +229,14 @@ class Source:
         """All parameters, as NumPy arrays in host memory; models that are not there are empty."""
         found: dict[str, dict[str, np.ndarray]] = {component.name: {} for component in COMPONENTS}
         with byte_bar(self.bytes, "reading", progress) as bar:
-            for model, rule, array in self.leaves():
-                found[model][rule.target] = array
-                bar.update(array.nbytes)
+            for job, rule, start, piece in self.pieces():
+                shape = job.shapes[rule.target]
+                if piece.shape == shape:
+                    found[job.name][rule.target] = piece
+                else:
+                    leaf = found[job.name].setdefault(rule.target, np.empty(shape, piece.dtype))
+                    leaf[start : start + len(piece)] = piece
+                bar.update(piece.nbytes)
         trees = {model: unflatten_dict(flat, sep="/") for model, flat in found.items()}
         return FluxParams(**trees, config=self.config, tokenizer=self.tokenizer)
 

@@ -1,9 +1,9 @@
-"""Writes a checkpoint from its sources leaf by leaf, and keeps what the sources were.
+"""Writes a checkpoint from its sources piece by piece, and keeps what the sources were.
 
-    file --- mapped ---> tensors of one block ---> one leaf ---> orbax
-      \\--- SHA-256, in a thread of its own -------> jitjax.json
+    file --- mapped ---> tensors of one block ---> block of a leaf ---> checkpoint
+      \\--- SHA-256, in a thread of its own --------------------------> jitjax.json
 
-Peak memory is the largest leaf and a fixed margin, whatever the size of the model.
+Peak memory is some of the largest blocks, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def write_checkpoint(
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
         described = pool.submit(describe, files)
-        for model, rule, array in source.leaves():
-            add(model, rule.target, updates.apply(model, rule, array))
-            bar.update(array.nbytes)
+        for job, rule, start, piece in source.pieces():
+            updates.add_to(job.name, rule, piece, start)
+            add(job.name, rule.target, piece, start, job.shapes[rule.target])
+            bar.update(piece.nbytes)
         kept["files"] = described.result()
         kept["loras"] = [{"path": str(Path(file).resolve()), "scale": s} for file, s in loras]
 

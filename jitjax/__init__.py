@@ -4,9 +4,10 @@ params = jitjax.load("tiny")
 images = jitjax.sample(params, "a large red circle", key=jax.random.key(0))
 """
 
-from jitjax.checkpoint import FluxParams, load, save
+from jitjax.checkpoint import FluxParams, save
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
+from jitjax.loading import load
 from jitjax.plan import PLANS, Plan
 from jitjax.sample import decode, sample
 from jitjax.solve import jit_solve

@@ -32,11 +32,10 @@ from jax.typing import DTypeLike
 from jitjax import storage
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint folder; another one is refused."""
 
 DESCRIPTION = "jitjax.json"
-BUNDLED = Path(__file__).parent / "checkpoints"
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT = ("t5", "clip")
@@ -89,82 +88,6 @@ def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxP
     )
 
 
-Sharding = jax.sharding.Sharding
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    dtype: DTypeLike | None = None,
-    parts: Sequence[str] = PARTS,
-    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
-) -> FluxParams:
-    """Load parameters.
-
-    Args:
-        path: the name of a bundled checkpoint ("tiny"), or a folder that `save` or
-            `python -m jitjax.convert` wrote.
-        dtype: floating-point type of the parameters, which is also the one computed in; by
-            default as stored (the bundled checkpoint is stored in float16 and loaded as
-            float32).
-        parts: which of `PARTS` to load; the others are left empty. By default all there are.
-        sharding: where the arrays go: one sharding for all, or a function of a leaf's path (such
-            as "transformer/single_blocks/out/kernel") and shape; by default the first device.
-            Every device reads its own share.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not a checkpoint of this format and version, or not a whole one; or it
-            lacks a part that was asked for.
-    """
-    # `convert/` is mapped into the package at installation, which type checkers do not follow.
-    from jitjax.convert.reading import read_folder  # pyright: ignore[reportMissingImports]
-
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or isinstance(parts, str) or not parts:
-        raise ValueError(f"parts is {parts!r}; expected some of {PARTS}")
-    place = sharding if callable(sharding) else lambda path, shape: sharding or _first_device()
-    if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
-        params = read_folder(BUNDLED / path, dtype=dtype or jnp.float32, parts=parts)
-        placed = {
-            part: jax.tree.map(jax.device_put, tree, _placement(part, tree, place))
-            for part, tree in _trees(params).items()
-        }
-        return dataclasses.replace(params, **placed)
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"no checkpoint at {str(folder)!r}; expected a folder that jitjax.save or "
-            f"`python -m jitjax.convert` wrote, or one of {bundled()}"
-        )
-    told = description(folder)
-    held = told["parts"]
-    wanted = [part for part in held if part in parts]
-    absent = [part for part in parts if part not in held]
-    if absent and tuple(parts) != PARTS:
-        raise ValueError(f"{str(folder)!r} has no {', '.join(absent)}, only {', '.join(held)}")
-    return _restore(folder, told["config"], wanted, dtype, place)
-
-
-def _first_device() -> Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def _placement(part: str, tree: Any, place: Callable[[str, tuple[int, ...]], Sharding]) -> Any:
-    """The sharding of every leaf of a part."""
-
-    def one(path: Any, leaf: Any) -> Sharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return place(f"{part}/{name}", tuple(leaf.shape))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def bundled() -> list[str]:
-    """Names of the checkpoints that come with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
-
-
 def description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `jitjax.json` says of a checkpoint, its "config" a `FluxConfig`.
 
@@ -198,59 +121,6 @@ def description(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file}: not a FLUX configuration of this version ({error})") from (error)
 
 
-def _restore(
-    folder: Path,
-    config: FluxConfig,
-    parts: Sequence[str],
-    dtype: DTypeLike | None,
-    place: Callable[[str, tuple[int, ...]], Sharding],
-) -> FluxParams:
-    speaks = any(part in TEXT for part in parts)
-    needed = [*(TOKENIZERS if speaks else ()), *(f"params/{part}" for part in parts)]
-    missing = [name for name in needed if not (folder / name).is_dir()]
-    if missing:
-        raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: not a whole checkpoint")
-    abstract = _trees(abstract_params(config))
-    trees: dict[str, Any] = {part: {} for part in PARTS}
-    for part in parts:
-        path = folder / "params" / part
-        stored = storage.stored(path)
-        _compare(path, abstract[part], stored)
-        target = jax.tree.map(
-            lambda w, s, sharding: jax.ShapeDtypeStruct(
-                w.shape, dtype or s.dtype, sharding=sharding
-            ),
-            abstract[part],
-            stored,
-            _placement(part, abstract[part], place),
-        )
-        trees[part] = storage.restore(path, target)
-    tokenizer = str(folder.absolute()) if speaks else ""
-    return FluxParams(**trees, config=config, tokenizer=tokenizer)
-
-
-def _compare(folder: Path, wanted: Any, stored: Any) -> None:
-    """Raise one error that lists every leaf in which the arrays differ from the configuration."""
-
-    def shapes(tree: Any) -> dict[str, list[int]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(k, simple=True, separator="/"): list(v.shape) for k, v in leaves
-        }
-
-    want, have = shapes(wanted), shapes(stored)
-    problems = [f"{k} is missing" for k in want if k not in have]
-    problems += [f"{k} is unknown" for k in have if k not in want]
-    problems += [
-        f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]
-    ]
-    if problems:
-        raise ValueError(
-            f"{str(folder)!r}: the arrays are not those of its configuration\n  "
-            + "\n  ".join(problems)
-        )
-
-
 def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write parameters to a checkpoint folder that `load` reads.
 
@@ -268,7 +138,7 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
         for part in held:
             for key, leaf in jax.tree_util.tree_leaves_with_path(getattr(params, part)):
                 name = jax.tree_util.keystr(key, simple=True, separator="/")
-                add(part, name, np.asarray(leaf))
+                add(part, name, np.asarray(leaf), 0, leaf.shape)
 
 
 @contextmanager
@@ -280,8 +150,10 @@ def writing(
     *,
     overwrite: bool = False,
     sources: Mapping[str, Any] | None = None,
-) -> Iterator[Callable[[str, str, np.ndarray], None]]:
-    """A checkpoint written leaf by leaf; yields the function that takes (part, leaf, array).
+) -> Iterator[Callable[[str, str, np.ndarray, int, tuple[int, ...]], None]]:
+    """A checkpoint written piece by piece; yields the function that takes them.
+
+    It takes the part's name and what `storage.Writer.add` does.
 
     The folder appears when the block ends without an error; until then nothing is changed.
 
@@ -310,51 +182,15 @@ def writing(
         for folder in folders:
             shutil.copytree(folder, new / folder.name)
         writers = {part: storage.Writer(new / "params" / part) for part in parts}
-        yield lambda part, name, array: writers[part].add(name, array)
-        for writer in writers.values():
-            writer.finish()
+        yield lambda part, *piece: writers[part].add(*piece)
         told = {
             "format": FORMAT,
             "config": dataclasses.asdict(config),
             "parts": list(parts),
             "sources": sources or {},
-            "digests": {part: writer.digests for part, writer in writers.items()},
+            "digests": {part: writer.finish() for part, writer in writers.items()},
         }
         (new / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
-
-
-def verify(
-    path: str | os.PathLike[str], progress: Callable[[str], object] = lambda name: None
-) -> None:
-    """Read a checkpoint again and compare every array with the digest of what was written.
-
-    Args:
-        path: the checkpoint.
-        progress: called with the name of every leaf read.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no checkpoint, or arrays are damaged; the message lists them all.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"no checkpoint at {str(folder)!r}")
-    raw = description(folder)
-    problems = []
-    for part in raw["parts"]:
-        for name, problem in storage.damaged(folder / "params" / part, raw["digests"][part]):
-            progress(f"{part}/{name}")
-            if problem:
-                problems.append(f"{part}/{name} {problem}")
-    if problems:
-        raise ValueError(
-            f"{str(folder)!r}: {len(problems)} arrays are damaged; convert it again\n  "
-            + "\n  ".join(problems)
-        )
-
-
-def _trees(params: FluxParams) -> dict[str, Any]:
-    return {part: getattr(params, part) for part in PARTS}
 
 
 def _config_from_json(raw: dict[str, Any]) -> FluxConfig:

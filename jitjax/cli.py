@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax.checkpoint import bundled
+from jitjax.loading import bundled
 from jitjax.plan import PLANS, get_plan
 
 EXAMPLES = """\

@@ -1,29 +1,37 @@
-"""Arrays on disk: written leaf by leaf as they come, read on to any sharding. By orbax.
+"""Arrays on disk: written piece by piece as they come, read on to any sharding.
 
-A part of a checkpoint is one orbax checkpoint. No more than `GROUP` bytes and one leaf wait in
-memory to be written. Leaves are cut into chunks of at most `CHUNK` bytes, so that a device that
-wants a share of a leaf reads no more than that share and its chunks' edges.
+A part of a checkpoint is one orbax checkpoint, a Zarr array for each leaf. Orbax reads it, and
+writes all but the numbers: it takes whole leaves only, of which the largest of FLUX.1 has 3.6 GB,
+so the numbers are written by the library below it, tensorstore. No more than `AHEAD` bytes and one
+piece wait in memory to be written, no more than `GROUP` bytes or one leaf to be checked. Leaves are
+cut into chunks of at most `CHUNK` bytes along their first axes: a chunk is one range of memory.
+
+Every leaf has a digest (XXH3, 128 bits: it finds damage at the speed of memory; it is no proof
+against somebody who damages on purpose).
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import logging
 import math
 import shutil
 import tempfile
 import time
-from asyncio import CancelledError
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-GROUP = 64 * 2**20
-CHUNK = 64 * 2**20
+AHEAD = 128 * 2**20
+GROUP = 256 * 2**20
+CHUNK = 128 * 2**20
 
 
 def _orbax() -> Any:
@@ -33,60 +41,142 @@ def _orbax() -> Any:
     return ocp
 
 
-def _context() -> Any:
+@contextmanager
+def _context() -> Iterator[None]:
+    """Orbax, told how the arrays are stored; without its warnings that there is no database."""
     context = _orbax().Context()
     context.array.saving.use_zarr3 = True
-    context.array.saving.use_compression = False  # weights do not compress; zstd is the bottleneck
-    context.array.saving.storage_options.chunk_byte_size = CHUNK
-    return context
+    context.array.saving.use_ocdbt = False
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        with context:
+            yield
+    finally:
+        logger.setLevel(level)
 
 
-def digest(array: np.ndarray) -> str:
-    """SHA-256 of an array's dtype, shape and bytes."""
-    array = np.ascontiguousarray(array)
-    found = hashlib.sha256(f"{array.dtype.name} {array.shape}".encode())
-    if array.size:
-        found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+class Digest:
+    """Of an array's dtype, shape and bytes, which may come in pieces."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self._found = xxhash.xxh3_128(f"{np.dtype(dtype).name} {tuple(shape)}".encode())
+
+    def update(self, piece: np.ndarray) -> None:
+        """Take the next piece along the first axis."""
+        if piece.size:
+            self._found.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+
+    def hex(self) -> str:
+        """The digest of what came so far."""
+        return self._found.hexdigest()
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The largest chunk of at most `CHUNK` bytes that is one range of a row-major array."""
+    chunk = list(shape)
+    for axis in range(len(chunk)):
+        chunk[axis] = max(
+            1, min(chunk[axis], CHUNK // max(1, itemsize * math.prod(chunk[axis + 1 :])))
+        )
+        if itemsize * math.prod(chunk) <= CHUNK:
+            break
+    return tuple(chunk)
 
 
 class Writer:
-    """Writes one part; the orbax checkpoint appears at `path` with `finish`.
-
-    Attributes:
-        digests: leaf -> digest of what was given to be written.
-    """
+    """Writes one part; the checkpoint is complete with `finish`."""
 
     def __init__(self, path: Path):
-        self.path, self.digests = path, {}
-        self._waiting: dict[str, np.ndarray] = {}
+        self.path = path
+        self._leaves = path.with_name(f"{path.name}.leaves")
+        self._stores: dict[str, Any] = {}
+        self._digests: dict[str, Digest] = {}
+        self._writing: deque[tuple[Any, int]] = deque()
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Give one leaf; `name` is its path in the tree, parts joined by "/"."""
-        if name in self.digests:
-            raise ValueError(f"{name} was written already")
-        self.digests[name] = digest(array)
-        self._waiting[name] = array
-        if sum(one.nbytes for one in self._waiting.values()) >= GROUP:
-            self._flush()
+    def add(self, name: str, piece: np.ndarray, start: int, shape: tuple[int, ...]) -> None:
+        """Give a leaf, or its next piece along its first axis.
 
-    def finish(self) -> None:
-        """Write what still waits, and make the checkpoint appear."""
-        self._flush()
-        self._try(lambda: _orbax().partial.finalize(self.path))
+        Args:
+            name: its path in the tree, parts joined by "/".
+            piece: its rows from `start` on; not to be changed afterwards.
+            start: 0, or where the last piece ended.
+            shape: of the whole leaf.
 
-    def _flush(self) -> None:
-        if self._waiting:
-            tree = unflatten_dict(self._waiting, sep="/")
-            self._try(lambda: _orbax().partial.save(self.path, tree))
-            self._waiting = {}
+        Raises:
+            OSError: it cannot be written.
+        """
+        if start == 0:
+            if name in self._stores:
+                raise ValueError(f"{name} was written already")
+            self._stores[name] = self._try(lambda: self._open(name, piece, shape))
+            self._digests[name] = Digest(shape, piece.dtype)
+        self._digests[name].update(piece)
+        rows = self._stores[name][start : start + len(piece)]
+        self._writing.append(
+            (rows.write(piece, can_reference_source_data_indefinitely=True), piece.nbytes)
+        )
+        while sum(size for _, size in self._writing) > AHEAD:
+            self._wait()
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def finish(self) -> dict[str, str]:
+        """Make the checkpoint complete. Returns leaf -> digest of what was given to be written."""
+        while self._writing:
+            self._wait()
+        self._try(self._assemble)
+        return {name: digest.hex() for name, digest in self._digests.items()}
+
+    def _open(self, name: str, piece: np.ndarray, shape: tuple[int, ...]) -> Any:
+        import tensorstore
+
+        chunk = chunk_shape(piece.shape, piece.dtype.itemsize)
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        codec = {"name": "bytes", "configuration": {"endian": "little"}}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{self._leaves / _folder(name)}/"},
+            "metadata": {
+                "shape": shape,
+                "data_type": piece.dtype.name,
+                "chunk_grid": grid,
+                "codecs": [codec],  # no compression: weights do not compress
+            },
+            "store_data_equal_to_fill_value": True,  # so that a chunk that is gone is seen
+        }
+        return tensorstore.open(spec, create=True).result()
+
+    def _wait(self) -> None:
+        self._try(self._writing.popleft()[0].result)
+
+    def _assemble(self) -> None:
+        """Have orbax write a checkpoint of the same tree, and put the arrays into it."""
+        shapes = {name: store.shape for name, store in self._stores.items()}
+        stubs = {name: np.zeros(1, store.dtype.numpy_dtype) for name, store in self._stores.items()}
+        with _context():
+            cpu = jax.local_devices(backend="cpu")[0]
+            _orbax().save(self.path, unflatten_dict(jax.device_put(stubs, cpu), sep="/"))
+        (metadata,) = self.path.glob("*/_METADATA")
+        told = json.loads(metadata.read_text())
+        for entry in told["tree_metadata"].values():
+            name = "/".join(key["key"] for key in entry["key_metadata"])
+            entry["value_metadata"]["write_shape"] = shapes[name]
+        metadata.write_text(json.dumps(told))
+        for name in shapes:
+            shutil.rmtree(metadata.with_name(_folder(name)))
+            (self._leaves / _folder(name)).rename(metadata.with_name(_folder(name)))
+        self._leaves.rmdir()
+
+    def _try(self, action: Callable[[], Any]) -> Any:
         try:
-            with _context():
-                action()
-        except (Exception, CancelledError) as error:  # a full disk raises many kinds here
+            return action()
+        except Exception as error:  # a full disk raises many kinds here
             raise OSError(f"{str(self.path)!r} cannot be written: {_reason(error)}") from error
+
+
+def _folder(name: str) -> str:
+    """Where orbax keeps a leaf."""
+    return name.replace("/", ".")
 
 
 def _reason(error: BaseException) -> str:
@@ -94,72 +184,90 @@ def _reason(error: BaseException) -> str:
     return (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec")[0]
 
 
-def stored(path: Path) -> Any:
-    """The tree of a part, its leaves with `shape` and `dtype`. Raises `ValueError` if damaged."""
+def stored(path: Path) -> dict[str, Any]:
+    """Name -> leaf, with `shape` and `dtype`, of a part. Raises `ValueError` if damaged."""
     try:
-        return _orbax().metadata(path.absolute()).metadata
+        with _context():
+            tree: Any = _orbax().metadata(path.absolute()).metadata
     except Exception as error:
         raise ValueError(f"{str(path)!r} cannot be read: {_reason(error)}") from error
+    if tree is None:
+        raise ValueError(f"{str(path)!r} cannot be read: its list of arrays is damaged")
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    return leaves
 
 
-def restore(path: Path, target: Any) -> Any:
-    """The arrays of a part.
+def read(
+    path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None
+) -> Iterator[tuple[str, jax.Array | None, str]]:
+    """The arrays of a part, a group after another.
 
     Args:
         path: the part.
-        target: its tree, with a `jax.ShapeDtypeStruct` with sharding for every leaf, or `...` for a
-            leaf to be left out.
+        wanted: all its leaves, in the dtype that they are stored in and with a sharding each.
+        digests: to compare with, if given. An array of which other processes hold shares is not
+            compared.
 
-    Raises:
-        ValueError: the part is damaged.
+    Yields:
+        name, array, and what is wrong with it, or "".
     """
-    try:
-        with _context():
-            return _orbax().load(path.absolute(), target)
-    except Exception as error:
-        raise ValueError(f"{str(path)!r} is damaged: {_reason(error)}") from error
-
-
-def damaged(path: Path, digests: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Reads a part in groups; yields each leaf's name and what is wrong with it, or ""."""
-    leaves = {
-        jax.tree_util.keystr(key, simple=True, separator="/"): leaf
-        for key, leaf in jax.tree_util.tree_leaves_with_path(stored(path))
-    }
-    for name in digests.keys() - leaves.keys():
-        yield name, "is missing"
-    for name in leaves.keys() - digests.keys():
-        yield name, "has no recorded digest"
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-
-    def read(names: list[str]) -> dict[str, Any]:
-        target: dict[str, Any] = dict.fromkeys(leaves, ...)
-        for name in names:
-            leaf = leaves[name]
-            target[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        return flatten_dict(restore(path, unflatten_dict(target, sep="/")), sep="/")
-
-    def judge(names: list[str]) -> Iterator[tuple[str, str]]:
+    for group in _groups(wanted):
         try:
-            arrays = read(names)
-        except ValueError as error:
-            yield from ((name, f"cannot be read, or one beside it ({error})") for name in names)
-            return
-        for name in names:
-            same = digest(np.asarray(arrays[name])) == digests[name]
-            yield name, "" if same else "differs from what was written"
+            arrays = _load(path, wanted, group)
+        except Exception:
+            for name in group:  # one by one, to tell which
+                yield from _read_one(path, wanted, name, digests)
+        else:
+            for name in group:
+                array = arrays.pop(name)
+                yield name, array, _difference(array, name, digests)
 
+
+def _load(
+    path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], names: Sequence[str]
+) -> dict[str, jax.Array]:
+    target: Any = {name: leaf if name in names else ... for name, leaf in wanted.items()}
+    with _context():
+        tree: Any = _orbax().load(path.absolute(), unflatten_dict(target, sep="/"))
+    flat: dict[str, Any] = flatten_dict(tree, sep="/")
+    return {name: flat[name] for name in names}
+
+
+def _read_one(
+    path: Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    name: str,
+    digests: Mapping[str, str] | None,
+) -> Iterator[tuple[str, jax.Array | None, str]]:
+    try:
+        array = _load(path, wanted, [name])[name]
+    except Exception as error:
+        yield name, None, f"cannot be read: {_reason(error)}"
+    else:
+        yield name, array, _difference(array, name, digests)
+
+
+def _difference(array: jax.Array, name: str, digests: Mapping[str, str] | None) -> str:
+    if digests is None or not array.is_fully_addressable:
+        return ""
+    found = Digest(array.shape, array.dtype)
+    found.update(np.asarray(array))
+    return "" if found.hex() == digests.get(name) else "differs from what was written"
+
+
+def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Names of leaves of together `GROUP` bytes at most, or of one that is larger."""
     group: list[str] = []
     filled = 0
-    for name in leaves.keys() & digests.keys():
-        size = math.prod(leaves[name].shape) * np.dtype(leaves[name].dtype).itemsize
+    for name, leaf in leaves.items():
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         if group and filled + size > GROUP:
-            yield from judge(group)
+            yield group
             group, filled = [], 0
         group.append(name)
         filled += size
     if group:
-        yield from judge(group)
+        yield group
 
 
 @contextmanager

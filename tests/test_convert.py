@@ -16,7 +16,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jitjax import checkpoint
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.convert import writing
 from jitjax.convert.__main__ import main
@@ -427,7 +426,7 @@ def test_parameters_that_do_not_fit_their_config(params, tmp_path: Path):
 def test_command_line_there_and_back(original: Path, tmp_path: Path, capsys):
     there, back = str(tmp_path / "checkpoint"), str(tmp_path / "folder")
     assert main([str(original), "--dtype", "auto", "--out", there]) == 0
-    assert_same_params(checkpoint.load(there), read_folder(original))
+    assert_same_params(jitjax.load(there), read_folder(original))
     assert main([there, "--to-diffusers", "--out", back]) == 0
     for component in SOURCE_TYPES:
         state = load_file(weight_file(original, component))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from test_layouts import CONFIGS, TRANSFORMER, H, original_transformer, random_s
 
 import jitjax
 from jitjax.config import FluxConfig
+from jitjax.convert import reading
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import from_state
 from jitjax.convert.engine import ConversionError
@@ -139,6 +141,21 @@ def test_pefts_configuration_is_heeded(tmp_path, states, params, rslora):
     assert_close(merge_loras(params, [(path, 1.0)]).transformer, expected)
 
 
+def test_merged_while_loading(tmp_path, states, params):
+    """By `load`, in the checkpoint's dtype and on the devices asked for; the checkpoint stays."""
+    update, folder = pairs(4), tmp_path / "checkpoint"
+    lora = write(tmp_path, "lora", original(update))
+    jitjax.save(dataclasses.replace(params, t5={}, clip={}), folder)
+    got = jitjax.load(folder, loras=[(lora, 0.5)])
+    assert_close(got.transformer, merged(states, (update, 0.5)))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got.transformer))
+    half = jitjax.load(folder, parts=("transformer",), dtype=jnp.bfloat16, loras=[(lora, 0.5)])
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.transformer)} == {jnp.dtype(jnp.bfloat16)}
+    jax.tree.map(np.testing.assert_array_equal, jitjax.load(folder).transformer, params.transformer)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        jitjax.load(folder, loras=[(tmp_path / "none.safetensors", 1.0)])
+
+
 def test_text_encoders_and_bfloat16(tmp_path, states, params):
     a, b = (RNG.standard_normal(shape, np.float32) for shape in ((2, 64), (10, 2)))
     layer = "text_model_encoder_layers_1_mlp_fc1"
@@ -178,7 +195,10 @@ def test_what_does_not_fit_is_told(tmp_path, params):
         merge_loras(params, [(tmp_path / "bad.safetensors", float("nan"))])
 
 
-def test_merged_while_converting(tmp_path, states, capsys):
+@pytest.mark.parametrize("whole", [0, reading.WHOLE])
+def test_merged_while_converting(tmp_path, states, capsys, monkeypatch, whole):
+    """Block by block, as large leaves are written, and whole."""
+    monkeypatch.setattr(reading, "WHOLE", whole)
     update = pairs(4)
     flux = str(write(tmp_path, "flux", original_transformer(states["transformer"])))
     lora = str(write(tmp_path, "lora", original(update)))

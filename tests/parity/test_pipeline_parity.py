@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jitjax
-from jitjax.checkpoint import BUNDLED
 from jitjax.latents import pack
+from jitjax.loading import BUNDLED
 from jitjax.models.autoencoder import Autoencoder, to_latents
 from jitjax.plan import Plan
 from jitjax.text import tokenize
