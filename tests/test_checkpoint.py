@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -43,6 +44,13 @@ def test_round_trip_is_exact(small, saved):
     np.testing.assert_array_equal(
         jitjax.encode_prompt(loaded, prompt).text, jitjax.encode_prompt(small, prompt).text
     )
+
+
+def test_zeros_are_numbers_too(small, tmp_path):
+    """A chunk of zeros is written: one that is not there is damage."""
+    zeros = dataclasses.replace(small, clip=jax.tree.map(jnp.zeros_like, small.clip))
+    jitjax.save(zeros, tmp_path / "zeros")
+    jax.tree.map(np.testing.assert_array_equal, jitjax.load(tmp_path / "zeros").clip, zeros.clip)
 
 
 def test_the_dtype_may_be_chosen(saved):
