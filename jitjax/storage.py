@@ -77,10 +77,9 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """The largest chunk of at most `CHUNK` bytes that is one range of a row-major array."""
     chunk = list(shape)
     for axis in range(len(chunk)):
-        chunk[axis] = max(
-            1, min(chunk[axis], CHUNK // max(1, itemsize * math.prod(chunk[axis + 1 :])))
-        )
-        if itemsize * math.prod(chunk) <= CHUNK:
+        row = max(1, itemsize * math.prod(chunk[axis + 1 :]))
+        chunk[axis] = max(1, min(chunk[axis], CHUNK // row))
+        if row <= CHUNK:
             break
     return tuple(chunk)
 
@@ -212,15 +211,29 @@ def read(
         name, array, and what is wrong with it, or "".
     """
     for group in _groups(wanted):
-        try:
-            arrays = _load(path, wanted, group)
-        except Exception:
-            for name in group:  # one by one, to tell which
-                yield from _read_one(path, wanted, name, digests)
-        else:
-            for name in group:
-                array = arrays.pop(name)
-                yield name, array, _difference(array, name, digests)
+        yield from _read(path, wanted, group, digests)
+
+
+def _read(
+    path: Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    names: Sequence[str],
+    digests: Mapping[str, str] | None,
+) -> Iterator[tuple[str, jax.Array | None, str]]:
+    """As `read`, of some leaves; where one cannot be read, by halves, to tell which."""
+    try:
+        arrays = _load(path, wanted, names)
+    except Exception as error:
+        if len(names) == 1:
+            yield names[0], None, f"cannot be read: {_reason(error)}"
+            return
+        middle = len(names) // 2
+        yield from _read(path, wanted, names[:middle], digests)
+        yield from _read(path, wanted, names[middle:], digests)
+        return
+    for name in names:
+        array = arrays.pop(name)
+        yield name, array, difference(array, name, digests)
 
 
 def _load(
@@ -233,26 +246,28 @@ def _load(
     return {name: flat[name] for name in names}
 
 
-def _read_one(
-    path: Path,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    name: str,
-    digests: Mapping[str, str] | None,
-) -> Iterator[tuple[str, jax.Array | None, str]]:
-    try:
-        array = _load(path, wanted, [name])[name]
-    except Exception as error:
-        yield name, None, f"cannot be read: {_reason(error)}"
-    else:
-        yield name, array, _difference(array, name, digests)
-
-
-def _difference(array: jax.Array, name: str, digests: Mapping[str, str] | None) -> str:
+def difference(array: jax.Array, name: str, digests: Mapping[str, str] | None) -> str:
+    """What is wrong with an array of that name, or ""."""
     if digests is None or not array.is_fully_addressable:
         return ""
     found = Digest(array.shape, array.dtype)
-    found.update(np.asarray(array))
+    for piece in _on_host(array):
+        found.update(piece)
     return "" if found.hex() == digests.get(name) else "differs from what was written"
+
+
+def _on_host(array: jax.Array) -> Iterator[np.ndarray]:
+    """An array in pieces along its first axis.
+
+    JAX keeps what it copies to the host as long as the array is there, so no array is copied as a
+    whole; those of the CPU are not copied.
+    """
+    if all(device.platform == "cpu" for device in array.devices()):
+        yield np.asarray(array)
+        return
+    rows = chunk_shape(array.shape, array.dtype.itemsize)[0]
+    for start in range(0, len(array), rows):
+        yield np.asarray(array[start : start + rows])
 
 
 def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:

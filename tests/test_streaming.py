@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def test_pieces_chunks_and_groups_make_no_difference(folder, small, tmp_path, mo
     """Sizes that make small leaves go the way of large ones; and orbax reads it without us."""
     monkeypatch.setattr(reading, "WHOLE", whole)
     for name in ("AHEAD", "GROUP", "CHUNK"):
-        monkeypatch.setattr(storage, name, 500)
+        monkeypatch.setattr(storage, name, 2000)
     made = tmp_path / "made"
     assert main([str(folder), "--dtype", "auto", "--out", str(made)]) == 0
     assert main(["--verify", str(made)]) == 0
@@ -75,8 +76,8 @@ def test_pieces_chunks_and_groups_make_no_difference(folder, small, tmp_path, mo
         jax.tree.map(np.testing.assert_array_equal, own, expected)
         stored = ocp.metadata(made / "params" / part).metadata
         jax.tree.map(_assert_described, stored, expected)
-    assert len(data_files(made)) > 1.5 * len(jax.tree.leaves(small))
-    assert max(path.stat().st_size for path in data_files(made)) <= 500
+    assert len(data_files(made)) > 1.2 * len(jax.tree.leaves(small))
+    assert max(path.stat().st_size for path in data_files(made)) <= 2000
 
 
 def _assert_described(stored, expected) -> None:
@@ -98,6 +99,31 @@ def test_a_chunk_is_one_range_of_memory(shape, itemsize):
         assert itemsize * np.prod(more) > 500 or cut != last
 
 
+def test_a_device_array_is_compared_in_pieces(unchecked, monkeypatch):
+    """As one of a GPU would be: no slice is larger than a chunk, and the digest is the same."""
+    monkeypatch.setattr(storage, "CHUNK", 500)
+    taken = []
+
+    class OnDevice(np.ndarray):
+        is_fully_addressable = True
+
+        def devices(self):
+            return [SimpleNamespace(platform="gpu")]
+
+        def __getitem__(self, rows):
+            taken.append(rows)
+            return super().__getitem__(rows).view(np.ndarray)
+
+    numbers = np.arange(7 * 50, dtype=np.float32).reshape(7, 50)
+    whole = storage.Digest(numbers.shape, numbers.dtype)
+    whole.update(numbers)
+    assert not storage.difference(numbers.view(OnDevice), "a", {"a": whole.hex()})
+    assert taken == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert storage.difference(numbers.view(OnDevice), "a", {"a": "0"}) == (
+        "differs from what was written"
+    )
+
+
 def test_verify_finds_nothing_where_nothing_is(made, small, capsys):
     loaded = jitjax.load(made)
     jax.tree.map(np.testing.assert_array_equal, loaded.transformer, small.transformer)
@@ -112,7 +138,7 @@ def test_verify_finds_every_flipped_bit_of_an_array(made, capsys):
     content = path.read_bytes()
     begin = content.find(kernel.tobytes())
     expected = "transformer/image_in/kernel differs from what was written"
-    for _ in range(4):
+    for _ in range(3):
         flip(path, begin + rng.randrange(kernel.nbytes), rng.randrange(8))
         assert main(["--verify", str(made)]) == 1
         told = capsys.readouterr().err
