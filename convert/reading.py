@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jitjax.checkpoint import PARTS, TEXT, FluxParams
+from jitjax.checkpoint import DESCRIPTION, PARTS, TEXT, FluxParams
 from jitjax.config import FluxConfig
 
 from .components import (
@@ -73,11 +73,16 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
 
     Raises:
         FileNotFoundError: files are missing; the message lists them.
-        ValueError: it is another pipeline, or a setting is not implemented.
+        ValueError: it is another pipeline or no diffusers folder, or a setting is not implemented.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a diffusers folder of FLUX")
+    if (folder / DESCRIPTION).is_file():
+        raise ValueError(
+            f"{folder} is a jitjax checkpoint already: `jitjax.load` reads it, and "
+            "`python -m jitjax.convert --to-diffusers` turns it back"
+        )
     paths = [folder / c.folder / "config.json" for c in COMPONENTS]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     tokenizers = [folder / name / "tokenizer_config.json" for name in ("tokenizer", "tokenizer_2")]

@@ -179,7 +179,9 @@ def _folder(name: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of a message, without tensorstore's long specification."""
+    """The first line of what it came from, without tensorstore's long specification."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec")[0]
 
 

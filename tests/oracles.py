@@ -73,10 +73,11 @@ def solve(
 ) -> np.ndarray:
     """One sample [tokens, channels] from noise to clean; `relax` 0 sets tokens to the target."""
     y, index, n = noise.astype(np.float64), np.asarray(first), len(noise)
+    u = np.zeros_like(y)
     starts = dict(zip(stage_steps[:-1], densities[1:], strict=True))
     for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         if step in starts:
-            score = importance(u, grid)  # noqa: F821: the velocity of the step before
+            score = importance(u, grid)  # u: the velocity of the step before
             others = np.setdiff1d(np.arange(n), index)
             new = others[np.argsort(-score[others], kind="stable")]
             new = new[: int(n * starts[step]) - len(index)]

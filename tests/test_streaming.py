@@ -129,6 +129,8 @@ def test_verify_finds_nothing_where_nothing_is(made, small, capsys):
     jax.tree.map(np.testing.assert_array_equal, loaded.transformer, small.transformer)
     assert main(["--verify", str(made)]) == 0
     assert "all arrays are as written; 4 source files as they were" in capsys.readouterr().out
+    assert main([str(made), "--out", str(made / "again")]) == 2
+    assert "is a jitjax checkpoint already" in capsys.readouterr().err
 
 
 def test_verify_finds_every_flipped_bit_of_an_array(made, capsys):
@@ -166,7 +168,7 @@ def test_a_file_that_is_gone_is_found_by_load_and_by_verify(made, part):
     path = next(p for p in data_files(made) if p.is_relative_to(made / "params" / part))
     path.unlink()
     assert main(["--verify", str(made)]) == 1
-    with pytest.raises(ValueError, match=f"1 arrays are damaged.*\n  {part}/.*cannot be read"):
+    with pytest.raises(ValueError, match=f"1 arrays .*\n  {part}/.*cannot be read.*is missing"):
         jitjax.load(made)
 
 
