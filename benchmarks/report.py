@@ -89,12 +89,13 @@ def summary(lines: dict[str, dict[tuple[int, int], dict]]) -> dict[str, dict]:
     return found
 
 
-def markdown(rows: dict[str, dict]) -> str:
-    """The table, cheapest methods last."""
+def markdown(rows: dict[str, dict], settings: dict) -> str:
+    """What was run, and the table, cheapest methods last."""
     categories = [c for c in CATEGORIES if c in rows[REFERENCE]["categories"]]
     titles = ["method", "evaluations", "FLOPs ÷", "time ÷", "right", "against dense", *categories]
     titles += ["PSNR dB", "SSIM", "features"]
-    out = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    out = [f"{name}: `{value}`  " for name, value in settings.items()] + [""]
+    out += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["tflops"]):
         low, high = row["against_dense_interval"]
         cells = [
@@ -163,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     settings, lines = read(args.lines)
     rows = summary(lines)
-    table = markdown(rows)
+    table = markdown(rows, settings)
     print(table)
     if args.json:
         text = json.dumps({"settings": settings, "methods": rows}, indent=1)

@@ -289,6 +289,7 @@ def test_report(tmp_path):
     assert got["fewer_flops"] == pytest.approx(4)
     assert got["faster"] == pytest.approx(4)
     assert got["pictures"] == 40
-    table = report.markdown(report.summary(lines))
+    told, table = report.markdown(report.summary(lines), settings).split("\n\n")
+    assert told == "split: `test`  "
     assert table.count("\n") == 4
     assert "`4x`" in table

@@ -12,13 +12,17 @@ side by side, and a run that was stopped goes on where it was: its lines are kep
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 import jitjax
@@ -32,6 +36,14 @@ from jitjax.latents import draw_noise, token_grid
 
 QUICK = ("4x", "7x:hit-initial", "dense-7", "teacache-7", "taylor-7")
 Task = tuple[int, Prompt, int]  # number of the prompt, the prompt, a seed
+
+
+def fingerprint(params: jitjax.FluxParams) -> str:
+    """Of the transformer's weights, to tell which checkpoint made a table."""
+    found = xxhash.xxh3_64()
+    for leaf in jax.tree.leaves(params.transformer):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def judge(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
@@ -144,19 +156,27 @@ def main() -> None:
         if prompt.category in args.categories
         for seed in prompt.seeds
     ]
-    settings = {"split": args.split, "side": args.side, "checkpoint": args.checkpoint}
+    settings = {"split": args.split, "side": args.side, "weights": fingerprint(params)}
     done: dict[tuple[int, int], set[str]] = {}
     if args.out.exists():
         head, before = read(args.out)
-        if head != settings:
-            parser.error(f"{args.out} has settings {head}; expected {settings}")
+        own = {name: head.get(name) for name in settings}
+        if own != settings:
+            parser.error(f"{args.out} was made with {own}; expected {settings}")
         for name, own in before.items():
             for task in own:
                 done.setdefault(task, set()).add(name)
         with args.out.open("r+b") as file:  # drop a line that a killed run cut short
             file.truncate(file.read().rfind(b"\n") + 1)
     else:
-        args.out.write_text(json.dumps(settings) + "\n")
+        made = {
+            "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "checkpoint": args.checkpoint,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        args.out.write_text(json.dumps(settings | made) + "\n")
     warm: set[str] = set()
     with tqdm(total=len(tasks), unit="picture") as bar:
         for at in range(0, len(tasks), args.batch):
