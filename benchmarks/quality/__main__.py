@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; continued if there")
+    parser.add_argument("--out", type=Path, help="JSON lines; continued if there")
     parser.add_argument(
         "--methods", nargs="+", help="those that --list shows, or PLAN:FIELD=VALUE:..."
     )
@@ -142,6 +142,8 @@ def main() -> None:
     if args.list:
         print("\n".join(methods))
         return
+    if args.out is None:
+        parser.error("--out is missing: the file that the lines go to")
     chosen = {REFERENCE: methods[REFERENCE]}
     for name in args.methods or methods:
         try:
