@@ -1,7 +1,7 @@
 """Turns the lines of `benchmarks.quality` into figures: a JSON file, a Markdown table, a plot.
 
     python -m benchmarks.report quality.jsonl
-    python -m benchmarks.report quality.jsonl --json q.json --markdown q.md --plot q.png
+    python -m benchmarks.report a.jsonl b.jsonl --json q.json --markdown q.md --plot q.png
 
 Intervals are 95 % bootstrap intervals over prompts (all seeds of a prompt are drawn together);
 "against dense" is the paired difference to the 50-step dense solve of the same prompts and noise.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,33 @@ def read(path: Path) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
     for line in rest:
         found[line["method"]][line["prompt"], line["seed"]] = line
     return head, found
+
+
+def merged(files: Sequence[Path]) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
+    """As `read`, of several files: settings are those of the first.
+
+    Only pictures that every method has drawn are kept, so that all are compared on the same.
+
+    Raises:
+        ValueError: a file has no whole line, or was made by other weights, or in another way; or
+            no picture was drawn by all methods.
+    """
+    (settings, lines), *others = (read(path) for path in files)
+    for path, (head, more) in zip(files[1:], others, strict=True):
+        for name in ("split", "side", "weights"):
+            if head.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{path} has {name} {head.get(name)!r}; expected {settings.get(name)!r}"
+                )
+        for method, own in more.items():
+            lines[method] |= own
+    common = set.intersection(*(set(own) for own in lines.values()))
+    if REFERENCE not in lines or not common:
+        raise ValueError(f"no picture was drawn by all of {', '.join(lines)} and {REFERENCE}")
+    return settings, {
+        method: {task: line for task, line in own.items() if task in common}
+        for method, own in lines.items()
+    }
 
 
 def per_prompt(values: dict[tuple[int, int], float]) -> np.ndarray:
@@ -157,12 +185,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("lines", type=Path, help="what benchmarks.quality wrote")
+    parser.add_argument("lines", type=Path, nargs="+", help="what benchmarks.quality wrote")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG; needs matplotlib")
     args = parser.parse_args()
-    settings, lines = read(args.lines)
+    try:
+        settings, lines = merged(args.lines)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     rows = summary(lines)
     table = markdown(rows, settings)
     print(table)

@@ -12,6 +12,7 @@ import pytest
 import jitjax
 from benchmarks import report
 from benchmarks.quality import flops, peers, scores
+from benchmarks.quality.__main__ import part_of
 from benchmarks.quality.methods import (
     REFERENCE,
     Runner,
@@ -267,6 +268,14 @@ def test_every_method_runs_on_a_small_model(small):
         assert abs(len(slots) - wanted_count) <= (3 if "teacache" in name else 0)
 
 
+def test_parts_are_all_tasks_once():
+    tasks = list(range(11))
+    assert [task for k in (1, 2, 3) for task in part_of(tasks, f"{k}/3")] == tasks
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(ValueError, match="expected K/N"):
+            part_of(tasks, wrong)
+
+
 def test_report(tmp_path):
     def line(method, number, seed, right, tflops):
         found = {"method": method, "prompt": number, "seed": seed, "category": "single"}
@@ -280,7 +289,7 @@ def test_report(tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
     with path.open("a") as file:  # a run that was killed while it wrote
         file.write('{"method": "4x", "pro')
-    settings, lines = report.read(path)
+    settings, lines = report.merged([path])
     assert settings == {"split": "test"}
     got = report.summary(lines)["4x"]
     assert got["right"] == pytest.approx(0.25)
@@ -289,6 +298,14 @@ def test_report(tmp_path):
     assert got["fewer_flops"] == pytest.approx(4)
     assert got["faster"] == pytest.approx(4)
     assert got["pictures"] == 40
+    other = tmp_path / "more.jsonl"
+    more = [line(m, 20, 1, True, 5.0) for m in (REFERENCE, "4x")] + [line("4x", 21, 1, True, 5.0)]
+    other.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *more]) + "\n")
+    together = report.merged([path, other])[1]
+    assert {name: len(own) for name, own in together.items()} == {REFERENCE: 41, "4x": 41}
+    other.write_text(json.dumps({"split": "dev"}) + "\n")
+    with pytest.raises(ValueError, match="split 'dev'; expected 'test'"):
+        report.merged([path, other])
     told, table = report.markdown(report.summary(lines), settings).split("\n\n")
     assert told == "split: `test`  "
     assert table.count("\n") == 4

@@ -3,6 +3,7 @@
     python -m benchmarks.quality --out quality.jsonl               the whole table; hours on a CPU
     python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:fill=dither
     python -m benchmarks.quality --quick --out quick.jsonl         minutes: shows that it works
+    python -m benchmarks.quality --part 1/2 --out a.jsonl          half of it
     python -m benchmarks.report quality.jsonl                      then: table and plot
 
 Every batch of prompts is drawn by all methods in turn, from the same noise, so that times compare
@@ -114,6 +115,19 @@ def lines(
     return found
 
 
+def part_of(tasks: list[Task], part: str) -> list[Task]:
+    """The K-th of N stretches of equal length, of "K/N".
+
+    Raises:
+        ValueError: it is not of this form, or K is not in 1 to N.
+    """
+    k, slash, n = part.partition("/")
+    if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise ValueError(f"part is {part!r}; expected K/N with K from 1 to N, such as 1/2")
+    stops = [len(tasks) * i // int(n) for i in (int(k) - 1, int(k))]
+    return tasks[slice(*stops)]
+
+
 def main() -> None:
     """Append lines to the file until every task has been drawn by every method."""
     parser = argparse.ArgumentParser(
@@ -128,6 +142,9 @@ def main() -> None:
     parser.add_argument("--per-category", type=int, default=50, help="prompts (default: 50)")
     parser.add_argument("--categories", nargs="+", default=list(CATEGORIES))
     parser.add_argument("--seeds", type=int, default=3, help="pictures per prompt (default: 3)")
+    parser.add_argument(
+        "--part", default="1/1", help="K/N: only the K-th of N parts, for one process on each core"
+    )
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--checkpoint", default="tiny")
@@ -158,6 +175,10 @@ def main() -> None:
         if prompt.category in args.categories
         for seed in prompt.seeds
     ]
+    try:
+        tasks = part_of(tasks, args.part)
+    except ValueError as error:
+        parser.error(str(error))
     settings = {"split": args.split, "side": args.side, "weights": fingerprint(params)}
     done: dict[tuple[int, int], set[str]] = {}
     if args.out.exists():
