@@ -141,43 +141,57 @@ def markdown(rows: dict[str, dict], settings: dict) -> str:
     return "\n".join(out) + "\n"
 
 
+FAMILIES = {  # in the plot: which methods, by name, and their marker
+    "dense, FLUX's sigmas": (lambda n: n.startswith("dense") and not n.endswith("beta"), "o-"),
+    "dense, Beta sigmas": (lambda n: n.startswith("dense") and n.endswith("beta"), "s-"),
+    "JiT": (lambda n: ":" not in n and (n[:1].isdigit() or n.startswith("tuned")), "D"),
+    "TeaCache": (lambda n: n.startswith("teacache"), "^"),
+    "Taylor": (lambda n: n.startswith("taylor"), "v"),
+}
+
+
+def spread(rows: Sequence[dict], value: str, around: str) -> np.ndarray:
+    """How far each row's interval reaches below and above its value: [2, rows]."""
+    return np.array(
+        [[r[value] - r[around][0] for r in rows], [r[around][1] - r[value] for r in rows]]
+    )
+
+
 def plot(rows: dict[str, dict], path: Path) -> None:
-    """Share of right pictures against operations, with intervals."""
+    """Share of right pictures against operations; and every method's paired difference to dense."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = {
-        "dense, FLUX's sigmas": lambda n: n.startswith("dense") and not n.endswith("beta"),
-        "dense, Beta sigmas": lambda n: n.startswith("dense") and n.endswith("beta"),
-        "JiT": lambda n: n[:1].isdigit() or n.startswith("tuned"),
-        "TeaCache": lambda n: n.startswith("teacache"),
-        "Taylor": lambda n: n.startswith("taylor"),
-    }
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for (label, belongs), marker in zip(families.items(), "osD^v", strict=True):
-        own = sorted(
-            ((r["tflops"], r, n) for n, r in rows.items() if belongs(n)), key=lambda t: t[0]
-        )
-        if not own:
-            continue
-        x, y = [cost for cost, *_ in own], [row["right"] for _, row, _ in own]
-        spread = [
-            [row["right"] - row["interval"][0] for _, row, _ in own],
-            [row["interval"][1] - row["right"] for _, row, _ in own],
-        ]
-        line = "-" if label.startswith("dense") else ""
-        axes.errorbar(x, y, yerr=spread, label=label, marker=marker, ls=line, capsize=2, alpha=0.8)
-        for cost, row, name in own:
-            axes.annotate(
-                name, (cost, row["right"]), fontsize=6, xytext=(4, 2), textcoords="offset points"
-            )
-    axes.set_xscale("log")
-    axes.set_xlabel("TFLOP per picture (network)")
-    axes.set_ylabel("share of pictures that show what was asked for")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    others = sorted((n for n in rows if n != REFERENCE), key=lambda n: (rows[n]["tflops"], n))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 2 + 0.16 * len(others)), width_ratios=(3, 2), layout="constrained"
+    )
+    for number, (label, (belongs, style)) in enumerate(FAMILIES.items()):
+        names = [n for n in (*others, REFERENCE) if belongs(n)]
+        own = [rows[n] for n in names]
+        # A few per cent aside, so that the bars of matched methods do not hide each other.
+        x = [row["tflops"] * 1.02 ** (number - 2) for row in own]
+        y, bars = [row["right"] for row in own], spread(own, "right", "interval")
+        if own:
+            left.errorbar(x, y, yerr=bars, label=label, fmt=style, capsize=2, alpha=0.8)
+        if label == "JiT":
+            for at in zip(names, x, y, strict=True):
+                left.annotate(at[0], at[1:], xytext=(-4, 4), textcoords="offset points", ha="right")
+    left.set_xscale("log")
+    left.set_xlabel("TFLOP per picture (network)")
+    left.set_ylabel("share of pictures that show what was asked for")
+    left.legend(loc="upper center", ncols=2, fontsize=8)
+    left.margins(y=0.2)
+    own = [rows[n] for n in others]
+    bars = spread(own, "against_dense", "against_dense_interval")
+    difference = [row["against_dense"] for row in own]
+    right.errorbar(difference, range(len(own)), xerr=bars, fmt="k.", capsize=2)
+    right.axvline(0, color="grey", lw=0.8)
+    right.set_yticks(range(len(own)), others, fontsize=7)
+    right.set_xlabel(f"paired difference to {REFERENCE}")
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
