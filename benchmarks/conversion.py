@@ -5,9 +5,10 @@
 
 Makes a diffusers transformer of full width and a few blocks, random and in bfloat16; then, in turn
 and a few times, copies it, converts it by the command line in a process of its own, and verifies
-it. Peak memory is the highest resident size of that process, its mapped files included; the floor
-is that of a process that only imports what the command needs. Seconds are until all is on the disk,
-the start of Python included.
+it, each time from the disk and not from the kernel's memory of it (Linux only). Peak memory is the
+highest resident size of that process, its mapped files included; the floor is that of a process
+that only imports what the command needs. Seconds are until all is on the disk, the start of Python
+included.
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ def make(folder: Path, config: TransformerConfig, shard_bytes: int) -> tuple[int
     return total, max(2 * int(np.prod(shape)) for shape in leaves.values())
 
 
+def evict(folder: Path) -> None:
+    """Have the kernel forget the files' contents, so that whoever is next reads from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def run(command: list[str]) -> tuple[float, int]:
     """Seconds until all is on the disk, and the process's highest resident size in bytes."""
     start = time.perf_counter()
@@ -100,14 +109,18 @@ def main() -> None:
             made = pool.submit(make, work / "source", config, args.shard_mb * 2**20)
             total, largest = made.result()
         _, floor = run([sys.executable, "-c", "import jitjax.convert.__main__, jax; jax.devices()"])
-        out = ["--out", str(work / "made"), "--overwrite"]
+        out = ["--out", str(work / "made")]
         copied, converted, verified, peaks = [], [], [], []
         for _ in range(args.rounds):
+            evict(work)
             copied.append(run(["cp", "-r", str(work / "source"), str(work / "copy")])[0])
             shutil.rmtree(work / "copy")
+            shutil.rmtree(work / "made", ignore_errors=True)
+            evict(work)
             seconds, peak = run([*COMMAND, "--transformer", str(work / "source"), *out])
             converted.append(seconds)
             peaks.append(peak)
+            evict(work)
             verified.append(run([*COMMAND, "--verify", str(work / "made")])[0])
         found = {
             "config": dataclasses.asdict(config),

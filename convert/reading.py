@@ -200,17 +200,22 @@ class Source:
     tokenizer: str
     files: tuple[Path, ...]
 
-    def pieces(self) -> Iterator[tuple[Job, Rule, int, np.ndarray]]:
+    def pieces(
+        self, empty: Callable[[Shape, Any], np.ndarray] = np.empty
+    ) -> Iterator[tuple[Job, Rule, int, np.ndarray]]:
         """All leaves, one after another: model, rule, number of the first block, and array.
 
         A stacked leaf of more than `WHOLE` bytes comes block by block. A few threads work ahead
         (NumPy copies without Python's lock); no other array is kept in memory.
+
+        Args:
+            empty: makes the arrays, from their shapes and dtypes.
         """
         ahead: deque[tuple[Job, Rule, int, Future[np.ndarray]]] = deque()
         with ThreadPoolExecutor(THREADS) as pool:
             for job, rule, blocks in self._plan():
                 own = job.shapes[rule.target], job.types[rule.target], blocks
-                made = pool.submit(apply, rule, job.read, *own)
+                made = pool.submit(apply, rule, job.read, *own, empty)
                 ahead.append((job, rule, blocks.start or 0, made))
                 if len(ahead) > THREADS:
                     yield _made(*ahead.popleft())

@@ -8,18 +8,58 @@ Peak memory is some of the largest blocks, whatever the size of the model.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import math
 import os
+import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jitjax import checkpoint
 
 from .components import byte_bar
+from .engine import Shape
 from .lora import read_loras
 from .reading import Source
+
+
+class Recycled:
+    """Makes arrays, as `np.empty` does, in the memory of arrays that are gone.
+
+    The kernel clears fresh pages, which takes as long as it takes to transpose what goes there.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._returned: deque[np.ndarray] = deque()  # from any thread, at any moment
+        self._lock = threading.Lock()
+
+    def __call__(self, shape: Shape, dtype: Any) -> np.ndarray:
+        """An array of that shape and dtype with any numbers."""
+        dtype = np.dtype(dtype)
+        size = dtype.itemsize * math.prod(shape)
+        if size < 2**20:
+            return np.empty(shape, dtype)
+        with self._lock:
+            while self._returned:
+                bisect.insort(self._free, self._returned.popleft(), key=len)
+            fits = bisect.bisect_left(self._free, size, key=len)
+            if fits < len(self._free):
+                memory = self._free.pop(fits)
+            else:  # in place of the largest that is free, so that no more is kept than was needed
+                del self._free[-1:]
+                memory = np.empty(size, np.uint8)
+        # All views have `root` as their base, not `memory`: when it goes, they are gone.
+        root = np.frombuffer(memory.data, np.uint8, size)
+        weakref.finalize(root, self._returned.append, memory).atexit = False
+        return root.view(dtype).reshape(shape)
 
 
 def write_checkpoint(
@@ -58,7 +98,7 @@ def write_checkpoint(
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
         described = pool.submit(describe, files)
-        for job, rule, start, piece in source.pieces():
+        for job, rule, start, piece in source.pieces(Recycled()):
             updates.add_to(job.name, rule, piece, start)
             add(job.name, rule.target, piece, start, job.shapes[rule.target])
             bar.update(piece.nbytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,11 @@ class Tensor:
         dtype, count = TYPES[self.kind], math.prod(self.shape)
         if not count:
             return np.empty(self.shape, dtype)
-        raw = np.memmap(self.path, np.uint8, "r", self.start, (count * dtype.itemsize,))
+        size = count * dtype.itemsize
+        with self.path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # all of it will be needed, and soon
+                os.posix_fadvise(file.fileno(), self.start, size, os.POSIX_FADV_WILLNEED)
+            raw = np.memmap(file, np.uint8, "r", self.start, (size,))
         return raw.view(dtype).reshape(self.shape)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -141,6 +142,7 @@ class Writer:
                 "chunk_grid": grid,
                 "codecs": [codec],  # no compression: weights do not compress
             },
+            "context": {"file_io_sync": False},  # all at the end: the kernel writes meanwhile
             "store_data_equal_to_fill_value": True,  # so that a chunk that is gone is seen
         }
         return tensorstore.open(spec, create=True).result()
@@ -150,6 +152,10 @@ class Writer:
 
     def _assemble(self) -> None:
         """Have orbax write a checkpoint of the same tree, and put the arrays into it."""
+        for path in self._leaves.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
         shapes = {name: store.shape for name, store in self._stores.items()}
         stubs = {name: np.zeros(1, store.dtype.numpy_dtype) for name, store in self._stores.items()}
         with _context():

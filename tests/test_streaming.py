@@ -25,6 +25,7 @@ from jitjax import storage
 from jitjax.checkpoint import PARTS
 from jitjax.convert import reading
 from jitjax.convert.__main__ import main
+from jitjax.convert.streaming import Recycled
 
 # orbax leaves reads unfinished where it meets damage.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -97,6 +98,24 @@ def test_a_chunk_is_one_range_of_memory(shape, itemsize):
     if last is not None:  # one more row would not fit, or there would be a gap
         more = [*chunk[:last], chunk[last] + 1, *chunk[last + 1 :]]
         assert itemsize * np.prod(more) > 500 or cut != last
+
+
+def test_memory_is_recycled_when_nothing_looks_at_it_any_more():
+    empty = Recycled()
+    first = empty((4, 2**19), np.uint16)
+    place, view = first.ctypes.data, first.view(np.float16)[1:].T
+    del first
+    second = empty((2**22,), np.uint8)
+    assert second.nbytes == view.nbytes // 3 * 4
+    assert not np.shares_memory(second, view)
+    del view
+    third = empty((3, 2**18), np.float32)  # smaller than what is free
+    assert third.ctypes.data == place
+    assert third.shape == (3, 2**18)
+    assert third.dtype == np.float32
+    assert third.flags.c_contiguous
+    assert third.flags.writeable
+    assert empty((2, 0), np.float32).shape == (2, 0)
 
 
 def test_a_device_array_is_compared_in_pieces(unchecked, monkeypatch):
