@@ -10,13 +10,14 @@ Anchors keep their exact values. What the others get is one of these interpolato
                (normalised convolution of first order, Knutsson and Westin 1993): exact for
                constants, nearly so for slopes
     "nearest"  the nearest anchor's value
-    "none"     0 (the paper's ablation)
+    "none"     0 (the paper's ablation); the micro-flow's target is lifted by "blur" all the same
 
 What depends on the anchors alone is made once per stage.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -68,7 +69,7 @@ class Lifter(eqx.Module):
             return jnp.argmin(squared, axis=1), jnp.min(squared, axis=1) == 0
 
         nearest, anchored = jax.vmap(one)(anchors.index, anchors.valid)
-        width = blur_width(known / (grid[0] * grid[1]), clip=kind == "blur")
+        width = blur_width(known / (grid[0] * grid[1]), clip=kind in ("blur", "none"))
         weights = (
             jax.vmap(partial(_plane_weights, grid, width))(anchors) if kind == "linear" else None
         )
@@ -89,6 +90,11 @@ class Lifter(eqx.Module):
         else:
             others = self._blurred(exact)
         return jnp.where(self.anchored[..., None], exact, others)
+
+    @property
+    def of_clean(self) -> Lifter:
+        """The lifter of clean predictions: "none" takes away the velocity's interpolation alone."""
+        return dataclasses.replace(self, kind="blur") if self.kind == "none" else self
 
     def _blurred(self, field: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         b, n, d = field.shape

@@ -56,7 +56,7 @@ def transition(
     index, new = activate(anchors, scores, known, budget)
     fresh = AnchorSet.padded(new, new.shape[1], n)
     clean = y - sigma * u  # Tweedie
-    lifted = lifter(anchors.gather(clean))
+    lifted = lifter.of_clean(anchors.gather(clean))
     target = fresh.gather((1 - sigma) * lifted + sigma * noise)
     after = fresh.scatter(y, microflow(plan, fresh.gather(y), target, before, sigma))
     happened = Transition(scores, lifted, new, target, y, after) if record else None

@@ -224,6 +224,10 @@ def test_ablations_do_what_they_say():
     others = np.setdiff1d(np.arange(N), frozen.anchors[0][0])
     noise = draw_noise(jax.random.split(jax.random.key(0), 2), GRID, 8)
     np.testing.assert_array_equal(frozen.states[1, 0, others], noise[0, others])
+    # The target keeps its structure: without it, this would take away two things at once.
+    index, clean = np.asarray(frozen.anchors[0][0]), np.asarray(frozen.clean[0][0])
+    lifted = oracles.lift(clean[index], index, GRID, "blur")
+    np.testing.assert_allclose(frozen.transitions[0].lifted[0], lifted, rtol=1e-4, atol=1e-5)
     _, grid = solve(PLAN.replace(activation="grid"), trace=True)
     assert set(grid.transitions[0].new[0].tolist()) != set(full.transitions[0].new[0].tolist())
     scores = jnp.broadcast_to(jnp.arange(N, dtype=jnp.float32), (2, N))
