@@ -79,7 +79,7 @@ class Transform:
     backward: Callable[[Array, int], list[Array]]
 
 
-TILE = 12  # rows: no more than a first cache has ways, since rows of 2^n bytes fall on one set
+TILE = 128  # rows and columns: such a tile of two-byte numbers fits into a first cache
 
 
 def transpose(source: np.ndarray, out: np.ndarray) -> None:
@@ -90,8 +90,10 @@ def transpose(source: np.ndarray, out: np.ndarray) -> None:
     if source.dtype == out.dtype:
         bits = np.dtype(f"u{out.dtype.itemsize}")
         source, out = source.view(bits), out.view(bits)
-    for start in range(0, len(source), TILE):
-        out[:, start : start + TILE] = source[start : start + TILE].T
+    rows, columns = source.shape
+    for i in range(0, rows, TILE):
+        for j in range(0, columns, TILE):
+            out[j : j + TILE, i : i + TILE] = source[i : i + TILE, j : j + TILE].T
 
 
 def _fill_linear(xs: Sequence[Array], out: np.ndarray) -> None:
