@@ -5,10 +5,10 @@ import pytest
 
 from training.scenes import (
     COLOURS,
-    MARGIN,
     SHAPES,
     SIZES,
     TEXTURES,
+    TOKEN,
     caption,
     evaluation_prompts,
     held_out,
@@ -100,10 +100,24 @@ def test_relations_and_counts():
             assert len(scene.things) == number
 
 
-def test_things_keep_their_distance():
-    for scene in scenes(30, things=3):
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("things", [1, 2, 3, 4])
+def test_things_keep_their_distance_on_the_grid_of_tokens(things, same):
+    for scene in scenes(30, things=things, same=same):
         for i, a in enumerate(scene.things):
-            assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= a.radius + MARGIN - 1e-9
+            assert all((v / TOKEN).is_integer() for v in (a.x, a.y, a.radius))
+            assert min(a.x, a.y, 1 - a.x, 1 - a.y) >= a.radius + TOKEN
             for b in scene.things[:i]:
                 gap = max(abs(a.x - b.x), abs(a.y - b.y)) - a.radius - b.radius
-                assert gap >= MARGIN
+                assert gap >= 2 * TOKEN
+
+
+def test_two_things_without_a_spoken_relation_stand_side_by_side():
+    unsaid = 0
+    for i in range(200):
+        rng = np.random.default_rng((4, i))
+        scene = random_scene(rng, things=2)
+        if " and " in caption(scene, rng):
+            assert scene.relation == "left of"
+            unsaid += 1
+    assert 10 < unsaid < 60

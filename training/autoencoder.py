@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from training.common import RUNS, Average, Clock, load_if_there, save_atomically
-from training.muon import ConvMuon
+from training.common import RUNS, Average, Clock, autocast, load_if_there, save_atomically
+from training.muon import Muon
 from training.scenes import random_scene, render
 
 CONFIG = {
@@ -98,7 +98,7 @@ def main() -> None:
         if name.endswith(("conv2.weight", "conv2.bias", "to_out.0.weight", "to_out.0.bias")):
             torch.nn.init.zeros_(p)
     matrices = [p for p in named.values() if p.ndim >= 2]
-    muon = ConvMuon(matrices, lr=args.muon)
+    muon = Muon(matrices, lr=args.muon)
     adam = torch.optim.AdamW(
         [p for p in named.values() if p.ndim < 2], lr=args.adam, betas=(0.9, 0.95), weight_decay=0
     )
@@ -127,7 +127,7 @@ def main() -> None:
     while used < budget:
         torch.manual_seed(args.seed * 1_000_003 + step)  # latent noise of this step
         x = pictures(args.seed, step, used / budget).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = loss_of(vae, x, args.kl, args.noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)

@@ -65,3 +65,9 @@ class Clock:
         with self.log.open("a") as file:
             file.write(f"{time.strftime('%H:%M:%S', time.gmtime())}  {line}\n")
         self.last, self.losses, self.units = now, [], 0
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor multiplies it; elsewhere float32, four times as fast there."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)

@@ -34,9 +34,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from training.common import RUNS, Average, Clock, load_if_there, save_atomically
+from training.common import RUNS, Average, Clock, autocast, load_if_there, save_atomically
 from training.latents import Latents
 from training.model import TinyFlux, pack, positions
+from training.muon import Muon
 from training.scenes import Scene, caption
 
 SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
@@ -53,7 +54,7 @@ def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
     for name, p in model.named_parameters():
         inside = "transformer_blocks." in name and p.ndim == 2 and ".norm" not in name
         (matrices if inside else rest).append(p)
-    muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, momentum=0.95)
+    muon = Muon(matrices, lr=muon_rate, weight_decay=0.01)
     adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
@@ -220,7 +221,7 @@ def main() -> None:
             args.dropout,
         )
         x = torch.lerp(x0, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             target = noise - x0
             if teacher:
                 target = target + push(teacher, x, sigma, guidance, texts, ids, length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from training.common import RUNS, load_if_there, save_atomically
+from training.common import RUNS, autocast, load_if_there, save_atomically
 from training.model import load_autoencoder
 from training.scenes import Scene, random_scene, render, training_scene
 
@@ -43,7 +43,7 @@ class Latents:
         for start in range(0, len(scenes), chunk):
             images = [render(s, self.side, self.side) for s in scenes[start : start + chunk]]
             x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) * 2 - 1
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 mean = self.vae.encoder(x.contiguous(memory_format=torch.channels_last))
             z = mean[:, :16].float().contiguous()
             found.append((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)

@@ -1,6 +1,7 @@
-"""Muon for convolutions: the momentum of each filter bank, seen as a matrix, is orthogonalised.
+"""Muon: the momentum of each matrix, or filter bank seen as a matrix, is orthogonalised.
 
-torch.optim.Muon takes matrices only, and the autoencoder is nearly all convolutions.
+torch.optim.Muon takes matrices only, one at a time and in bfloat16, which is slow where a processor
+has no instructions for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.mT
 
 
-class ConvMuon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):
     """Muon over weights of two or more dimensions, matrices of equal shape in one batch."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):

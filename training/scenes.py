@@ -30,8 +30,9 @@ COLOURS = {
     "purple": (0.50, 0.14, 0.70),
     "pink": (0.98, 0.50, 0.74),
 }
+TOKEN = 1 / 32  # of a picture of 512 px: all centres and radii are multiples, so that tokens repeat
 # Half of the larger side of the bounding box, over the shorter side of the picture.
-SIZES = {"small": (0.105, 0.13), "medium": (0.18, 0.215), "large": (0.285, 0.34)}
+SIZES = {"small": 4 * TOKEN, "medium": 6 * TOKEN, "large": 10 * TOKEN}
 TEXTURES = ("plain", "striped", "checked", "dotted")
 TONES = {"white": 0.97, "black": 0.07}  # the second tone of a textured shape
 BACKGROUNDS = {  # low saturation, well inside the two tones
@@ -45,8 +46,16 @@ BACKGROUNDS = {  # low saturation, well inside the two tones
 GROUNDS = ("plain", "graded")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-MARGIN = 0.03  # least distance of a shape from the border, and half of that between two shapes
-WANDER = 0.06  # greatest distance of a lone shape's centre from the picture's, along each axis
+# Where the things of a scene stand, before each wanders. Of two with a relation, the first is left
+# of or above the other, and "right of" and "below" swap them.
+BESIDE, STACKED = ((8, 16), (24, 16)), ((16, 8), (16, 24))
+PLACES = {
+    1: ((16, 16),),
+    2: BESIDE,
+    3: ((16, 8), (8, 24), (24, 24)),
+    4: ((8, 8), (24, 8), (8, 24), (24, 24)),
+}
+ALONE, AMONG_OTHERS = (-2, 0, 2), (-1, 1)  # how far a thing wanders along each axis
 HELD_OUT_ONE_IN = 8
 
 
@@ -105,11 +114,9 @@ def _attributes(rng, sizes, unseen: bool) -> tuple[str, str, str, str]:
             return found
 
 
-def _thing(rng, shape, colour, size, texture, wander: float = 0.5) -> Thing:
-    """A thing with the named attributes, at most `wander` off centre; all else is random."""
-    radius = float(rng.uniform(*SIZES[size]))
-    low = max(MARGIN + radius, 0.5 - wander)
-    x, y = (float(v) for v in rng.uniform(low, 1 - low, 2))
+def _thing(rng, shape, colour, size, texture, place: tuple[int, int], wander) -> Thing:
+    """A thing with the named attributes near `place` (in tokens); all else is random."""
+    x, y = (float(v) * TOKEN for v in np.add(place, rng.choice(wander, 2)))
     jitter = rng.uniform(-0.025, 0.025, 3)
     rgb = tuple(float(v) for v in np.clip(np.add(COLOURS[colour], jitter), 0, 1))
     angle = float(rng.integers(4)) * np.pi / 4
@@ -120,22 +127,12 @@ def _thing(rng, shape, colour, size, texture, wander: float = 0.5) -> Thing:
         texture,
         x,
         y,
-        radius,
+        SIZES[size],
         rgb,
         _pick(rng, TONES),
         angle,
-        float(rng.uniform()),
+        float(rng.integers(3)) / 3,
     )
-
-
-def _apart(things: list[Thing]) -> bool:
-    """Whether no two bounding boxes come closer than half a margin each."""
-    for i, a in enumerate(things):
-        for b in things[:i]:
-            gap = max(abs(a.x - b.x), abs(a.y - b.y)) - a.radius - b.radius
-            if gap < MARGIN:
-                return False
-    return True
 
 
 def holds(relation: str, a: Thing, b: Thing) -> bool:
@@ -163,19 +160,21 @@ def random_scene(
         same: whether they share shape, colour, size and texture (for "two green rings").
         unseen: whether every combination comes from the held-out set instead of the training set.
     """
-    sizes = tuple(SIZES) if things == 1 else ("small", "medium") if things == 2 else ("small",)
-    while True:
-        first = _attributes(rng, sizes, unseen)
-        wanted = [first if same else _attributes(rng, sizes, unseen) for _ in range(things - 1)]
-        for _ in range(20):
-            wander = WANDER if things == 1 else 0.5
-            found = [_thing(rng, *attributes, wander) for attributes in (first, *wanted)]
-            relation = ""
-            if things == 2 and not same:
-                relation = next((r for r in RELATIONS if holds(r, *found)), "")
-            if _apart(found) and (things != 2 or same or relation):
-                background, ground, slope, ramp = _ground(rng)
-                return Scene(tuple(found), background, ground, slope, ramp, relation)
+    sizes = tuple(SIZES) if things == 1 else ("small", "medium")
+    first = _attributes(rng, sizes, unseen)
+    wanted = [first if same else _attributes(rng, sizes, unseen) for _ in range(things - 1)]
+    places, relation = PLACES[things], ""
+    if things == 2 and not same:
+        relation = _pick(rng, RELATIONS)
+        places = BESIDE if relation in ("left of", "right of") else STACKED
+        if relation in ("right of", "below"):
+            places = places[::-1]
+    found = tuple(
+        _thing(rng, *attributes, place, ALONE if things == 1 else AMONG_OTHERS)
+        for attributes, place in zip((first, *wanted), places, strict=True)
+    )
+    background, ground, slope, ramp = _ground(rng)
+    return Scene(found, background, ground, slope, ramp, relation)
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
@@ -233,6 +232,7 @@ def caption(
 
     first = scene.things[0]
     count = len(scene.things)
+    spoken = 0.4 if scene.relation == "left of" else 1.0  # unsaid: the first is the left one
     same = count > 1 and len({(t.shape, t.colour, t.size, t.texture) for t in scene.things}) == 1
     if same:
         text = f"{NUMBERS[count]} {_phrase(rng, first, *mentions(first), plural=True)}"
@@ -240,7 +240,7 @@ def caption(
         phrases = [_a(_phrase(rng, thing, *mentions(thing))) for thing in scene.things]
         if count == 1:
             text = phrases[0]
-        elif scene.relation and (rng.uniform() < 0.8 if relation is None else relation):
+        elif scene.relation and (rng.uniform() < spoken if relation is None else relation):
             text = f"{phrases[0]} {scene.relation} {phrases[1]}"
         else:
             text = ", ".join(phrases[:-1]) + " and " + phrases[-1]
@@ -288,7 +288,7 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
 
 
-PERIOD = 0.092  # of every texture, over the shorter side: 12 pixels of 128
+PERIOD = 3 * TOKEN  # of every texture
 
 
 def second_tone(thing: Thing, x: np.ndarray, y: np.ndarray, pixels: int) -> np.ndarray:
