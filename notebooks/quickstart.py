@@ -35,8 +35,8 @@ print(jax.default_backend(), jax.devices())
 
 # %% [markdown]
 # `load` returns a pytree of arrays with the configuration attached. `tiny` is a whole FLUX pipeline
-# of six million parameters, trained for some hours on two CPU cores: it knows colours, numbers, sizes
-# and places, and draws uneven outlines.
+# of six million parameters, trained for some hours on two CPU cores: it knows colours, numbers,
+# sizes and places, and draws uneven outlines.
 
 # %%
 params = jitjax.load("tiny")
