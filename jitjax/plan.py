@@ -46,7 +46,7 @@ class Plan:
         microflow_steps: Euler steps of the micro-flow.
         microflow_noise: noise of the target: "fresh" is a new field (the authors' program),
             "initial" the noise each token started from. The defaults of both are what measured
-            better on the bundled checkpoint (README, "Judging samplers").
+            better on a bundled checkpoint (README, "Judging samplers").
         pad_to: text and anchors together are padded to a multiple of this many tokens.
         spare: what the slots so gained hold: "padding", or more "anchors".
 
