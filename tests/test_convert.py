@@ -21,7 +21,16 @@ from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, T
 from jitjax.convert import writing
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import COMPONENTS, from_state
-from jitjax.convert.engine import ConversionError, Rule, check, expected_sources, leaf_shapes
+from jitjax.convert.engine import (
+    STRIP,
+    TILE,
+    ConversionError,
+    Rule,
+    check,
+    expected_sources,
+    leaf_shapes,
+    transpose,
+)
 from jitjax.convert.reading import read_config, read_folder
 from jitjax.convert.tables import transformer_rules
 from jitjax.convert.writing import write_folder
@@ -228,6 +237,16 @@ def test_from_state():
     state["lora.weight"] = np.zeros(3, np.float32)
     with pytest.raises(ConversionError, match=r"unmatched key: lora\.weight"):
         from_state("transformer", state, TRANSFORMER)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (TILE, STRIP), (2 * TILE + 3, STRIP + 7), (5, 3)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_transpose(shape: tuple[int, int], dtype):
+    values = np.random.default_rng(0).normal(size=shape).astype(jnp.bfloat16)
+    out = np.zeros((shape[1], 2, shape[0]), dtype)  # rows apart, as in a fused kernel
+    transpose(values, out[:, 1])
+    np.testing.assert_array_equal(out[:, 1], values.T.astype(dtype))
+    assert not out[:, 0].any()
 
 
 def test_mixed_types_of_one_leaf_lose_nothing():
