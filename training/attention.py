@@ -12,10 +12,14 @@ import torch.nn.functional as F
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [batch, tokens, heads, width] with tables [tokens, width]."""
+    """Rotary embedding of [batch, tokens, heads, width].
+
+    Tables [tokens, width], or [batch * tokens, width] where each picture has its own positions.
+    """
+    cos, sin = (table.unflatten(0, (-1, x.shape[1]))[:, :, None] for table in (cos, sin))
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-imaginary, real), dim=-1).flatten(-2)
-    return (x.float() * cos[None, :, None] + turned * sin[None, :, None]).to(x.dtype)
+    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 class PlainAttention:

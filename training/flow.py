@@ -8,7 +8,10 @@ One run is a sequence of phases, each one command; the checkpoint carries over:
     python -m training.flow --mix 256:1,512:2 --minutes 10 --decay --distil
 
 `128@4` means pictures of 128 px with the tokens' positions four apart, as they would lie in a
-picture of 512 px; `128` has the positions that FLUX gives to 128 px.
+picture of 512 px; `128` has the positions that FLUX gives to 128 px. `512/16` means windows of
+16 x 16 tokens out of pictures of 512 px, around one of their things, at the positions they have
+there and under the whole caption (Patch Diffusion, arXiv 2304.12526): outlines are learned from a
+quarter of the tokens, and whole pictures are needed for what reaches across them.
 
 Several processes of one thread each beat one process of several threads here:
 `torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
@@ -28,6 +31,7 @@ import copy
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +47,27 @@ from training.scenes import Scene, caption
 SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 """Of the training sigmas. Four times the tokens show a layout through twice the noise, so that with
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
-BATCH = {128: 48, 256: 14, 512: 4}
-COUNT = {128: 12_288, 256: 6_144, 512: 2_048}  # pictures; each meets many captions and noises
-TEXT = {128: 24, 256: 24, 512: None}  # text states that the transformer sees; None: all
+BATCH = {8: 48, 16: 16, 32: 4}  # by the tokens along a side
+COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # pictures; each meets many captions and noises
+TEXT = {8: 24, 16: 24, 32: None}  # text states that the transformer sees; None: all
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step is made of: "512", "128@4" or "512/16" of `--mix`."""
+
+    side: int  # of the pictures, in pixels
+    stride: int = 1  # between the positions of neighbouring tokens
+    window: int = 0  # tokens along the side of the part that is seen; 0: all of the picture
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side of what is seen."""
+        return self.window or self.side // 16
+
+    def __str__(self) -> str:
+        window = f"/{self.window}" if self.window else ""
+        return f"{self.side}{window}@{self.stride}"
 
 
 def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
@@ -63,7 +85,7 @@ def optimizers(model: TinyFlux, muon_rate: float, adam_rate: float):
 
 
 def emphasis(scenes: list[Scene], grid: int, place: torch.Tensor) -> torch.Tensor:
-    """Weights of the tokens in the loss, [batch, tokens, 1], 1 in the mean.
+    """Weights of the tokens in the loss, up to a common factor: [batch, grid, grid].
 
     A small thing covers one token in fourteen, and the flat ground around it would teach the rest
     of every step. A token in the box around a thing weighs the root of (all tokens / those in the
@@ -84,13 +106,42 @@ def emphasis(scenes: list[Scene], grid: int, place: torch.Tensor) -> torch.Tenso
             weight[y0:y1, x0:x1] = grid / ((y1 - y0) * (x1 - x0)) ** 0.5
     known = ((0.75 - place) / 0.15).clamp(0, 1)
     weights = torch.lerp(torch.ones(()), weights, known[:, None, None])
-    return (weights / weights.mean()).flatten(1)[..., None]
+    return weights
 
 
-def draw(latents: Latents, seed: tuple[int, ...], batch: int, position: int, dropout: float):
-    """The batch of a step: (x0, noise, sigma, guidance, captions, weight); all from `seed`."""
+def corner(scene: Scene, grid: int, window: int, rng: np.random.Generator) -> tuple[int, int]:
+    """(row, column) of a random window's first token; it has one of the things in it, or it in it.
+
+    `grid` and `window`: tokens along a side of the picture and of the window.
+    """
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    reach = thing.radius * grid
+    found = []
+    for centre in (thing.y * grid, thing.x * grid):
+        ends = sorted((centre - reach, centre + reach - window))
+        first, last = (min(max(round(end), 0), grid - window) for end in ends)
+        found.append(int(rng.integers(first, last + 1)))
+    return found[0], found[1]
+
+
+def draw(
+    latents: Latents, kind: Kind, seed: tuple[int, ...], batch: int, position: int, dropout: float
+):
+    """The batch of a step: (x0, noise, sigma, guidance, captions, weight, ids); from `seed`."""
     rng = np.random.default_rng(seed)
     z, scenes = latents.batch(position, batch)
+    whole, n = kind.side // 16, kind.grid
+    corners = [(0, 0)] * batch
+    if kind.window:
+        corners = [corner(scene, whole, n, rng) for scene in scenes]
+        z = torch.stack(
+            [
+                one[:, 2 * r : 2 * (r + n), 2 * c : 2 * (c + n)]
+                for one, (r, c) in zip(z, corners, strict=True)
+            ]
+        )
+    ids = positions(n, n, kind.stride).repeat(batch, 1, 1)
+    ids[..., 1:] += kind.stride * torch.tensor(corners)[:, None]
     texts = [caption(scene, rng) if rng.uniform() >= dropout else "" for scene in scenes]
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     x0 = pack(z)
@@ -100,11 +151,15 @@ def draw(latents: Latents, seed: tuple[int, ...], batch: int, position: int, dro
     # Outlines are decided at sigma 0.85 to 0.98 of 512 px, from 0.4 to 0.85 before the shift.
     sigma = torch.sigmoid(0.4 + 0.9 * torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
     sigma = sigma[torch.randperm(batch, generator=generator)]
-    weight = emphasis(scenes, latents.side // 16, sigma)
-    shift = SHIFT[latents.side]
+    weight = emphasis(scenes, whole, sigma)
+    weight = torch.stack(
+        [one[r : r + n, c : c + n] for one, (r, c) in zip(weight, corners, strict=True)]
+    )
+    weight = (weight / weight.mean()).flatten(1)[..., None]
+    shift = SHIFT[kind.side]
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     guidance = 1 + 4 * torch.rand(batch, generator=generator)
-    return x0, noise, sigma, guidance, texts, weight
+    return x0, noise, sigma, guidance, texts, weight, ids
 
 
 @torch.no_grad()
@@ -131,13 +186,14 @@ def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
     return flat[-1].item()
 
 
-def parse_mix(text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """ "128@4:1,256:3" to ([(128, 4), (256, 1)], probabilities): sides, strides and weights."""
+def parse_mix(text: str) -> tuple[list[Kind], np.ndarray]:
+    """ "128@4:1,512/16:3" to ([Kind(128, 4), Kind(512, 1, 16)], probabilities)."""
     kinds, weights = [], []
     for entry in text.split(","):
         kind, _, weight = entry.partition(":")
-        side, _, stride = kind.partition("@")
-        kinds.append((int(side), int(stride or 1)))
+        kind, _, stride = kind.partition("@")
+        side, _, window = kind.partition("/")
+        kinds.append(Kind(int(side), int(stride or 1), int(window or 0)))
         weights.append(float(weight or 1))
     return kinds, np.array(weights) / sum(weights)
 
@@ -145,7 +201,7 @@ def parse_mix(text: str) -> tuple[list[tuple[int, int]], np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True, help="length of this phase")
-    parser.add_argument("--mix", default="128", help="picture sides and their weights")
+    parser.add_argument("--mix", default="128", help="kinds of steps and their weights")
     parser.add_argument("--decay", action="store_true", help="the rate falls to zero in this phase")
     parser.add_argument("--distil", action="store_true", help="learn guidance from the average")
     parser.add_argument("--muon", type=float, default=0.02)
@@ -190,7 +246,8 @@ def main() -> None:
         model.transformer.compile(dynamic=False)
         if teacher:
             teacher.transformer.compile(dynamic=False)
-    data = {side: Latents(side, COUNT[side], args.seed, args.several) for side, _ in kinds}
+    sides = {kind.side for kind in kinds}
+    data = {side: Latents(side, COUNT[side], args.seed, args.several) for side in sides}
 
     def save() -> None:
         state = {
@@ -210,11 +267,11 @@ def main() -> None:
     used = 0.0
     while used < budget:
         choice = np.random.default_rng((args.seed, step, 1)).choice(len(kinds), p=shares)
-        side, stride = kinds[int(choice)]
-        batch, grid, length = BATCH[side], side // 16, TEXT[side]
-        ids = positions(grid, grid, stride)
-        x0, noise, sigma, guidance, texts, weight = draw(
+        kind = kinds[int(choice)]
+        side, batch, length = kind.side, BATCH[kind.grid], TEXT[kind.grid]
+        x0, noise, sigma, guidance, texts, weight, ids = draw(
             data[side],
+            kind,
             (args.seed, step, rank),
             batch,
             seen.get(side, 0) + rank * batch,
@@ -244,10 +301,9 @@ def main() -> None:
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"loss {value} at step {step}")
-        kind = f"{side}@{stride}"
-        recent[kind] = recent.get(kind, value) * 0.95 + value * 0.05
+        recent[str(kind)] = recent.get(str(kind), value) * 0.95 + value * 0.05
         detail = " ".join(f"{k} {v:.4f}" for k, v in sorted(recent.items()))
-        tokens = batch * grid * grid * ranks
+        tokens = batch * kind.grid**2 * ranks
         clock.tick(step, value, tokens, budget - used, f"lr x{rate:.2f}  {detail}")
         if time.monotonic() - last_save > 120 and rank == 0:
             save()

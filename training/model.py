@@ -99,14 +99,17 @@ class TinyFlux(nn.Module):
         return self.t5(token_ids(self.t5_tokenizer, texts))[0][:, :length], pooled
 
     def forward(self, x, sigma, guidance, states, pooled, ids) -> torch.Tensor:
-        """Velocity [batch, tokens, 64] at `sigma` [batch]; `ids` from `positions`."""
+        """Velocity [batch, tokens, 64] at `sigma` [batch]; `ids` [tokens, 3] or one per picture."""
+        if ids.ndim == 3:  # diffusers knows ids of one picture: `rotate` takes the rows apart again
+            ids = torch.nn.functional.pad(ids, (0, 0, states.shape[1], 0)).flatten(0, 1)
+        text = torch.zeros(0 if ids.shape[0] > x.shape[1] else states.shape[1], 3)
         return self.transformer(
             hidden_states=x,
             encoder_hidden_states=states,
             pooled_projections=pooled,
             timestep=sigma,
             guidance=guidance,
-            txt_ids=torch.zeros(states.shape[1], 3),
+            txt_ids=text,
             img_ids=ids,
             return_dict=False,
         )[0]

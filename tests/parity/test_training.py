@@ -1,0 +1,60 @@
+"""The windows that the bundled model is trained on: where they lie, and at which positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import jitjax  # noqa: E402
+from training.flow import Kind, corner, parse_mix  # noqa: E402
+from training.model import TinyFlux, positions  # noqa: E402
+from training.scenes import training_scene  # noqa: E402
+
+pytestmark = pytest.mark.parity
+TOKENIZERS = Path(jitjax.__file__).parent / "checkpoints" / "tiny"
+
+
+def test_mix_names_kinds_and_shares():
+    kinds, shares = parse_mix("128@4:1,512/16:2,512:1")
+    assert kinds == [Kind(128, 4), Kind(512, 1, 16), Kind(512)]
+    assert [kind.grid for kind in kinds] == [8, 16, 32]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25])
+
+
+def test_a_window_holds_a_thing_or_lies_within_one():
+    rng = np.random.default_rng(0)
+
+    def fits(centre: float, radius: float, start: int) -> bool:
+        first, last = (centre - radius) * 32, (centre + radius) * 32
+        return (start <= first and last <= start + 16) or (first <= start and start + 16 <= last)
+
+    for _ in range(300):
+        scene = training_scene(rng)
+        row, column = corner(scene, 32, 16, rng)
+        assert 0 <= row <= 16
+        assert 0 <= column <= 16
+        assert any(fits(t.y, t.radius, row) and fits(t.x, t.radius, column) for t in scene.things)
+
+
+def test_each_picture_of_a_batch_may_have_positions_of_its_own():
+    torch.manual_seed(0)
+    model = TinyFlux(TOKENIZERS)
+    for p in model.transformer.parameters():  # many start at zero, and nothing would be seen
+        torch.nn.init.normal_(p, std=0.1)
+    x, sigma, told = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8]), torch.tensor([1.0, 3.0])
+    states, pooled = model.encode(["a red star", "two green rings"], 24)
+    ids = positions(4, 4).repeat(2, 1, 1)
+    ids[1, :, 1:] += torch.tensor([5.0, 16.0])
+    with torch.no_grad():
+        together = model(x, sigma, told, states, pooled, ids)
+        for i in range(2):
+            one = slice(i, i + 1)
+            alone = model(x[one], sigma[one], told[one], states[one], pooled[one], ids[i])
+            # float32, sums in another order
+            torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-4)
+        first = model(x, sigma, told, states, pooled, ids[0])
+    assert (first[1] - together[1]).abs().max() > 1e-2
