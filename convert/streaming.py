@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jitjax import checkpoint
+from jitjax.direct import aligned
 
 from .components import byte_bar
 from .engine import Shape
@@ -55,7 +56,7 @@ class Recycled:
                 memory = self._free.pop(fits)
             else:  # in place of the largest that is free, so that no more is kept than was needed
                 del self._free[-1:]
-                memory = np.empty(size, np.uint8)
+                memory = aligned(size)
         # All views have `root` as their base, not `memory`: when it goes, they are gone.
         root = np.frombuffer(memory.data, np.uint8, size)
         weakref.finalize(root, self._returned.append, memory).atexit = False

@@ -1,10 +1,10 @@
 """Arrays on disk: written piece by piece as they come, read on to any sharding.
 
 A part of a checkpoint is one orbax checkpoint, a Zarr array for each leaf. Orbax reads it, and
-writes all but the numbers: it takes whole leaves only, of which the largest of FLUX.1 has 3.6 GB,
-so the numbers are written by the library below it, tensorstore. No more than `AHEAD` bytes and one
-piece wait in memory to be written, no more than `GROUP` bytes or one leaf to be checked. Leaves are
-cut into chunks of at most `CHUNK` bytes along their first axes: a chunk is one range of memory.
+writes all but the numbers: it takes whole leaves only, of which the largest of FLUX.1 has 3.6 GB.
+Leaves are cut into chunks of at most `CHUNK` bytes along their first axes: a chunk is one range of
+memory and, as nothing is compressed, one file of the same bytes. No more than `AHEAD` bytes and one
+piece wait in memory to be written, no more than `GROUP` bytes or one leaf to be checked.
 
 Every leaf has a digest (XXH3, 128 bits: it finds damage at the speed of memory; it is no proof
 against somebody who damages on purpose).
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import jax
 import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jitjax.direct import write_file
 
 AHEAD = 128 * 2**20
 GROUP = 256 * 2**20
@@ -85,6 +88,23 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
+def chunks(
+    piece: np.ndarray, chunk: tuple[int, ...], start: int
+) -> Iterator[tuple[tuple[int, ...], np.ndarray, int]]:
+    """The chunks of a leaf that its rows from `start` on fill: index, bytes (uint8), full size.
+
+    At an array's end a chunk has fewer bytes than its full size. `chunk` is from `chunk_shape`.
+    """
+    if piece.ndim and start % chunk[0]:
+        raise ValueError(f"rows from {start} on do not begin a chunk of {chunk[0]}")
+    size = piece.itemsize * math.prod(chunk)
+    counts = [-(-n // c) for n, c in zip(piece.shape, chunk, strict=True)]
+    for index in np.ndindex(*counts):
+        where = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
+        part = np.ascontiguousarray(piece[where or ...]).reshape(-1).view(np.uint8)
+        yield (index[0] + start // chunk[0], *index[1:]) if index else (), part, size
+
+
 class Writer:
     """Writes one part; the checkpoint is complete with `finish`."""
 
@@ -93,14 +113,16 @@ class Writer:
         self._leaves = path.with_name(f"{path.name}.leaves")
         self._stores: dict[str, Any] = {}
         self._digests: dict[str, Digest] = {}
-        self._writing: deque[tuple[Any, int]] = deque()
+        self._writing: deque[tuple[Future[None], int]] = deque()
+        self._pool = ThreadPoolExecutor(2)
 
     def add(self, name: str, piece: np.ndarray, start: int, shape: tuple[int, ...]) -> None:
         """Give a leaf, or its next piece along its first axis.
 
         Args:
             name: its path in the tree, parts joined by "/".
-            piece: its rows from `start` on; not to be changed afterwards.
+            piece: its rows from `start` on; not to be changed afterwards. All but the last have
+                as many as the first.
             start: 0, or where the last piece ended.
             shape: of the whole leaf.
 
@@ -113,10 +135,12 @@ class Writer:
             self._stores[name] = self._try(lambda: self._open(name, piece, shape))
             self._digests[name] = Digest(shape, piece.dtype)
         self._digests[name].update(piece)
-        rows = self._stores[name][start : start + len(piece)]
-        self._writing.append(
-            (rows.write(piece, can_reference_source_data_indefinitely=True), piece.nbytes)
-        )
+        folder = self._leaves / _folder(name)
+        for key, part, size in chunks(
+            piece, self._stores[name].chunk_layout.write_chunk.shape, start
+        ):
+            path = folder.joinpath("c", *map(str, key))
+            self._writing.append((self._pool.submit(write_file, path, part, size), size))
         while sum(size for _, size in self._writing) > AHEAD:
             self._wait()
 
@@ -124,6 +148,7 @@ class Writer:
         """Make the checkpoint complete. Returns leaf -> digest of what was given to be written."""
         while self._writing:
             self._wait()
+        self._pool.shutdown()
         self._try(self._assemble)
         return {name: digest.hex() for name, digest in self._digests.items()}
 
@@ -142,8 +167,7 @@ class Writer:
                 "chunk_grid": grid,
                 "codecs": [codec],  # no compression: weights do not compress
             },
-            "context": {"file_io_sync": False},  # all at the end: the kernel writes meanwhile
-            "store_data_equal_to_fill_value": True,  # so that a chunk that is gone is seen
+            "context": {"file_io_sync": False},  # all at the end
         }
         return tensorstore.open(spec, create=True).result()
 
