@@ -2,7 +2,7 @@
 
     python -m training.curve                # training/flow.log to training/loss.png
 
-Minutes count only while a training ran. Each colour is one kind of picture (side@stride); a grey
+Minutes count only while a training ran. Each colour is one kind of step (`flow.Kind`); a grey
 line begins a new phase. Losses of different kinds, and from before and after a change of shift,
 guidance or weights, do not compare.
 """
@@ -32,7 +32,7 @@ def read(text: str) -> tuple[dict[str, tuple[list[float], list[float]]], list[fl
         elif 0 < (seconds - before) % 86_400 < 300:  # longer: the machine was stopped
             minutes += (seconds - before) % 86_400 / 60
         before, remaining = seconds, float(left)
-        for kind, loss in re.findall(r"(\d+@\d+) ([\d.]+)", kinds):
+        for kind, loss in re.findall(r"([\d/]+@\d+) ([\d.]+)", kinds):
             curves[kind][0].append(minutes)
             curves[kind][1].append(float(loss))
     return curves, phases
@@ -58,7 +58,10 @@ def main() -> None:
     for begin in phases:
         axes.axvline(begin, color="0.8", lw=0.8)
     for kind, (minutes, losses) in sorted(curves.items()):
-        axes.plot(minutes, losses, ".", ms=3, label=f"{kind.replace('@', ' px, stride ')}")
+        picture, _, stride = kind.partition("@")
+        side, _, window = picture.partition("/")
+        seen = f"windows of {window} tokens" if window else f"stride {stride}"
+        axes.plot(minutes, losses, ".", ms=3, label=f"{side} px, {seen}")
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("loss (moving mean)")
     axes.set_ylim(0.03, 0.6)
