@@ -149,8 +149,11 @@ PLANS: dict[str, Plan] = {
     "dense": Plan(50, schedule="shifted"),
     "4x": Plan(18, (0.35, 0.62, 1.0), (0.4, 0.65, 1.0)),
     "7x": Plan(11, (0.32, 0.6, 1.0), (0.4, 0.65, 1.0)),
+    "tuned-4x": Plan(13, (0.5, 1.0), (0.3, 1.0)),
+    "tuned-7x": Plan(8, (0.5, 1.0), (0.25, 1.0)),
 }
-"""The named plans: 50 dense steps, and the paper's two presets for FLUX.1-dev."""
+"""The named plans: 50 dense steps, the paper's two presets for FLUX.1-dev, and two of about their
+operations that were chosen on the bundled checkpoint (README, "Judging samplers")."""
 
 
 def get_plan(plan: str | Plan) -> Plan:

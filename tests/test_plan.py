@@ -51,3 +51,10 @@ def test_the_named_plans_are_the_papers():
     assert PLANS["4x"].budgets(4096) == (1433, 2539, 4096)
     assert PLANS["7x"].budgets(4096) == (1310, 2457, 4096)
     assert hash(PLANS["4x"]) == hash(PLANS["4x"].replace())
+
+
+def test_our_own_plans_differ_in_steps_and_stages_only():
+    for name, (steps, ends) in {"tuned-4x": (13, (3, 13)), "tuned-7x": (8, (2, 8))}.items():
+        plan = PLANS[name]
+        assert plan.stage_steps == ends
+        assert plan == Plan(steps, plan.densities, plan.stage_ends)

@@ -129,6 +129,7 @@ def test_matched_methods_cost_what_they_match():
     )
     assert methods["4x:hit-initial"].plan.microflow == "hit"
     assert methods["4x"].plan == jitjax.PLANS["4x"]
+    assert [name for name in methods if name.startswith("tuned")] == ["tuned-4x", "tuned-7x"]
 
 
 def test_a_plan_in_words():

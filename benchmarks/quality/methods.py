@@ -94,7 +94,8 @@ def all_methods(config: TransformerConfig, tokens: int, text: int) -> dict[str, 
         for peer in ("teacache", "taylor"):
             found[f"{peer}-{steps}"] = Method(Plan(PEER_STEPS, schedule="shifted"), peer, steps)
         for variant, changes in VARIANTS.items():
-            if plan.replace(**changes) != plan:
+            # Our own plans were chosen among such variants.
+            if not name.startswith("tuned") and plan.replace(**changes) != plan:
                 found[f"{name}:{variant}"] = Method(plan.replace(**changes))
     return found
 
