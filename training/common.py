@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 RUNS = Path(os.environ.get("JITJAX_TRAIN", "/var/tmp/jitjax-train"))
 
 
@@ -69,5 +70,4 @@ class Clock:
 
 def autocast() -> torch.autocast:
     """bfloat16 where the processor multiplies it; elsewhere float32, four times as fast there."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+    return torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import torch
 
+from training.common import FAST_BFLOAT16
+
 
 def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Newton-Schulz on [n, rows, columns]: about U V^T of each matrix's singular decomposition."""
     a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Muon's authors
     x = stack / (stack.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    x = x.bfloat16() if FAST_BFLOAT16 else x  # twice as fast, and exact enough
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     for _ in range(steps):
         g = x @ x.mT
         x = a * x + (b * g + c * g @ g) @ x
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(stack.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The windows that the bundled model is trained on: where they lie, and at which positions."""
+"""How the bundled model is trained: its windows, where they lie and at which positions; Muon."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 import jitjax  # noqa: E402
 from training.flow import Kind, corner, parse_mix  # noqa: E402
 from training.model import TinyFlux, positions  # noqa: E402
+from training.muon import orthogonalise  # noqa: E402
 from training.scenes import training_scene  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -58,3 +59,12 @@ def test_each_picture_of_a_batch_may_have_positions_of_its_own():
             torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-4)
         first = model(x, sigma, told, states, pooled, ids[0])
     assert (first[1] - together[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 48), (2, 96, 160), (2, 160, 96)])
+def test_muon_orthogonalises(shape):
+    """Singular values come near to 1, as near as the quintic brings them, and float32 stays."""
+    found = orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    assert found.dtype == torch.float32 and found.shape == shape
+    values = torch.linalg.svdvals(found)
+    assert values.median() > 0.7 and values.max() < 1.25
