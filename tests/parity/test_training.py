@@ -65,6 +65,8 @@ def test_each_picture_of_a_batch_may_have_positions_of_its_own():
 def test_muon_orthogonalises(shape):
     """Singular values come near to 1, as near as the quintic brings them, and float32 stays."""
     found = orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    assert found.dtype == torch.float32 and found.shape == shape
+    assert found.dtype == torch.float32
+    assert found.shape == shape
     values = torch.linalg.svdvals(found)
-    assert values.median() > 0.7 and values.max() < 1.25
+    assert values.median() > 0.7
+    assert values.max() < 1.25
