@@ -5,6 +5,7 @@
 
 Intervals are 95 % bootstrap intervals over prompts (all seeds of a prompt are drawn together);
 "against dense" is the paired difference to the 50-step dense solve of the same prompts and noise.
+The second table has the paired differences of JiT's plans to what costs about the same.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from benchmarks.quality.prompts import CATEGORIES
 from benchmarks.quality.scores import interval
 
 METRICS = ("psnr", "ssim", "features")
+ABOUT = 0.15  # of equal operations: the greatest difference, in natural logarithms
+Lines = dict[tuple[int, int], dict]  # of one method, by (prompt, seed)
 
 
-def read(path: Path) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
+def read(path: Path) -> tuple[dict, dict[str, Lines]]:
     """Settings, and per method its lines by (prompt, seed); a line cut short is left out.
 
     Raises:
@@ -35,13 +38,13 @@ def read(path: Path) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
     if not whole:
         raise ValueError(f"{path} has no whole line; expected what benchmarks.quality writes")
     head, *rest = (json.loads(line) for line in whole)
-    found: dict[str, dict[tuple[int, int], dict]] = defaultdict(dict)
+    found: dict[str, Lines] = defaultdict(dict)
     for line in rest:
         found[line["method"]][line["prompt"], line["seed"]] = line
     return head, found
 
 
-def merged(files: Sequence[Path]) -> tuple[dict, dict[str, dict[tuple[int, int], dict]]]:
+def merged(files: Sequence[Path]) -> tuple[dict, dict[str, Lines]]:
     """As `read`, of several files: settings are those of the first.
 
     Only pictures that every method has drawn are kept, so that all are compared on the same.
@@ -76,24 +79,46 @@ def per_prompt(values: dict[tuple[int, int], float]) -> np.ndarray:
     return np.array([np.mean(group) for group in grouped.values()])
 
 
-def summary(lines: dict[str, dict[tuple[int, int], dict]]) -> dict[str, dict]:
-    """Figures per method."""
-    verdicts = {
-        name: {task: float(line["verdict"]["right"]) for task, line in own.items()}
+def correct(own: Lines) -> dict[tuple[int, int], float]:
+    """1 or 0 per picture."""
+    return {task: float(line["verdict"]["right"]) for task, line in own.items()}
+
+
+def paired(own: Lines, other: Lines) -> tuple[float, tuple[float, float]]:
+    """Mean difference in `right` to another method on the same pictures, and its interval."""
+    base = correct(other)
+    values = per_prompt({task: value - base[task] for task, value in correct(own).items()})
+    return float(values.mean()), interval(values)
+
+
+def matched(lines: dict[str, Lines]) -> dict[str, dict[str, dict]]:
+    """Per JiT plan and method of about as many operations: what the plan has more in `right`."""
+    cost = {
+        name: float(np.mean([line["tflops"] for line in own.values()]))
         for name, own in lines.items()
     }
-    dense, found = verdicts[REFERENCE], {}
+    found: dict[str, dict[str, dict]] = {}
+    for plan in (name for name in lines if FAMILIES["JiT"][0](name)):
+        rivals = [n for n in lines if n != plan and abs(np.log(cost[n] / cost[plan])) < ABOUT]
+        found[plan] = {}
+        for rival in sorted(rivals):
+            mean, around = paired(lines[plan], lines[rival])
+            found[plan][rival] = {"difference": mean, "interval": around}
+    return found
+
+
+def summary(lines: dict[str, Lines]) -> dict[str, dict]:
+    """Figures per method."""
+    found = {}
     cost = next(iter(lines[REFERENCE].values()))["tflops"]
     for name, own in lines.items():
-        right = verdicts[name]
-        row = {"pictures": len(own), "right": float(per_prompt(right).mean())}
-        row["interval"] = interval(per_prompt(right))
-        difference = {task: value - dense[task] for task, value in right.items()}
-        row["against_dense"] = float(per_prompt(difference).mean())
-        row["against_dense_interval"] = interval(per_prompt(difference))
+        verdicts = correct(own)
+        row = {"pictures": len(own), "right": float(per_prompt(verdicts).mean())}
+        row["interval"] = interval(per_prompt(verdicts))
+        row["against_dense"], row["against_dense_interval"] = paired(own, lines[REFERENCE])
         row["categories"] = {}
         for category in CATEGORIES:
-            part = {t: v for t, v in right.items() if own[t]["category"] == category}
+            part = {t: v for t, v in verdicts.items() if own[t]["category"] == category}
             if part:
                 values = per_prompt(part)
                 row["categories"][category] = {
@@ -117,6 +142,11 @@ def summary(lines: dict[str, dict[tuple[int, int], dict]]) -> dict[str, dict]:
     return found
 
 
+def percent(mean: float, around: tuple[float, float]) -> str:
+    """A difference and its interval."""
+    return f"{mean:+.1%} ({around[0]:+.0%} to {around[1]:+.0%})"
+
+
 def markdown(rows: dict[str, dict], settings: dict) -> str:
     """What was run, and the table, cheapest methods last."""
     categories = [c for c in CATEGORIES if c in rows[REFERENCE]["categories"]]
@@ -125,18 +155,34 @@ def markdown(rows: dict[str, dict], settings: dict) -> str:
     out = [f"{name}: `{value}`  " for name, value in settings.items()] + [""]
     out += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["tflops"]):
-        low, high = row["against_dense_interval"]
         cells = [
             f"`{name}`",
             f"{row['evaluations']:.3g}",
             f"{row['fewer_flops']:.2f}",
             f"{row['faster']:.2f}" if row["faster"] else "",
             f"{row['right']:.1%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})",
-            "" if name == REFERENCE else f"{row['against_dense']:+.1%} ({low:+.0%} to {high:+.0%})",
+            ""
+            if name == REFERENCE
+            else percent(row["against_dense"], row["against_dense_interval"]),
             *(f"{row['categories'][c]['right']:.0%}" for c in categories),
         ]
         for metric, digits in zip(METRICS, (1, 3, 4), strict=True):
             cells.append(f"{row[metric]['mean']:.{digits}f}" if metric in row else "")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def markdown_matched(found: dict[str, dict[str, dict]]) -> str:
+    """A column per JiT plan, a row per method that costs about as much as one of them."""
+    out = [
+        "| what the plan has more in `right` than | " + " | ".join(f"`{p}`" for p in found) + " |"
+    ]
+    out += ["|---" * (len(found) + 1) + "|"]
+    for rival in dict.fromkeys(name for rivals in found.values() for name in rivals):
+        cells = [f"`{rival}`"]
+        for rivals in found.values():
+            one = rivals.get(rival)
+            cells.append(percent(one["difference"], one["interval"]) if one else "")
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
@@ -209,10 +255,11 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     rows = summary(lines)
-    table = markdown(rows, settings)
+    equal = matched(lines)
+    table = markdown(rows, settings) + "\n" + markdown_matched(equal)
     print(table)
     if args.json:
-        text = json.dumps({"settings": settings, "methods": rows}, indent=1)
+        text = json.dumps({"settings": settings, "methods": rows, "matched": equal}, indent=1)
         args.json.write_text(text + "\n")
     if args.markdown:
         args.markdown.write_text(table)

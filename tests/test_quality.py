@@ -287,6 +287,7 @@ def test_report(tmp_path):
 
     rows = [line(REFERENCE, n, s, n % 2 == 0, 10.0) for n in range(20) for s in (1, 2)]
     rows += [line("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
+    rows += [line("dense-11", n, s, n % 5 == 0, 2.3) for n in range(20) for s in (1, 2)]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
     with path.open("a") as file:  # a run that was killed while it wrote
@@ -300,15 +301,22 @@ def test_report(tmp_path):
     assert got["fewer_flops"] == pytest.approx(4)
     assert got["faster"] == pytest.approx(4)
     assert got["pictures"] == 40
+    equal = report.matched(lines)
+    assert set(equal) == {"4x"}
+    assert set(equal["4x"]) == {"dense-11"}  # not the full solve, of four times the operations
+    assert equal["4x"]["dense-11"]["difference"] == pytest.approx(0.05)
+    low, high = equal["4x"]["dense-11"]["interval"]
+    assert low < 0.05 < high
+    assert "| `dense-11` | +5.0% (" in report.markdown_matched(equal)
     other = tmp_path / "more.jsonl"
-    more = [line(m, 20, 1, True, 5.0) for m in (REFERENCE, "4x")] + [line("4x", 21, 1, True, 5.0)]
+    more = [line(m, 20, 1, True, 5.0) for m in lines] + [line("4x", 21, 1, True, 5.0)]
     other.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *more]) + "\n")
     together = report.merged([path, other])[1]
-    assert {name: len(own) for name, own in together.items()} == {REFERENCE: 41, "4x": 41}
+    assert {name: len(own) for name, own in together.items()} == dict.fromkeys(lines, 41)
     other.write_text(json.dumps({"split": "dev"}) + "\n")
     with pytest.raises(ValueError, match="split 'dev'; expected 'test'"):
         report.merged([path, other])
     told, table = report.markdown(report.summary(lines), settings).split("\n\n")
     assert told == "split: `test`  "
-    assert table.count("\n") == 4
+    assert table.count("\n") == 5
     assert "`4x`" in table

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +34,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["jitjax.convert.__main__", "orbax.checkpoint.experimental.v1"])
+
+# A shell in a mount namespace of its own, where the working directory is a file system of one
+# megabyte: `ON_ITS_OWN_DISK + [command]`. It is gone when the command ends.
+ON_ITS_OWN_DISK = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+ON_ITS_OWN_DISK += ['mount -t tmpfs -o size=1m tmpfs . && cd "$PWD" && eval "$0"']
 
 
 @pytest.fixture(scope="module")
@@ -253,16 +260,19 @@ def test_no_room_leaves_nothing(folder, tmp_path, limit):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path, capsys):
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*ON_ITS_OWN_DISK, "true"], capture_output=True).returncode != 0,
+    reason="needs Linux with user namespaces, to mount a file system without being root",
+)
+def test_a_full_disk_leaves_nothing(folder, tmp_path):
     """A file system of one megabyte, really full."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a file system here")
-    try:
-        assert main([str(folder), "--out", str(disk / "out")]) == 2
-        assert "cannot be written" in capsys.readouterr().err
-        assert not list(disk.iterdir())
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    convert = [sys.executable, "-m", "jitjax.convert", str(folder), "--out", "out"]
+    found = subprocess.run(
+        [*ON_ITS_OWN_DISK, f"{shlex.join(convert)}; echo $?; ls -A"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "cannot be written" in found.stderr
+    assert found.stdout.split() == ["2"]  # the exit status, and no file
