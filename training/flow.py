@@ -19,9 +19,9 @@ Several processes of one thread each beat one process of several threads here:
 `x_sigma = (1 - sigma) x0 + sigma noise` and the target is `noise - x0`. The data, noise and sigma
 of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil`
 guidance is learned, so that one forward pass does for two, as in FLUX.1-dev: the target becomes
-`noise - x0 + (g - 1) (u - u0)` with u and u0 the velocities, with and without prompt, of the frozen
-averaged weights, and g told as guidance. Its mean is the guided velocity, and the pictures go on
-teaching. Before that the guidance told is random and means nothing.
+`u0 + g (u - u0)` with u and u0 the velocities, with and without prompt, of the frozen averaged
+weights, and g told as guidance (Meng et al., arXiv 2210.03142). It has no noise of its own, so that
+what was learned is not lost to it. Before that the guidance told is random and means nothing.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def draw(
 
 
 @torch.no_grad()
-def push(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
-    """What guidance g adds to the velocity: `(g - 1) (u - u0)`, u0 that of the empty prompt."""
+def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
+    """The teacher's velocity under guidance g, `u0 + g (u - u0)`, u0 that of the empty prompt."""
     pair = []
     for words in ([""] * len(texts), texts):
-        pair.append(teacher(x, sigma, guidance, *teacher.encode(words, length), ids))
-    return (guidance[:, None, None] - 1) * (pair[1] - pair[0]).float()
+        pair.append(teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float())
+    return torch.lerp(*pair, guidance[:, None, None])
 
 
 def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
@@ -279,9 +279,9 @@ def main() -> None:
         )
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with autocast():
-            target = noise - x0
-            if teacher:
-                target = target + push(teacher, x, sigma, guidance, texts, ids, length)
+            target = (
+                guided(teacher, x, sigma, guidance, texts, ids, length) if teacher else noise - x0
+            )
             u = model(x, sigma, guidance, *model.encode(texts, length), ids)
         loss = (weight * (u.float() - target).square()).mean()
         loss.backward()
