@@ -91,22 +91,6 @@ def paired(own: Lines, other: Lines) -> tuple[float, tuple[float, float]]:
     return float(values.mean()), interval(values)
 
 
-def matched(lines: dict[str, Lines]) -> dict[str, dict[str, dict]]:
-    """Per JiT plan and method of about as many operations: what the plan has more in `right`."""
-    cost = {
-        name: float(np.mean([line["tflops"] for line in own.values()]))
-        for name, own in lines.items()
-    }
-    found: dict[str, dict[str, dict]] = {}
-    for plan in (name for name in lines if FAMILIES["JiT"][0](name)):
-        rivals = [n for n in lines if n != plan and abs(np.log(cost[n] / cost[plan])) < ABOUT]
-        found[plan] = {}
-        for rival in sorted(rivals):
-            mean, around = paired(lines[plan], lines[rival])
-            found[plan][rival] = {"difference": mean, "interval": around}
-    return found
-
-
 def summary(lines: dict[str, Lines]) -> dict[str, dict]:
     """Figures per method."""
     found = {}
@@ -142,9 +126,35 @@ def summary(lines: dict[str, Lines]) -> dict[str, dict]:
     return found
 
 
-def percent(mean: float, around: tuple[float, float]) -> str:
-    """A difference and its interval."""
-    return f"{mean:+.1%} ({around[0]:+.0%} to {around[1]:+.0%})"
+def is_plan(name: str) -> bool:
+    """Whether a method is one of JiT's named plans, with nothing of it changed."""
+    return ":" not in name and (name[:1].isdigit() or name.startswith("tuned"))
+
+
+def matched(lines: dict[str, Lines], rows: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """JiT's plans against what costs about the same.
+
+    Args:
+        lines: per method its lines.
+        rows: what `summary` makes of them.
+
+    Returns:
+        per plan and other method of operations within `ABOUT`, "difference" (what the plan has
+        more in `right`, -1 to 1) and its "interval".
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for plan in filter(is_plan, lines):
+        found[plan] = {}
+        for other in sorted(set(lines) - {plan}):
+            if abs(np.log(rows[other]["tflops"] / rows[plan]["tflops"])) < ABOUT:
+                mean, around = paired(lines[plan], lines[other])
+                found[plan][other] = {"difference": mean, "interval": around}
+    return found
+
+
+def cell(difference: float, around: tuple[float, float]) -> str:
+    """A difference and its interval, in per cent."""
+    return f"{difference:+.1%} ({around[0]:+.0%} to {around[1]:+.0%})"
 
 
 def markdown(rows: dict[str, dict], settings: dict) -> str:
@@ -161,9 +171,7 @@ def markdown(rows: dict[str, dict], settings: dict) -> str:
             f"{row['fewer_flops']:.2f}",
             f"{row['faster']:.2f}" if row["faster"] else "",
             f"{row['right']:.1%} ({row['interval'][0]:.0%} to {row['interval'][1]:.0%})",
-            ""
-            if name == REFERENCE
-            else percent(row["against_dense"], row["against_dense_interval"]),
+            "" if name == REFERENCE else cell(row["against_dense"], row["against_dense_interval"]),
             *(f"{row['categories'][c]['right']:.0%}" for c in categories),
         ]
         for metric, digits in zip(METRICS, (1, 3, 4), strict=True):
@@ -182,7 +190,7 @@ def markdown_matched(found: dict[str, dict[str, dict]]) -> str:
         cells = [f"`{rival}`"]
         for rivals in found.values():
             one = rivals.get(rival)
-            cells.append(percent(one["difference"], one["interval"]) if one else "")
+            cells.append(cell(one["difference"], one["interval"]) if one else "")
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
@@ -190,7 +198,7 @@ def markdown_matched(found: dict[str, dict[str, dict]]) -> str:
 FAMILIES = {  # in the plot: which methods, by name, and their marker
     "dense, FLUX's sigmas": (lambda n: n.startswith("dense") and not n.endswith("beta"), "o-"),
     "dense, Beta sigmas": (lambda n: n.startswith("dense") and n.endswith("beta"), "s-"),
-    "JiT": (lambda n: ":" not in n and (n[:1].isdigit() or n.startswith("tuned")), "D"),
+    "JiT": (is_plan, "D"),
     "TeaCache": (lambda n: n.startswith("teacache"), "^"),
     "Taylor": (lambda n: n.startswith("taylor"), "v"),
 }
@@ -255,7 +263,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     rows = summary(lines)
-    equal = matched(lines)
+    equal = matched(lines, rows)
     table = markdown(rows, settings) + "\n" + markdown_matched(equal)
     print(table)
     if args.json:

@@ -294,14 +294,15 @@ def test_report(tmp_path):
         file.write('{"method": "4x", "pro')
     settings, lines = report.merged([path])
     assert settings == {"split": "test"}
-    got = report.summary(lines)["4x"]
+    rows = report.summary(lines)
+    got = rows["4x"]
     assert got["right"] == pytest.approx(0.25)
     assert got["against_dense"] == pytest.approx(-0.25)
     assert got["against_dense_interval"][0] < -0.25 < got["against_dense_interval"][1]
     assert got["fewer_flops"] == pytest.approx(4)
     assert got["faster"] == pytest.approx(4)
     assert got["pictures"] == 40
-    equal = report.matched(lines)
+    equal = report.matched(lines, rows)
     assert set(equal) == {"4x"}
     assert set(equal["4x"]) == {"dense-11"}  # not the full solve, of four times the operations
     assert equal["4x"]["dense-11"]["difference"] == pytest.approx(0.05)
@@ -316,7 +317,7 @@ def test_report(tmp_path):
     other.write_text(json.dumps({"split": "dev"}) + "\n")
     with pytest.raises(ValueError, match="split 'dev'; expected 'test'"):
         report.merged([path, other])
-    told, table = report.markdown(report.summary(lines), settings).split("\n\n")
+    told, table = report.markdown(rows, settings).split("\n\n")
     assert told == "split: `test`  "
     assert table.count("\n") == 5
     assert "`4x`" in table

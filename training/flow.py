@@ -20,8 +20,8 @@ Several processes of one thread each beat one process of several threads here:
 of step i derive from the seed and i, so a resumed run goes on as it would have. With `--distil`
 guidance is learned, so that one forward pass does for two, as in FLUX.1-dev: the target becomes
 `u0 + g (u - u0)` with u and u0 the velocities, with and without prompt, of the frozen averaged
-weights, and g told as guidance (Meng et al., arXiv 2210.03142). It has no noise of its own, so that
-what was learned is not lost to it. Before that the guidance told is random and means nothing.
+weights, and g told as guidance (Meng et al., arXiv 2210.03142). Unlike `noise - x0` it is certain,
+given the noisy picture. Before that the guidance told is random and means nothing.
 """
 
 from __future__ import annotations
@@ -164,7 +164,10 @@ def draw(
 
 @torch.no_grad()
 def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
-    """The teacher's velocity under guidance g, `u0 + g (u - u0)`, u0 that of the empty prompt."""
+    """The teacher's velocity under guidance g, `u0 + g (u - u0)`, u0 that of the empty prompt.
+
+    Float32 like `x`, [batch, tokens, 64]; `guidance` [batch].
+    """
     pair = []
     for words in ([""] * len(texts), texts):
         pair.append(teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float())
