@@ -55,7 +55,7 @@ def merged(files: Sequence[Path]) -> tuple[dict, dict[str, Lines]]:
     """
     (settings, lines), *others = (read(path) for path in files)
     for path, (head, more) in zip(files[1:], others, strict=True):
-        for name in ("split", "side", "weights"):
+        for name in ("split", "side", "guidance", "weights"):
             if head.get(name) != settings.get(name):
                 raise ValueError(
                     f"{path} has {name} {head.get(name)!r}; expected {settings.get(name)!r}"

@@ -146,6 +146,7 @@ def main() -> None:
         "--part", default="1/1", help="K/N: only the K-th of N parts, for one process on each core"
     )
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
+    parser.add_argument("--guidance", type=float, default=3.5, help="strength (default: 3.5)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--quick", action="store_true", help="few methods, 6 pictures of 256 px")
@@ -167,7 +168,7 @@ def main() -> None:
             chosen[name] = methods[name] if name in methods else Method(parse_plan(name))
         except ValueError as error:
             parser.error(f"{error}; see --list for what has a name")
-    runner = Runner(params, grid)
+    runner = Runner(params, grid, args.guidance)
 
     tasks = [
         (number, prompt, seed)
@@ -179,7 +180,12 @@ def main() -> None:
         tasks = part_of(tasks, args.part)
     except ValueError as error:
         parser.error(str(error))
-    settings = {"split": args.split, "side": args.side, "weights": fingerprint(params)}
+    settings = {
+        "split": args.split,
+        "side": args.side,
+        "guidance": args.guidance,
+        "weights": fingerprint(params),
+    }
     done: dict[tuple[int, int], set[str]] = {}
     if args.out.exists():
         head, before = read(args.out)

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jitjax  # noqa: E402
-from training.flow import Kind, corner, parse_mix  # noqa: E402
+from training.flow import Kind, corner, guided, parse_mix  # noqa: E402
 from training.model import TinyFlux, positions  # noqa: E402
 from training.muon import orthogonalise  # noqa: E402
 from training.scenes import training_scene  # noqa: E402
@@ -70,3 +70,22 @@ def test_muon_orthogonalises(shape):
     values = torch.linalg.svdvals(found)
     assert values.median() > 0.7
     assert values.max() < 1.25
+
+
+def test_guidance_is_taught_along_the_line_from_the_empty_prompt():
+    torch.manual_seed(0)
+    teacher = TinyFlux(TOKENIZERS).requires_grad_(False)
+    for p in teacher.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, sigma, told = torch.randn(2, 16, 64), torch.tensor([0.3, 0.8]), torch.tensor([1.0, 3.0])
+    texts, ids = ["a red star", "two green rings"], positions(4, 4)
+    without, prompted = (
+        teacher(x, sigma, told, *teacher.encode(words, 24), ids) for words in (["", ""], texts)
+    )
+    taught = guided(teacher, x, sigma, told, texts, ids, 24)
+    assert (prompted - without).abs().max() > 1e-2
+    # float32; guidance 1 is the prompt's own velocity, guidance 3 thrice as far from the other
+    torch.testing.assert_close(taught[0], prompted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        taught[1], without[1] + 3 * (prompted[1] - without[1]), rtol=1e-5, atol=1e-5
+    )
