@@ -24,7 +24,7 @@ from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
 from jitjax.config import TransformerConfig
 from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
 from jitjax.models.layers import rotations
-from training.scenes import held_out
+from training.scenes import SIZES, held_out
 
 SIGMAS = jnp.linspace(1, 0, 29)
 NOISE = jax.random.normal(jax.random.key(0), (2, 5, 3))
@@ -50,7 +50,13 @@ def test_prompts_are_the_same_ones_and_unseen():
         assert len(set(p.seeds)) == 3
         for thing in p.scene.things:
             assert held_out(thing.shape, thing.colour, thing.size, thing.texture)
+            assert thing.texture == "plain"
             assert thing.shape in p.text
+            assert thing.colour in p.text
+        assert any(
+            size in p.text.replace("big", "large").replace("little", "small") for size in SIZES
+        )
+        assert f"{p.scene.background} background" in p.text
         if p.category in ("two", "position", "binding"):
             assert len({thing.shape for thing in p.scene.things}) == 2
         assert p.scene.relation in p.text

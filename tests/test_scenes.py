@@ -112,6 +112,27 @@ def test_things_keep_their_distance_on_the_grid_of_tokens(things, same):
                 assert gap >= 2 * TOKEN
 
 
+def test_only_medium_and_plain_go_without_saying():
+    silent = set()
+    for i, scene in enumerate(scenes(300)):
+        words = caption(scene, np.random.default_rng(i)).split()
+        (thing,) = scene.things
+        for value, said in (
+            (thing.size, {"small", "little", "medium", "medium-sized", "large", "big"}),
+            (thing.texture, {"striped", "checked", "chequered", "dotted"}),
+        ):
+            if not said & set(words):
+                silent.add(value)
+    assert silent == {"medium", "plain"}
+
+
+@pytest.mark.parametrize("things", [2, 3, 4])
+def test_all_things_of_a_scene_move_together(things):
+    layouts = {tuple((t.x, t.y) for t in s.things) for s in scenes(200, things=things, same=True)}
+    assert len(layouts) == 4
+    assert len({(b[0] - a[0], b[1] - a[1]) for a, b, *_ in layouts}) == 1
+
+
 def test_two_things_without_a_spoken_relation_stand_side_by_side():
     unsaid = 0
     for i in range(200):

@@ -46,8 +46,8 @@ BACKGROUNDS = {  # low saturation, well inside the two tones
 GROUNDS = ("plain", "graded")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-# Where the things of a scene stand, before each wanders. Of two with a relation, the first is left
-# of or above the other, and "right of" and "below" swap them.
+# Where the things of a scene stand, before they move together. Of two with a relation, the first is
+# left of or above the other, and "right of" and "below" swap them.
 BESIDE, STACKED = ((8, 16), (24, 16)), ((16, 8), (16, 24))
 PLACES = {
     1: ((16, 16),),
@@ -55,7 +55,7 @@ PLACES = {
     3: ((16, 8), (8, 24), (24, 24)),
     4: ((8, 8), (24, 8), (8, 24), (24, 24)),
 }
-ALONE, AMONG_OTHERS = (-2, 0, 2), (-1, 1)  # how far a thing wanders along each axis
+ALONE, SEVERAL = (-2, 2), (-1, 1)  # how far all things of a scene move, along each axis
 HELD_OUT_ONE_IN = 8
 
 
@@ -73,7 +73,6 @@ class Thing:
     rgb: tuple[float, float, float]
     tone: str = "white"
     angle: float = 0.0  # of the stripes, radians
-    phase: float = 0.0  # of the texture, periods
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ def _attributes(rng, sizes, unseen: bool) -> tuple[str, str, str, str]:
             return found
 
 
-def _thing(rng, shape, colour, size, texture, place: tuple[int, int], wander) -> Thing:
-    """A thing with the named attributes near `place` (in tokens); all else is random."""
-    x, y = (float(v) * TOKEN for v in np.add(place, rng.choice(wander, 2)))
+def _thing(rng, shape, colour, size, texture, place: np.ndarray) -> Thing:
+    """A thing with the named attributes at `place` (in tokens); all else is random."""
+    x, y = (float(v) * TOKEN for v in place)
     jitter = rng.uniform(-0.025, 0.025, 3)
     rgb = tuple(float(v) for v in np.clip(np.add(COLOURS[colour], jitter), 0, 1))
     angle = float(rng.integers(4)) * np.pi / 4
@@ -131,7 +130,6 @@ def _thing(rng, shape, colour, size, texture, place: tuple[int, int], wander) ->
         rgb,
         _pick(rng, TONES),
         angle,
-        float(rng.integers(3)) / 3,
     )
 
 
@@ -169,8 +167,9 @@ def random_scene(
         places = BESIDE if relation in ("left of", "right of") else STACKED
         if relation in ("right of", "below"):
             places = places[::-1]
+    places = np.add(places, rng.choice(ALONE if things == 1 else SEVERAL, 2))
     found = tuple(
-        _thing(rng, *attributes, place, ALONE if things == 1 else AMONG_OTHERS)
+        _thing(rng, *attributes, place)
         for attributes, place in zip((first, *wanted), places, strict=True)
     )
     background, ground, slope, ramp = _ground(rng)
@@ -221,12 +220,16 @@ def caption(
     background: bool | None = None,
     relation: bool | None = None,
 ) -> str:
-    """A caption that names shapes and colours always, and the rest as asked (None: at random)."""
+    """A caption that names shapes and colours always, and the rest as asked.
+
+    None: at random where it goes without saying (medium, plain, whatever background), else always.
+    """
 
     def mentions(thing: Thing) -> tuple[bool, bool]:
-        p_texture = 0.2 if thing.texture == "plain" else 0.75
+        p_size = 0.5 if thing.size == "medium" else 1
+        p_texture = 0.2 if thing.texture == "plain" else 1
         return (
-            bool(rng.uniform() < 0.7) if size is None else size,
+            bool(rng.uniform() < p_size) if size is None else size,
             bool(rng.uniform() < p_texture) if texture is None else texture,
         )
 
@@ -300,13 +303,12 @@ def second_tone(thing: Thing, x: np.ndarray, y: np.ndarray, pixels: int) -> np.n
         return (np.abs(np.mod(s, 1) - 0.5) - 0.25) * scale
 
     if thing.texture == "striped":
-        s = (x * np.cos(thing.angle) + y * np.sin(thing.angle)) / PERIOD + thing.phase
-        distance = stripe(s)
+        distance = stripe((x * np.cos(thing.angle) + y * np.sin(thing.angle)) / PERIOD)
     elif thing.texture == "checked":
-        a, b = stripe(x / PERIOD + thing.phase), stripe(y / PERIOD + thing.phase)
+        a, b = stripe(x / PERIOD), stripe(y / PERIOD)
         distance = np.where((a < 0) == (b < 0), -1, 1) * np.minimum(np.abs(a), np.abs(b))
     elif thing.texture == "dotted":
-        a, b = np.mod(x / PERIOD + thing.phase, 1) - 0.5, np.mod(y / PERIOD + thing.phase, 1) - 0.5
+        a, b = np.mod(x / PERIOD, 1) - 0.5, np.mod(y / PERIOD, 1) - 0.5
         distance = (np.hypot(a, b) - 0.29) * scale
     else:
         return np.zeros_like(x)

@@ -1,8 +1,10 @@
 """Six kinds of prompts, GenEval's in miniature, each with what the checker must find.
 
-Things come from the combinations of attributes that training never drew. A prompt's scene, caption
-and noise seeds derive from (split, category, its number) alone: more prompts begin with the same
-ones, and what is tuned on "dev" has not seen "test".
+Things come from the combinations of attributes that training never drew, and the prompt names these
+attributes, so that little else fits it: shape, colour and size (that they are plain goes without
+saying), and the background. A prompt's scene, caption and noise seeds derive from (split, category,
+its number) alone: more prompts begin with the same ones, and what is tuned on "dev" has not seen
+"test".
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Prompt:
 
     Attributes:
         text: the prompt.
-        scene: what it asks for; of things that it does not name, such as places, one example.
+        scene: what it asks for; of what it does not name, such as places, one example.
         category: a key of `CATEGORIES`.
         seeds: of the noise, one per picture.
     """
@@ -52,24 +54,24 @@ def prompt(category: str, number: int, split: str = "test", seeds: int = 3) -> P
     rng = np.random.default_rng((zlib.crc32(f"{split}/{category}".encode()), number))
     noise = tuple(int(seed) for seed in rng.integers(2**31, size=16)[:seeds])
     if category in ("single", "colour"):
-        scene = random_scene(rng, unseen=True)
+        scene = _scene(rng)
     elif category == "counting":
-        scene = random_scene(rng, things=2 + number % 3, same=True, unseen=True)
+        scene = _scene(rng, things=2 + number % 3, same=True)
     else:
-        scene = _distinct(rng, CATEGORIES[category])
+        scene = _scene(rng, CATEGORIES[category], things=2)
     if category != "position":
         scene = replace(scene, relation="")
-    size = "size" in CATEGORIES[category]
-    text = caption(scene, rng, size, texture=False, background=False, relation=True)
+    text = caption(scene, rng, size=True, texture=False, background=True, relation=True)
     return Prompt(text, scene, category, noise)
 
 
-def _distinct(rng: np.random.Generator, attributes: tuple[str, ...]) -> Scene:
-    """Two things that differ in all of `attributes`."""
+def _scene(rng: np.random.Generator, differing: tuple[str, ...] = (), **options) -> Scene:
+    """Unseen things, all plain; no two are alike in any of `differing`."""
     while True:
-        scene = random_scene(rng, things=2, unseen=True)
-        a, b = scene.things
-        if all(getattr(a, name) != getattr(b, name) for name in attributes):
+        scene = random_scene(rng, unseen=True, **options)
+        plain = all(thing.texture == "plain" for thing in scene.things)
+        kinds = (len({getattr(thing, name) for thing in scene.things}) for name in differing)
+        if plain and all(count == len(scene.things) for count in kinds):
             return scene
 
 
