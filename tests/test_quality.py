@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import jitjax
-from benchmarks import report
+from benchmarks import readme, report
 from benchmarks.quality import flops, peers, scores
 from benchmarks.quality.__main__ import part_of
 from benchmarks.quality.methods import (
@@ -327,3 +328,15 @@ def test_report(tmp_path):
     assert told == "split: `test`  "
     assert table.count("\n") == 5
     assert "`4x`" in table
+
+
+def test_the_readme_has_the_figures_of_the_table():
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "docs/quality.json").read_text())["methods"]
+    text = (root / "README.md").read_text()
+    assert readme.filled(text, rows) == text
+    rows["4x"]["right"] += 0.02
+    assert readme.filled(text, rows) != text
+    header = next(iter(readme.TABLES))
+    with pytest.raises(ValueError, match="README has 0 lines"):
+        readme.filled(text.replace(header, ""), rows)

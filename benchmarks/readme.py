@@ -1,0 +1,149 @@
+"""Fills the README's tables of the quality benchmark from docs/quality.json.
+
+    python -m benchmarks.readme
+
+Each table is known by its header line, which stays as it is, and so does all other text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.quality.methods import REFERENCE
+from benchmarks.quality.prompts import CATEGORIES
+
+Rows = dict[str, dict]  # figures per method, as `report.summary` makes them
+PLANS = {"`dense`": REFERENCE} | {f"`{n}`": n for n in ("4x", "tuned-4x", "7x", "tuned-7x")}
+METHODS = {
+    "`dense-50`": REFERENCE,
+    "`dense-28`": "dense-28",
+    "`dense-18`": "dense-18",
+    "`dense-12`": "dense-12",
+    "`dense-11`, FLUX's sigmas": "dense-11",
+    "`dense-11-beta`, the plan's sigmas": "dense-11-beta",
+    "`teacache-11`, 28 steps": "teacache-11",
+    "`taylor-11`, 28 steps": "taylor-11",
+    "**`4x`**": "4x",
+    "**`tuned-4x`**": "tuned-4x",
+    "`dense-7`": "dense-7",
+    "`dense-7-beta`": "dense-7-beta",
+    "**`tuned-7x`**": "tuned-7x",
+    "**`7x`**": "7x",
+    "`dense-6`": "dense-6",
+    "`dense-6-beta`": "dense-6-beta",
+    "`teacache-6`, 28 steps": "teacache-6",
+    "`taylor-6`, 28 steps": "taylor-6",
+}
+VARIANTS = {
+    "the plan itself": "",
+    "random later anchors": ":random",
+    "fixed grid": ":grid",
+    "no lift": ":no-lift",
+    "linear lift": ":linear",
+    "no micro-flow": ":no-microflow",
+    "blend, initial noise": ":blend-initial",
+    "hit, fresh noise": ":hit-fresh",
+    "hit, initial noise": ":hit-initial",
+}
+
+
+def share(value: float) -> str:
+    """A share in whole per cent."""
+    return f"{100 * value:.0f}%"
+
+
+def around(interval: list[float], sign: str = "") -> str:
+    """An interval of shares in whole per cent, without the sign for per cent."""
+    low, high = (round(100 * end) for end in interval)
+    return f"{low:{sign}d} to {high:{sign}d}"
+
+
+def scored(row: dict) -> str:
+    """How often a method is right, and the interval."""
+    return f"{share(row['right'])} ({around(row['interval'])})"
+
+
+def plans(rows: Rows) -> list[list[str]]:
+    """Per plan how often it is right, by category."""
+    return [
+        [
+            label,
+            share(rows[name]["right"]),
+            around(rows[name]["interval"]),
+            *(share(rows[name]["categories"][category]["right"]) for category in CATEGORIES),
+        ]
+        for label, name in PLANS.items()
+    ]
+
+
+def methods(rows: Rows) -> list[list[str]]:
+    """Methods with their operations and their distance to 50 dense steps."""
+    found = []
+    for label, name in METHODS.items():
+        row = rows[name]
+        cells = [label, f"{row['fewer_flops']:.2g}", scored(row), "", "", ""]
+        if name != REFERENCE:
+            difference = round(100 * row["against_dense"])
+            cells[3:] = [
+                f"{difference:+d} ({around(row['against_dense_interval'], '+')})",
+                f"{row['psnr']['mean']:.0f} dB",
+                f"{row['features']['mean']:.2f}",
+            ]
+        found.append(cells)
+    return found
+
+
+def variants(rows: Rows) -> list[list[str]]:
+    """What each choice of a plan is worth."""
+    found = []
+    for label, suffix in VARIANTS.items():
+        cells = [label]
+        for plan in ("4x", "7x"):
+            row = rows[plan + suffix]
+            cells += [scored(row), f"{row['psnr']['mean']:.1f} dB"]
+        found.append(cells)
+    return found
+
+
+TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
+    f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plans,
+    f"| method | FLOPs ÷ | right | paired difference to `{REFERENCE}` | PSNR to it | features |": (
+        methods
+    ),
+    "| variant | `4x` right | PSNR | `7x` right | PSNR |": variants,
+}
+
+
+def filled(text: str, rows: Rows) -> str:
+    """The README with its tables made anew.
+
+    Raises:
+        ValueError: a table's header is not there, once.
+    """
+    lines = text.split("\n")
+    for header, make in TABLES.items():
+        if lines.count(header) != 1:
+            raise ValueError(f"README has {lines.count(header)} lines {header!r}; expected one")
+        start = lines.index(header) + 2  # past the rule
+        end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(rows)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the tables in place."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, default=Path("docs/quality.json"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    args = parser.parse_args()
+    rows = json.loads(args.json.read_text())["methods"]
+    args.readme.write_text(filled(args.readme.read_text(), rows))
+
+
+if __name__ == "__main__":
+    main()
