@@ -49,7 +49,8 @@ SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
 BATCH = {8: 48, 16: 16, 32: 4}  # by the tokens along a side
 COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # pictures; each meets many captions and noises
-LAST = 0.25  # of a batch has sigmas from 0.7 to 1 before the shift, evenly: 0.95 to 1 of 512 px
+HIGH = {8: 0.8, 16: 0.25, 32: 0.25}
+"""Share of a batch whose sigmas lie evenly from 0.7 to 1 before the shift: 0.95 to 1 of 512 px."""
 TEXT = {8: 24, 16: 24, 32: None}  # text states that the transformer sees; None: all
 
 
@@ -151,9 +152,10 @@ def draw(
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     # Outlines are decided at sigma 0.85 to 0.98 of 512 px, from 0.4 to 0.85 before the shift; what
     # a caption asks for is learned where the picture does not show it yet: hence the last quarter.
-    low = (uniform / (1 - LAST)).clamp(1e-4, 1 - 1e-4)
+    high = HIGH[n]
+    low = (uniform / (1 - high)).clamp(1e-4, 1 - 1e-4)
     sigma = torch.sigmoid(0.4 + 0.9 * torch.special.ndtri(low))
-    sigma = torch.where(uniform < 1 - LAST, sigma, 1 - 0.3 * (1 - uniform) / LAST)
+    sigma = torch.where(uniform < 1 - high, sigma, 1 - 0.3 * (1 - uniform) / high)
     sigma = sigma[torch.randperm(batch, generator=generator)]
     weight = emphasis(scenes, whole, sigma)
     weight = torch.stack(
@@ -227,6 +229,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = TinyFlux()
+    model.t5.requires_grad_(False)  # training.grammar taught it, and velocities would untie it
     named = dict(model.named_parameters())
     print({k: sum(p.numel() for p in m.parameters()) for k, m in model.named_children()})
     muon, adam = optimizers(model, args.muon, args.adam)

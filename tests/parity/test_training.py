@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import jitjax  # noqa: E402
+from training import grammar  # noqa: E402
 from training.flow import Kind, corner, guided, parse_mix  # noqa: E402
 from training.model import TinyFlux, positions  # noqa: E402
 from training.muon import orthogonalise  # noqa: E402
-from training.scenes import training_scene  # noqa: E402
+from training.scenes import holds, training_scene  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOKENIZERS = Path(jitjax.__file__).parent / "checkpoints" / "tiny"
@@ -89,3 +90,39 @@ def test_guidance_is_taught_along_the_line_from_the_empty_prompt():
     torch.testing.assert_close(
         taught[1], without[1] + 3 * (prompted[1] - without[1]), rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_grammar_names_the_things_of_each_phrase():
+    rng = np.random.default_rng(0)
+    two = 0
+    for _ in range(200):
+        scene = training_scene(rng)
+        text = grammar.caption(scene, rng)
+        phrases = grammar.answers(scene, text)
+        for (start, end, facts), thing in zip(phrases, scene.things, strict=False):
+            words = text[start:end]
+            assert thing.shape in words
+            assert thing.colour in words
+            assert "background" not in words
+            said = [tuple(names)[k] for names, k in zip(grammar.HEADS.values(), facts, strict=True)]
+            assert said[:2] == [thing.shape, thing.colour]
+            assert said[2:4] == [thing.size, thing.texture]
+        if len(phrases) == 2:
+            places = [grammar.PLACES[facts[-1]] for _, _, facts in phrases]
+            assert holds(places[0], *scene.things)
+            assert holds(places[1], *scene.things[::-1])
+            two += 1
+    assert two > 40
+
+
+def test_the_grammar_labels_the_words_of_phrases_alone():
+    tokenizer = TinyFlux(TOKENIZERS).t5_tokenizer
+    ids, labels = grammar.batch(tokenizer, np.random.default_rng(1), 16)
+    assert ids.shape == (16, grammar.WIDTH)
+    assert labels.shape == (16, grammar.WIDTH, len(grammar.HEADS))
+    for row, label in zip(ids, labels, strict=True):
+        words = tokenizer.convert_ids_to_tokens(row.tolist())
+        named = {word.strip("▁") for word, facts in zip(words, label, strict=True) if facts[0] >= 0}
+        assert not named & {"on", "against", "background", "and", "left", "</s>", "<pad>"}
+        assert named & set(grammar.COLOURS)
+        assert any(word.startswith(shape) for word in named for shape in grammar.SHAPES)
