@@ -49,8 +49,8 @@ SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
 BATCH = {8: 48, 16: 16, 32: 4}  # by the tokens along a side
 COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # pictures; each meets many captions and noises
-HIGH = {8: 0.8, 16: 0.25, 32: 0.25}
-"""Share of a batch whose sigmas lie evenly from 0.7 to 1 before the shift: 0.95 to 1 of 512 px."""
+HIGH = {8: (0.8, 0.85), 16: (0.25, 0.7), 32: (0.25, 0.7)}
+"""Share of a batch whose sigmas lie evenly from the second number to 1, before the shift."""
 TEXT = {8: 24, 16: 24, 32: None}  # text states that the transformer sees; None: all
 
 
@@ -131,8 +131,13 @@ def draw(
 ):
     """The batch of a step: (x0, noise, sigma, guidance, captions, weight, ids); from `seed`."""
     rng = np.random.default_rng(seed)
-    z, scenes = latents.batch(position, batch)
     whole, n = kind.side // 16, kind.grid
+    if n == 8:  # mostly of things that differ: which of them stands where?
+        z, scenes = latents.batch(int(rng.integers(latents.count)), 3 * batch)
+        chosen = sorted(range(len(scenes)), key=lambda i: not scenes[i].relation)[:batch]
+        z, scenes = z[chosen], [scenes[i] for i in chosen]
+    else:
+        z, scenes = latents.batch(position, batch)
     corners = [(0, 0)] * batch
     if kind.window:
         corners = [corner(scene, whole, n, rng) for scene in scenes]
@@ -152,10 +157,10 @@ def draw(
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     # Outlines are decided at sigma 0.85 to 0.98 of 512 px, from 0.4 to 0.85 before the shift; what
     # a caption asks for is learned where the picture does not show it yet: hence the last quarter.
-    high = HIGH[n]
+    high, least = HIGH[n]
     low = (uniform / (1 - high)).clamp(1e-4, 1 - 1e-4)
     sigma = torch.sigmoid(0.4 + 0.9 * torch.special.ndtri(low))
-    sigma = torch.where(uniform < 1 - high, sigma, 1 - 0.3 * (1 - uniform) / high)
+    sigma = torch.where(uniform < 1 - high, sigma, 1 - (1 - least) * (1 - uniform) / high)
     sigma = sigma[torch.randperm(batch, generator=generator)]
     weight = emphasis(scenes, whole, sigma)
     weight = torch.stack(
@@ -164,7 +169,7 @@ def draw(
     weight = (weight / weight.mean()).flatten(1)[..., None]
     shift = SHIFT[kind.side]
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    guidance = 1 + 4 * torch.rand(batch, generator=generator)
+    guidance = 2 + 2 * torch.rand(batch, generator=generator)  # about what users ask for, 3.5
     return x0, noise, sigma, guidance, texts, weight, ids
 
 

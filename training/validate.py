@@ -1,5 +1,8 @@
 """The velocity's mean squared error on scenes that the training never drew, per noise level.
 
+And in how many scenes of two things the model tells, from noise alone, which of them stands where:
+whether the picture that it expects is nearer to the scene than to the one with both exchanged.
+
     python -m training.validate --flow /var/tmp/jitjax-train/flow.pt
 
 Averaged weights, pictures of 512 px, every scene with one caption and one noise that are the same
@@ -11,6 +14,7 @@ know: compare checkpoints, not levels.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +25,50 @@ from training.export import trained
 from training.flow import COUNT
 from training.latents import Latents
 from training.model import TinyFlux, pack, positions
-from training.scenes import caption
+from training.scenes import Scene, caption, random_scene
 
 SIDE, BATCH = 512, 8
 
 
 @torch.no_grad()
+def velocity(model: TinyFlux, x: torch.Tensor, texts: list[str], sigma: float) -> torch.Tensor:
+    """Of whole pictures at one noise level, float32 like `x`: [batch, tokens, 64]."""
+    grid = SIDE // 16
+    level, told = torch.full((len(x),), sigma), torch.ones(len(x))
+    ids = positions(grid, grid).repeat(len(x), 1, 1)
+    with autocast():
+        return model(x, level, told, *model.encode(texts), ids).float()
+
+
 def errors(
     model: TinyFlux, x0: torch.Tensor, texts: list[str], sigma: float, seed: int
 ) -> list[float]:
     """Mean squared error of each picture's velocity; `x0` [batch, tokens, 64], noise by `seed`."""
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
-    level = torch.full((len(x0),), sigma)
-    grid = SIDE // 16
-    with autocast():
-        u = model(
-            torch.lerp(x0, noise, level[:, None, None]),
-            level,
-            torch.ones(len(x0)),
-            *model.encode(texts),
-            positions(grid, grid).repeat(len(x0), 1, 1),
-        )
-    return (u.float() - (noise - x0)).square().mean((1, 2)).tolist()
+    u = velocity(model, torch.lerp(x0, noise, sigma), texts, sigma)
+    return (u - (noise - x0)).square().mean((1, 2)).tolist()
+
+
+def exchanged(scene: Scene) -> Scene:
+    """The scene with each of its two things in the other's place."""
+    a, b = scene.things
+    return replace(scene, things=(replace(b, x=a.x, y=a.y), replace(a, x=b.x, y=b.y)))
+
+
+def tell_apart(model: TinyFlux, latents: Latents, count: int, seed: int) -> int:
+    """In how many of `count` unseen scenes of two things each is expected in its own place."""
+    right = 0
+    for at in range(0, count, BATCH):
+        rng = np.random.default_rng((seed, at))
+        scenes = [random_scene(rng, 2, unseen=True) for _ in range(BATCH)]
+        texts = [caption(scene, rng) for scene in scenes]
+        own = pack(latents.encode(scenes).float())
+        other = pack(latents.encode([exchanged(scene) for scene in scenes]).float())
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed + at))
+        expected = noise - velocity(model, noise, texts, 1.0)
+        near, far = ((expected - x0).square().sum((1, 2)) for x0 in (own, other))
+        right += int((near < far).sum())
+    return right
 
 
 def main() -> None:
@@ -70,6 +96,8 @@ def main() -> None:
             part = slice(at, at + BATCH)
             found += errors(model, x0[part], texts[part], sigma, args.seed + at)
         print(f"{sigma:5.2f}  {np.mean(found):.4f}  {np.std(found) / len(found) ** 0.5:.4f}")
+    told = tell_apart(model, latents, args.scenes, args.seed)
+    print(f"which of two things stands where, from noise alone: {told} of {args.scenes}")
 
 
 if __name__ == "__main__":
