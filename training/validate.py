@@ -6,9 +6,9 @@ whether the picture that it expects is nearer to the scene than to the one with 
     python -m training.validate --flow /var/tmp/jitjax-train/flow.pt
 
 Averaged weights, pictures of 512 px, every scene with one caption and one noise that are the same
-for all checkpoints. Told guidance 1, which the distillation no longer teaches (2 to 4):
-compare the errors of models before it. Much of the error at high sigma is what the noise leaves open, which no model can
-know: compare checkpoints, not levels.
+for all checkpoints. Told guidance 1, which the distillation no longer teaches (2 to 4): compare the
+errors of models before it. Much of the error at high sigma is what the noise leaves open, which no
+model can know: compare checkpoints, not levels.
 """
 
 from __future__ import annotations
