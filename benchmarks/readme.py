@@ -120,9 +120,16 @@ TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
 def filled(text: str, rows: Rows) -> str:
     """The README with its tables made anew.
 
+    Args:
+        text: the README.
+        rows: figures per method, of all that its tables name.
+
     Raises:
-        ValueError: a table's header is not there, once.
+        ValueError: a table's header is not there, once; or a method is not in `rows`.
     """
+    wanted = {*METHODS.values()} | {p + v for p in ("4x", "7x") for v in VARIANTS.values()}
+    if missing := sorted(wanted - set(rows)):
+        raise ValueError(f"no figures of {', '.join(missing)}; expected all that README names")
     lines = text.split("\n")
     for header, make in TABLES.items():
         if lines.count(header) != 1:

@@ -335,6 +335,8 @@ def test_the_readme_has_the_figures_of_the_table():
     rows = json.loads((root / "docs/quality.json").read_text())["methods"]
     text = (root / "README.md").read_text()
     assert readme.filled(text, rows) == text
+    with pytest.raises(ValueError, match=r"no figures of 7x:grid; expected"):
+        readme.filled(text, {name: row for name, row in rows.items() if name != "7x:grid"})
     rows["4x"]["right"] += 0.02
     assert readme.filled(text, rows) != text
     header = next(iter(readme.TABLES))

@@ -1,4 +1,4 @@
-"""Trains the transformer and both text encoders with flow matching.
+"""Trains the transformer and CLIP with flow matching; T5 is `training.grammar`'s and frozen.
 
 One run is a sequence of phases, each one command; the checkpoint carries over:
 
@@ -11,7 +11,9 @@ One run is a sequence of phases, each one command; the checkpoint carries over:
 picture of 512 px; `128` has the positions that FLUX gives to 128 px. `512/16` means windows of
 16 x 16 tokens out of pictures of 512 px, around one of their things, at the positions they have
 there and under the whole caption (Patch Diffusion, arXiv 2304.12526): outlines are learned from a
-quarter of the tokens, and whole pictures are needed for what reaches across them.
+quarter of the tokens, and whole pictures are needed for what reaches across them. `512/8` are
+windows within one of two things that differ, mostly at noise that hides which: there the caption
+has to tell.
 
 Several processes of one thread each beat one process of several threads here:
 `torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
@@ -49,8 +51,9 @@ SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
 BATCH = {8: 48, 16: 16, 32: 4}  # by the tokens along a side
 COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # pictures; each meets many captions and noises
-HIGH = {8: (0.8, 0.85), 16: (0.25, 0.7), 32: (0.25, 0.7)}
-"""Share of a batch whose sigmas lie evenly from the second number to 1, before the shift."""
+HIGH, HIGH_WITHIN = (0.25, 0.7), (0.8, 0.85)
+"""Share of a batch whose sigmas lie evenly from the second number to 1, before the shift; and the
+same of windows within a thing."""
 TEXT = {8: 24, 16: 24, 32: None}  # text states that the transformer sees; None: all
 
 
@@ -66,6 +69,11 @@ class Kind:
     def grid(self) -> int:
         """Tokens along a side of what is seen."""
         return self.window or self.side // 16
+
+    @property
+    def within(self) -> bool:
+        """Whether the window is no wider than the smallest thing (`scenes.SIZES`)."""
+        return 0 < self.window <= 8
 
     def __str__(self) -> str:
         window = f"/{self.window}" if self.window else ""
@@ -132,7 +140,7 @@ def draw(
     """The batch of a step: (x0, noise, sigma, guidance, captions, weight, ids); from `seed`."""
     rng = np.random.default_rng(seed)
     whole, n = kind.side // 16, kind.grid
-    if n == 8:  # mostly of things that differ: which of them stands where?
+    if kind.within:  # as far as there are: scenes of two things that differ
         z, scenes = latents.batch(int(rng.integers(latents.count)), 3 * batch)
         chosen = sorted(range(len(scenes)), key=lambda i: not scenes[i].relation)[:batch]
         z, scenes = z[chosen], [scenes[i] for i in chosen]
@@ -157,7 +165,7 @@ def draw(
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     # Outlines are decided at sigma 0.85 to 0.98 of 512 px, from 0.4 to 0.85 before the shift; what
     # a caption asks for is learned where the picture does not show it yet: hence the last quarter.
-    high, least = HIGH[n]
+    high, least = HIGH_WITHIN if kind.within else HIGH
     low = (uniform / (1 - high)).clamp(1e-4, 1 - 1e-4)
     sigma = torch.sigmoid(0.4 + 0.9 * torch.special.ndtri(low))
     sigma = torch.where(uniform < 1 - high, sigma, 1 - (1 - least) * (1 - uniform) / high)

@@ -1,6 +1,6 @@
 """Teaches the T5 encoder the grammar of captions, as FLUX's T5 knows it before it meets a picture.
 
-    python -m training.grammar --steps 3000
+    python -m training.grammar --steps 3000     # a new checkpoint, where there is none yet
 
 In each word of a thing's phrase ("a large red ring") linear heads are to find that thing's
 attributes, and where it stands. By the velocity alone this is hardly ever taught: a picture shows
@@ -86,6 +86,15 @@ def batch(tokenizer, rng: np.random.Generator, size: int, unseen: bool = False):
     return token_ids(tokenizer, texts)[:, :WIDTH], labels
 
 
+def store(saved: dict, t5: nn.Module) -> None:
+    """Puts the encoder into a checkpoint of `training.flow`, as its weights and their average.
+
+    The weights have the embedding under both its names: the one that is loaded last counts.
+    """
+    for part, values in (("weights", t5.state_dict()), ("average", dict(t5.named_parameters()))):
+        saved[part] |= {f"t5.{name}": value.detach().clone() for name, value in values.items()}
+
+
 def main() -> None:
     """Train the encoder in place, and say how often each head is right on unseen combinations."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,10 +106,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    model = TinyFlux()
     saved = load_if_there(args.flow)
     if saved is None:
-        parser.error(f"no checkpoint at {args.flow}: run training.flow or training.restore")
-    model = TinyFlux()
+        average = {name: p.detach() for name, p in model.named_parameters()}
+        saved = {"weights": model.state_dict(), "average": average, "step": 0, "positions": {}}
     model.load_state_dict(saved["weights"])
     model.load_state_dict(saved["average"], strict=False)
     t5, known = model.t5, copy.deepcopy(model.t5).requires_grad_(False)
@@ -132,10 +142,7 @@ def main() -> None:
             right = head(states).argmax(-1) == labels[..., i]
             print(f"{name}: {right[asked].float().mean():.1%} of words of unseen combinations")
     if not args.probe:
-        for name, p in t5.named_parameters():
-            saved["weights"][f"t5.{name}"] = p.detach()
-            if f"t5.{name}" in saved["average"]:
-                saved["average"][f"t5.{name}"] = p.detach().clone()
+        store(saved, t5)
         save_atomically(saved, args.flow)
         print(f"wrote {args.flow}")
 

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 
 import jitjax  # noqa: E402
 from training import grammar  # noqa: E402
-from training.flow import Kind, corner, guided, parse_mix  # noqa: E402
+from training.flow import Kind, corner, draw, guided, parse_mix  # noqa: E402
 from training.model import TinyFlux, positions  # noqa: E402
 from training.muon import orthogonalise  # noqa: E402
-from training.scenes import holds, training_scene  # noqa: E402
+from training.scenes import caption, holds, training_scene  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOKENIZERS = Path(jitjax.__file__).parent / "checkpoints" / "tiny"
@@ -97,7 +97,7 @@ def test_the_grammar_names_the_things_of_each_phrase():
     two = 0
     for _ in range(200):
         scene = training_scene(rng)
-        text = grammar.caption(scene, rng)
+        text = caption(scene, rng)
         phrases = grammar.answers(scene, text)
         for (start, end, facts), thing in zip(phrases, scene.things, strict=False):
             words = text[start:end]
@@ -126,3 +126,36 @@ def test_the_grammar_labels_the_words_of_phrases_alone():
         assert not named & {"on", "against", "background", "and", "left", "</s>", "<pad>"}
         assert named & set(grammar.COLOURS)
         assert any(word.startswith(shape) for word in named for shape in grammar.SHAPES)
+
+
+def test_a_stored_encoder_is_the_one_that_is_loaded():
+    model = TinyFlux(TOKENIZERS)
+    saved = {"weights": model.state_dict(), "average": dict(model.named_parameters())}
+    taught = TinyFlux(TOKENIZERS).t5  # its embedding too, which has two names
+    grammar.store(saved, taught)
+    for part in saved.values():
+        model = TinyFlux(TOKENIZERS)
+        model.load_state_dict(part, strict=False)
+        for name, value in taught.state_dict().items():
+            torch.testing.assert_close(model.t5.state_dict()[name], value, rtol=0, atol=0)
+
+
+class Drawn:
+    """Scenes without their latents, in the place of `Latents`."""
+
+    count = 512
+
+    def batch(self, position, size):
+        scenes = [training_scene(np.random.default_rng((position, i))) for i in range(size)]
+        return torch.zeros(size, 16, 64, 64), scenes
+
+
+def test_windows_within_a_thing_ask_which_it_is():
+    for kind, differ, high in ((Kind(512, 1, 8), 40, 0.8), (Kind(512, 1, 16), 0, 0.25)):
+        x0, _, sigma, _, captions, _, ids = draw(Drawn(), kind, (0, 1), 48, 0, 0.0)
+        assert x0.shape == (48, kind.grid**2, 64)
+        assert ids.shape == (48, kind.grid**2, 3)
+        assert sum(bool(grammar.BETWEEN.search(text)) for text in captions) >= differ
+        least = 0.978 if kind.within else 0.949  # 0.85 and 0.7, shifted by 8
+        assert (sigma > least).float().mean() >= high
+        assert sigma.max() <= 1
