@@ -13,7 +13,8 @@ picture of 512 px; `128` has the positions that FLUX gives to 128 px. `512/16` m
 there and under the whole caption (Patch Diffusion, arXiv 2304.12526): outlines are learned from a
 quarter of the tokens, and whole pictures are needed for what reaches across them. `512/8` are
 windows within one of two things that differ, mostly at noise that hides which: there the caption
-has to tell.
+has to tell. `512/24` are windows around the large things, which are wider than 16 tokens and in one
+scene of seven.
 
 Several processes of one thread each beat one process of several threads here:
 `torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
@@ -24,6 +25,11 @@ guidance is learned, so that one forward pass does for two, as in FLUX.1-dev: th
 `u0 + g (u - u0)` with u and u0 the velocities, with and without prompt, of the frozen averaged
 weights, and g told as guidance (Meng et al., arXiv 2210.03142). Unlike `noise - x0` it is certain,
 given the noisy picture. Before that the guidance told is random and means nothing.
+
+`--refine` trains on a model that has learned guidance, without unlearning it: the target becomes
+`noise - x0 + (1 - 1/g) (v - v0)` with v and v0 the frozen velocities, both told g, with and without
+prompt. Where v is `u0 + g (u - u0)` and v0 is u0, the term that is added is `(g - 1) (u - u0)`, so
+that the expectation of the target is the guided velocity again, its `u` learned from pictures.
 """
 
 from __future__ import annotations
@@ -49,12 +55,12 @@ from training.scenes import Scene, caption
 SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
 """Of the training sigmas. Four times the tokens show a layout through twice the noise, so that with
 one shift for all, pictures of 512 px would teach outlines in one step of twenty."""
-BATCH = {8: 48, 16: 16, 32: 4}  # by the tokens along a side
+BATCH = {8: 48, 16: 16, 24: 7, 32: 4}  # by the tokens along a side
 COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # pictures; each meets many captions and noises
 HIGH, HIGH_WITHIN = (0.25, 0.7), (0.8, 0.85)
 """Share of a batch whose sigmas lie evenly from the second number to 1, before the shift; and the
 same of windows within a thing."""
-TEXT = {8: 24, 16: 24, 32: None}  # text states that the transformer sees; None: all
+TEXT = {8: 24, 16: 24, 24: 24, 32: None}  # text states that the transformer sees; None: all
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,12 @@ class Kind:
     def within(self) -> bool:
         """Whether the window is no wider than the smallest thing (`scenes.SIZES`)."""
         return 0 < self.window <= 8
+
+    def wants(self, scene: Scene) -> bool:
+        """Whether `scene` is of those that this kind of window is for."""
+        if self.within:
+            return bool(scene.relation)  # two things that differ
+        return any(thing.size == "large" for thing in scene.things)
 
     def __str__(self) -> str:
         window = f"/{self.window}" if self.window else ""
@@ -140,9 +152,11 @@ def draw(
     """The batch of a step: (x0, noise, sigma, guidance, captions, weight, ids); from `seed`."""
     rng = np.random.default_rng(seed)
     whole, n = kind.side // 16, kind.grid
-    if kind.within:  # as far as there are: scenes of two things that differ
-        z, scenes = latents.batch(int(rng.integers(latents.count)), 3 * batch)
-        chosen = sorted(range(len(scenes)), key=lambda i: not scenes[i].relation)[:batch]
+    if kind.within or kind.window > 16:  # the scenes that it is for, as far as there are
+        z, scenes = latents.batch(
+            int(rng.integers(latents.count)), (3 if kind.within else 8) * batch
+        )
+        chosen = sorted(range(len(scenes)), key=lambda i: not kind.wants(scenes[i]))[:batch]
         z, scenes = z[chosen], [scenes[i] for i in chosen]
     else:
         z, scenes = latents.batch(position, batch)
@@ -182,15 +196,24 @@ def draw(
 
 
 @torch.no_grad()
-def guided(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
-    """The teacher's velocity under guidance g, `u0 + g (u - u0)`, u0 that of the empty prompt.
+def frozen(teacher: TinyFlux, x, sigma, guidance, texts, ids, length):
+    """The teacher's velocities with captions and without: two of [batch, tokens, 64], float32."""
+    return [
+        teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float()
+        for words in (texts, [""] * len(texts))
+    ]
 
-    Float32 like `x`, [batch, tokens, 64]; `guidance` [batch].
+
+def with_guidance(plain, told, untold, guidance) -> torch.Tensor:
+    """The velocity to learn: [batch, tokens, 64], as `told` and `untold`, what `frozen` returns.
+
+    `plain`: the true velocity, where the frozen model has learned `guidance` [batch] (`--refine`);
+    None where it has not, so that its own velocities are all (`--distil`).
     """
-    pair = []
-    for words in ([""] * len(texts), texts):
-        pair.append(teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float())
-    return torch.lerp(*pair, guidance[:, None, None])
+    g = guidance[:, None, None]
+    if plain is None:
+        return torch.lerp(untold, told, g)
+    return plain + (1 - 1 / g) * (told - untold)
 
 
 def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
@@ -225,7 +248,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="length of this phase")
     parser.add_argument("--mix", default="128", help="kinds of steps and their weights")
     parser.add_argument("--decay", action="store_true", help="the rate falls to zero in this phase")
-    parser.add_argument("--distil", action="store_true", help="learn guidance from the average")
+    learned = parser.add_mutually_exclusive_group()
+    learned.add_argument("--distil", action="store_true", help="learn guidance from the average")
+    learned.add_argument("--refine", action="store_true", help="keep guidance that was learned")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=1.5e-3)
     parser.add_argument("--several", action="store_true", help="scenes of one to four things")
@@ -258,8 +283,8 @@ def main() -> None:
         for optimizer, peak in ((muon, args.muon), (adam, args.adam)):
             for group in optimizer.param_groups:
                 group["peak"] = peak
-    if args.distil:
-        # The frozen teacher: kept in a file, so that a resumed distillation has the same one.
+    if args.distil or args.refine:
+        # The frozen teacher: kept in a file, so that a resumed phase has the same one.
         path = args.out.with_name("teacher.pt")
         if not path.exists():
             save_atomically(average.values, path)
@@ -302,9 +327,10 @@ def main() -> None:
         )
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with autocast():
-            target = (
-                guided(teacher, x, sigma, guidance, texts, ids, length) if teacher else noise - x0
-            )
+            target = noise - x0
+            if teacher:
+                pair = frozen(teacher, x, sigma, guidance, texts, ids, length)
+                target = with_guidance(target if args.refine else None, *pair, guidance)
             u = model(x, sigma, guidance, *model.encode(texts, length), ids)
         loss = (weight * (u.float() - target).square()).mean()
         loss.backward()
