@@ -81,10 +81,15 @@ class Kind:
         """Whether the window is no wider than the smallest thing (`scenes.SIZES`)."""
         return 0 < self.window <= 8
 
-    def wants(self, scene: Scene) -> bool:
-        """Whether `scene` is of those that this kind of window is for."""
+    @property
+    def looked_through(self) -> int:
+        """Scenes looked through for each that is taken, `wanted` ones first; 1: none is."""
+        return 3 if self.within else 8 if self.window > 16 else 1
+
+    def wanted(self, scene: Scene) -> bool:
+        """Whether a window is meant for `scene`: two things that differ, or else a large one."""
         if self.within:
-            return bool(scene.relation)  # two things that differ
+            return bool(scene.relation)
         return any(thing.size == "large" for thing in scene.things)
 
     def __str__(self) -> str:
@@ -152,11 +157,10 @@ def draw(
     """The batch of a step: (x0, noise, sigma, guidance, captions, weight, ids); from `seed`."""
     rng = np.random.default_rng(seed)
     whole, n = kind.side // 16, kind.grid
-    if kind.within or kind.window > 16:  # the scenes that it is for, as far as there are
-        z, scenes = latents.batch(
-            int(rng.integers(latents.count)), (3 if kind.within else 8) * batch
-        )
-        chosen = sorted(range(len(scenes)), key=lambda i: not kind.wants(scenes[i]))[:batch]
+    if kind.looked_through > 1:
+        start = int(rng.integers(latents.count))
+        z, scenes = latents.batch(start, kind.looked_through * batch)
+        chosen = sorted(range(len(scenes)), key=lambda i: not kind.wanted(scenes[i]))[:batch]
         z, scenes = z[chosen], [scenes[i] for i in chosen]
     else:
         z, scenes = latents.batch(position, batch)
@@ -196,24 +200,37 @@ def draw(
 
 
 @torch.no_grad()
-def frozen(teacher: TinyFlux, x, sigma, guidance, texts, ids, length):
-    """The teacher's velocities with captions and without: two of [batch, tokens, 64], float32."""
-    return [
-        teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float()
-        for words in (texts, [""] * len(texts))
-    ]
+def frozen(
+    teacher: TinyFlux, x, sigma, guidance, texts, ids, length
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's velocities (with captions, with empty ones), each like `x`, float32.
 
-
-def with_guidance(plain, told, untold, guidance) -> torch.Tensor:
-    """The velocity to learn: [batch, tokens, 64], as `told` and `untold`, what `frozen` returns.
-
-    `plain`: the true velocity, where the frozen model has learned `guidance` [batch] (`--refine`);
-    None where it has not, so that its own velocities are all (`--distil`).
+    `x` [batch, tokens, 64]; `sigma` and the `guidance` told [batch]; `texts`, `ids` and `length` as
+    in `TinyFlux`.
     """
-    g = guidance[:, None, None]
-    if plain is None:
-        return torch.lerp(untold, told, g)
-    return plain + (1 - 1 / g) * (told - untold)
+    empty = [""] * len(texts)
+    found = [
+        teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float()
+        for words in (texts, empty)
+    ]
+    return found[0], found[1]
+
+
+def distilled(prompted, empty, guidance) -> torch.Tensor:
+    """Target of `--distil`, `u0 + g (u - u0)` (Meng et al., arXiv 2210.03142).
+
+    `prompted` and `empty` [batch, tokens, 64] from a model without guidance; `guidance` [batch].
+    """
+    return torch.lerp(empty, prompted, guidance[:, None, None])
+
+
+def refined(plain, prompted, empty, guidance) -> torch.Tensor:
+    """Target of `--refine`, `noise - x0 + (1 - 1/g) (v - v0)`; `plain` is `noise - x0`.
+
+    `prompted` and `empty` [batch, tokens, 64] from a model that learned to be told `guidance`
+    [batch]; `plain` likewise [batch, tokens, 64].
+    """
+    return plain + (1 - 1 / guidance[:, None, None]) * (prompted - empty)
 
 
 def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
@@ -284,6 +301,8 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["peak"] = peak
     if args.distil or args.refine:
+        if not saved:
+            parser.error(f"nothing to learn guidance from: expected a checkpoint at {args.out}")
         # The frozen teacher: kept in a file, so that a resumed phase has the same one.
         path = args.out.with_name("teacher.pt")
         if not path.exists():
@@ -330,7 +349,9 @@ def main() -> None:
             target = noise - x0
             if teacher:
                 pair = frozen(teacher, x, sigma, guidance, texts, ids, length)
-                target = with_guidance(target if args.refine else None, *pair, guidance)
+                target = (
+                    refined(target, *pair, guidance) if args.refine else distilled(*pair, guidance)
+                )
             u = model(x, sigma, guidance, *model.encode(texts, length), ids)
         loss = (weight * (u.float() - target).square()).mean()
         loss.backward()

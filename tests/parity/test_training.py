@@ -11,7 +11,15 @@ torch = pytest.importorskip("torch")
 
 import jitjax  # noqa: E402
 from training import grammar  # noqa: E402
-from training.flow import Kind, corner, draw, frozen, parse_mix, with_guidance  # noqa: E402
+from training.flow import (  # noqa: E402
+    Kind,
+    corner,
+    distilled,
+    draw,
+    frozen,
+    parse_mix,
+    refined,
+)
 from training.model import TinyFlux, positions  # noqa: E402
 from training.muon import orthogonalise  # noqa: E402
 from training.scenes import caption, holds, training_scene  # noqa: E402
@@ -84,7 +92,7 @@ def test_guidance_is_taught_along_the_line_from_the_empty_prompt():
         teacher(x, sigma, told, *teacher.encode(words, 24), ids) for words in (["", ""], texts)
     )
     pair = frozen(teacher, x, sigma, told, texts, ids, 24)
-    taught = with_guidance(None, *pair, told)
+    taught = distilled(*pair, told)
     assert (prompted - without).abs().max() > 1e-2
     # float32; guidance 1 is the prompt's own velocity, guidance 3 thrice as far from the other
     torch.testing.assert_close(taught[0], prompted[0], rtol=1e-5, atol=1e-5)
@@ -93,9 +101,9 @@ def test_guidance_is_taught_along_the_line_from_the_empty_prompt():
     )
     # Refining aims at what a model that was taught so has learned; with the true velocity instead
     # of its own, the difference stays.
-    again = with_guidance(prompted, taught, without, told)
+    again = refined(prompted, taught, without, told)
     torch.testing.assert_close(again, taught, rtol=1e-5, atol=1e-5)
-    better = with_guidance(prompted + 1, taught, without, told)
+    better = refined(prompted + 1, taught, without, told)
     torch.testing.assert_close(better, taught + 1, rtol=1e-5, atol=1e-5)
 
 
