@@ -16,6 +16,7 @@ from benchmarks.quality.methods import REFERENCE
 from benchmarks.quality.prompts import CATEGORIES
 
 Rows = dict[str, dict]  # figures per method, as `report.summary` makes them
+Matched = dict[str, Rows]  # paired differences per plan and rival, as `report.matched` makes them
 PLANS = {"`dense`": REFERENCE} | {f"`{n}`": n for n in ("4x", "tuned-4x", "7x", "tuned-7x")}
 METHODS = {
     "`dense-50`": REFERENCE,
@@ -49,6 +50,18 @@ VARIANTS = {
     "hit, initial noise": ":hit-initial",
 }
 
+RIVALS = {  # of each plan, "4x" or "7x" standing for either size
+    "dense steps on the plan's sigmas": ("dense-11-beta", "dense-7-beta"),
+    "dense steps on FLUX's sigmas": ("dense-11", "dense-7"),
+    "TeaCache's rule": ("teacache-11", "teacache-6"),
+    "the Taylor forecast": ("taylor-11", "taylor-6"),
+    "the paper's plan": ("4x", "7x"),
+    "random later anchors": ("4x:random", "7x:random"),
+    "a fixed grid": ("4x:grid", "7x:grid"),
+    "no lift": ("4x:no-lift", "7x:no-lift"),
+    "no micro-flow": ("4x:no-microflow", "7x:no-microflow"),
+}
+
 
 def share(value: float) -> str:
     """A share in whole per cent."""
@@ -66,7 +79,12 @@ def scored(row: dict) -> str:
     return f"{share(row['right'])} ({around(row['interval'])})"
 
 
-def plans(rows: Rows) -> list[list[str]]:
+def points(difference: float, interval: list[float]) -> str:
+    """A paired difference and its interval, in points."""
+    return f"{round(100 * difference):+d} ({around(interval, '+')})"
+
+
+def plans(rows: Rows, _: Matched) -> list[list[str]]:
     """Per plan how often it is right, by category."""
     return [
         [
@@ -79,16 +97,15 @@ def plans(rows: Rows) -> list[list[str]]:
     ]
 
 
-def methods(rows: Rows) -> list[list[str]]:
+def methods(rows: Rows, _: Matched) -> list[list[str]]:
     """Methods with their operations and their distance to 50 dense steps."""
     found = []
     for label, name in METHODS.items():
         row = rows[name]
         cells = [label, f"{row['fewer_flops']:.2g}", scored(row), "", "", ""]
         if name != REFERENCE:
-            difference = round(100 * row["against_dense"])
             cells[3:] = [
-                f"{difference:+d} ({around(row['against_dense_interval'], '+')})",
+                points(row["against_dense"], row["against_dense_interval"]),
                 f"{row['psnr']['mean']:.0f} dB",
                 f"{row['features']['mean']:.2f}",
             ]
@@ -96,7 +113,7 @@ def methods(rows: Rows) -> list[list[str]]:
     return found
 
 
-def variants(rows: Rows) -> list[list[str]]:
+def variants(rows: Rows, _: Matched) -> list[list[str]]:
     """What each choice of a plan is worth."""
     found = []
     for label, suffix in VARIANTS.items():
@@ -108,21 +125,37 @@ def variants(rows: Rows) -> list[list[str]]:
     return found
 
 
-TABLES: dict[str, Callable[[Rows], list[list[str]]]] = {
+def referee(rows: Rows, matched: Matched) -> list[list[str]]:
+    """What each plan has more in `right` than its rivals; ablations are of the plan itself."""
+    found = []
+    for label, rivals in RIVALS.items():
+        cells = [label]
+        for plan in ("4x", "tuned-4x", "7x", "tuned-7x"):
+            name = rivals["7x" in plan]
+            own = ":" not in name or name.startswith(plan)
+            rival = matched[plan].get(name) if own else None
+            cells.append(points(rival["difference"], rival["interval"]) if rival else "")
+        found.append(cells)
+    return found
+
+
+TABLES: dict[str, Callable[[Rows, Matched], list[list[str]]]] = {
     f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plans,
     f"| method | FLOPs ÷ | right | paired difference to `{REFERENCE}` | PSNR to it | features |": (
         methods
     ),
     "| variant | `4x` right | PSNR | `7x` right | PSNR |": variants,
+    "| the plan has more than | `4x` | `tuned-4x` | `7x` | `tuned-7x` |": referee,
 }
 
 
-def filled(text: str, rows: Rows) -> str:
+def filled(text: str, rows: Rows, matched: Matched) -> str:
     """The README with its tables made anew.
 
     Args:
         text: the README.
         rows: figures per method, of all that its tables name.
+        matched: paired differences of JiT's plans to what costs about the same.
 
     Raises:
         ValueError: a table's header is not there, once; or a method is not in `rows`.
@@ -136,7 +169,7 @@ def filled(text: str, rows: Rows) -> str:
             raise ValueError(f"README has {lines.count(header)} lines {header!r}; expected one")
         start = lines.index(header) + 2  # past the rule
         end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(rows)]
+        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(rows, matched)]
     return "\n".join(lines)
 
 
@@ -148,8 +181,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("docs/quality.json"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
-    rows = json.loads(args.json.read_text())["methods"]
-    args.readme.write_text(filled(args.readme.read_text(), rows))
+    figures = json.loads(args.json.read_text())
+    text = filled(args.readme.read_text(), figures["methods"], figures["matched"])
+    args.readme.write_text(text)
 
 
 if __name__ == "__main__":
