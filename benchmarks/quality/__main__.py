@@ -198,8 +198,10 @@ def main() -> None:
         with args.out.open("r+b") as file:  # drop a line that a killed run cut short
             file.truncate(file.read().rfind(b"\n") + 1)
     else:
+        # Without the folder of --out, which says nothing to whoever runs the command again.
+        words = [args.out.name if word == str(args.out) else word for word in sys.argv[1:]]
         made = {
-            "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "benchmarks.quality", *words]),
             "date": datetime.date.today().isoformat(),
             "checkpoint": args.checkpoint,
             "device": jax.devices()[0].device_kind,
