@@ -15,9 +15,10 @@ from pathlib import Path
 from benchmarks.quality.methods import REFERENCE
 from benchmarks.quality.prompts import CATEGORIES
 
-Rows = dict[str, dict]  # figures per method, as `report.summary` makes them
-Matched = dict[str, Rows]  # paired differences per plan and rival, as `report.matched` makes them
-PLANS = {"`dense`": REFERENCE} | {f"`{n}`": n for n in ("4x", "tuned-4x", "7x", "tuned-7x")}
+Figures = dict[str, dict]
+"""Of docs/quality.json: "methods" by `report.summary`, "matched" by `report.matched`."""
+JIT = ("4x", "tuned-4x", "7x", "tuned-7x")
+PLANS = {"`dense`": REFERENCE} | {f"`{name}`": name for name in JIT}
 METHODS = {
     "`dense-50`": REFERENCE,
     "`dense-28`": "dense-28",
@@ -50,17 +51,13 @@ VARIANTS = {
     "hit, initial noise": ":hit-initial",
 }
 
-RIVALS = {  # of each plan, "4x" or "7x" standing for either size
+RIVALS = {  # methods that cost about as much as "4x", and as "7x"
     "dense steps on the plan's sigmas": ("dense-11-beta", "dense-7-beta"),
     "dense steps on FLUX's sigmas": ("dense-11", "dense-7"),
     "TeaCache's rule": ("teacache-11", "teacache-6"),
     "the Taylor forecast": ("taylor-11", "taylor-6"),
     "the paper's plan": ("4x", "7x"),
-    "random later anchors": ("4x:random", "7x:random"),
-    "a fixed grid": ("4x:grid", "7x:grid"),
-    "no lift": ("4x:no-lift", "7x:no-lift"),
-    "no micro-flow": ("4x:no-microflow", "7x:no-microflow"),
-}
+} | {label: (f"4x{suffix}", f"7x{suffix}") for label, suffix in VARIANTS.items() if suffix}
 
 
 def share(value: float) -> str:
@@ -84,8 +81,9 @@ def points(difference: float, interval: list[float]) -> str:
     return f"{round(100 * difference):+d} ({around(interval, '+')})"
 
 
-def plans(rows: Rows, _: Matched) -> list[list[str]]:
+def plans(figures: Figures) -> list[list[str]]:
     """Per plan how often it is right, by category."""
+    rows = figures["methods"]
     return [
         [
             label,
@@ -97,9 +95,9 @@ def plans(rows: Rows, _: Matched) -> list[list[str]]:
     ]
 
 
-def methods(rows: Rows, _: Matched) -> list[list[str]]:
+def methods(figures: Figures) -> list[list[str]]:
     """Methods with their operations and their distance to 50 dense steps."""
-    found = []
+    rows, found = figures["methods"], []
     for label, name in METHODS.items():
         row = rows[name]
         cells = [label, f"{row['fewer_flops']:.2g}", scored(row), "", "", ""]
@@ -113,9 +111,9 @@ def methods(rows: Rows, _: Matched) -> list[list[str]]:
     return found
 
 
-def variants(rows: Rows, _: Matched) -> list[list[str]]:
+def variants(figures: Figures) -> list[list[str]]:
     """What each choice of a plan is worth."""
-    found = []
+    rows, found = figures["methods"], []
     for label, suffix in VARIANTS.items():
         cells = [label]
         for plan in ("4x", "7x"):
@@ -125,43 +123,42 @@ def variants(rows: Rows, _: Matched) -> list[list[str]]:
     return found
 
 
-def referee(rows: Rows, matched: Matched) -> list[list[str]]:
+def rivals(figures: Figures) -> list[list[str]]:
     """What each plan has more in `right` than its rivals; ablations are of the plan itself."""
     found = []
-    for label, rivals in RIVALS.items():
+    for label, (about_4x, about_7x) in RIVALS.items():
         cells = [label]
-        for plan in ("4x", "tuned-4x", "7x", "tuned-7x"):
-            name = rivals["7x" in plan]
+        for plan in JIT:
+            name = about_7x if plan.endswith("7x") else about_4x
             own = ":" not in name or name.startswith(plan)
-            rival = matched[plan].get(name) if own else None
-            cells.append(points(rival["difference"], rival["interval"]) if rival else "")
+            against = figures["matched"][plan].get(name) if own else None
+            cells.append(points(against["difference"], against["interval"]) if against else "")
         found.append(cells)
     return found
 
 
-TABLES: dict[str, Callable[[Rows, Matched], list[list[str]]]] = {
+TABLES: dict[str, Callable[[Figures], list[list[str]]]] = {
     f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plans,
     f"| method | FLOPs ÷ | right | paired difference to `{REFERENCE}` | PSNR to it | features |": (
         methods
     ),
     "| variant | `4x` right | PSNR | `7x` right | PSNR |": variants,
-    "| the plan has more than | `4x` | `tuned-4x` | `7x` | `tuned-7x` |": referee,
+    f"| the plan has more than | {' | '.join(f'`{name}`' for name in JIT)} |": rivals,
 }
 
 
-def filled(text: str, rows: Rows, matched: Matched) -> str:
+def filled(text: str, figures: Figures) -> str:
     """The README with its tables made anew.
 
     Args:
         text: the README.
-        rows: figures per method, of all that its tables name.
-        matched: paired differences of JiT's plans to what costs about the same.
+        figures: those of all methods that its tables name.
 
     Raises:
-        ValueError: a table's header is not there, once; or a method is not in `rows`.
+        ValueError: a table's header is not there, once; or a method has no figures.
     """
     wanted = {*METHODS.values()} | {p + v for p in ("4x", "7x") for v in VARIANTS.values()}
-    if missing := sorted(wanted - set(rows)):
+    if missing := sorted(wanted - set(figures["methods"])):
         raise ValueError(f"no figures of {', '.join(missing)}; expected all that README names")
     lines = text.split("\n")
     for header, make in TABLES.items():
@@ -169,7 +166,7 @@ def filled(text: str, rows: Rows, matched: Matched) -> str:
             raise ValueError(f"README has {lines.count(header)} lines {header!r}; expected one")
         start = lines.index(header) + 2  # past the rule
         end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(rows, matched)]
+        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(figures)]
     return "\n".join(lines)
 
 
@@ -182,8 +179,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
     figures = json.loads(args.json.read_text())
-    text = filled(args.readme.read_text(), figures["methods"], figures["matched"])
-    args.readme.write_text(text)
+    args.readme.write_text(filled(args.readme.read_text(), figures))
 
 
 if __name__ == "__main__":

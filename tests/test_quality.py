@@ -333,17 +333,17 @@ def test_report(tmp_path):
 def test_the_readme_has_the_figures_of_the_table():
     root = Path(__file__).parents[1]
     figures = json.loads((root / "docs/quality.json").read_text())
-    rows, matched = figures["methods"], figures["matched"]
+    rows = figures["methods"]
     text = (root / "README.md").read_text()
-    assert readme.filled(text, rows, matched) == text
-    few = {name: row for name, row in rows.items() if name != "7x:grid"}
+    assert readme.filled(text, figures) == text
+    few = figures | {"methods": {n: row for n, row in rows.items() if n != "7x:grid"}}
     with pytest.raises(ValueError, match=r"no figures of 7x:grid; expected"):
-        readme.filled(text, few, matched)
+        readme.filled(text, few)
     rows["4x"]["right"] += 0.02
-    assert readme.filled(text, rows, matched) != text
+    assert readme.filled(text, figures) != text
     rows["4x"]["right"] -= 0.02
-    matched["tuned-7x"]["7x"]["difference"] += 0.02
-    assert readme.filled(text, rows, matched) != text
+    figures["matched"]["tuned-7x"]["7x"]["difference"] += 0.02
+    assert readme.filled(text, figures) != text
     header = next(iter(readme.TABLES))
     with pytest.raises(ValueError, match="README has 0 lines"):
-        readme.filled(text.replace(header, ""), rows, matched)
+        readme.filled(text.replace(header, ""), figures)
