@@ -45,8 +45,7 @@ class Plan:
         relax: r of "blend", at least 1 (the program's r = 0 means "hit").
         microflow_steps: Euler steps of the micro-flow.
         microflow_noise: noise of the target: "fresh" is a new field (the authors' program),
-            "initial" the noise each token started from. The defaults of both are what measured
-            better on a bundled checkpoint (README, "Judging samplers").
+            "initial" the noise each token started from.
         pad_to: text and anchors together are padded to a multiple of this many tokens.
         spare: what the slots so gained hold: "padding", or more "anchors".
 
@@ -149,8 +148,8 @@ PLANS: dict[str, Plan] = {
     "dense": Plan(50, schedule="shifted"),
     "4x": Plan(18, (0.35, 0.62, 1.0), (0.4, 0.65, 1.0)),
     "7x": Plan(11, (0.32, 0.6, 1.0), (0.4, 0.65, 1.0)),
-    "tuned-4x": Plan(13, (0.5, 1.0), (0.3, 1.0)),
-    "tuned-7x": Plan(8, (0.5, 1.0), (0.25, 1.0)),
+    "tuned-4x": Plan(13, (0.5, 1.0), (0.3, 1.0), lift="none"),
+    "tuned-7x": Plan(8, (0.5, 1.0), (0.25, 1.0), lift="none"),
 }
 """The named plans: 50 dense steps, the paper's two presets for FLUX.1-dev, and two of about their
 operations that were chosen on the bundled checkpoint (README, "Judging samplers")."""
