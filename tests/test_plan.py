@@ -53,8 +53,8 @@ def test_the_named_plans_are_the_papers():
     assert hash(PLANS["4x"]) == hash(PLANS["4x"].replace())
 
 
-def test_our_own_plans_differ_in_steps_and_stages_only():
+def test_our_own_plans_differ_in_steps_stages_and_lift_only():
     for name, (steps, ends) in {"tuned-4x": (13, (3, 13)), "tuned-7x": (8, (2, 8))}.items():
         plan = PLANS[name]
         assert plan.stage_steps == ends
-        assert plan == Plan(steps, plan.densities, plan.stage_ends)
+        assert plan == Plan(steps, plan.densities, plan.stage_ends, lift="none")
