@@ -199,7 +199,7 @@ def main() -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
     else:
         # Without the folder of --out, which says nothing to whoever runs the command again.
-        words = [args.out.name if word == str(args.out) else word for word in sys.argv[1:]]
+        words = [word.replace(str(args.out), args.out.name) for word in sys.argv[1:]]
         made = {
             "command": shlex.join(["python", "-m", "benchmarks.quality", *words]),
             "date": datetime.date.today().isoformat(),
