@@ -13,8 +13,8 @@ picture of 512 px; `128` has the positions that FLUX gives to 128 px. `512/16` m
 there and under the whole caption (Patch Diffusion, arXiv 2304.12526): outlines are learned from a
 quarter of the tokens, and whole pictures are needed for what reaches across them. `512/8` are
 windows within one of two things that differ, mostly at noise that hides which: there the caption
-has to tell. `512/24` are windows around the large things, which are wider than 16 tokens and in one
-scene of seven.
+has to tell. `512/24` are windows around large things, which are wider than 16 tokens and in one
+scene of seven, and around rings and crosses.
 
 Several processes of one thread each beat one process of several threads here:
 `torchrun --nproc-per-node 2 -m training.flow ...` averages their gradients; the batch doubles.
@@ -26,10 +26,10 @@ guidance is learned, so that one forward pass does for two, as in FLUX.1-dev: th
 weights, and g told as guidance (Meng et al., arXiv 2210.03142). Unlike `noise - x0` it is certain,
 given the noisy picture. Before that the guidance told is random and means nothing.
 
-`--refine` trains on a model that has learned guidance, without unlearning it: the target becomes
-`noise - x0 + (1 - 1/g) (v - v0)` with v and v0 the frozen velocities, both told g, with and without
-prompt. Where v is `u0 + g (u - u0)` and v0 is u0, the term that is added is `(g - 1) (u - u0)`, so
-that the expectation of the target is the guided velocity again, its `u` learned from pictures.
+`--refine` trains on a model that has learned guidance, without unlearning it: where its velocity v
+is `u0 + g (u - u0)`, the plain velocity u that it implies is `u0 + (v - u0) / g`, and that one is
+compared with `noise - x0`. u0 is the frozen velocity without prompt, told g. (Chen et al., arXiv
+2501.15420.)
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ class Kind:
 
     @property
     def looked_through(self) -> int:
-        """Scenes looked through for each that is taken, `wanted` ones first; 1: none is."""
+        """Scenes looked through for each that is taken, the most `wanted` first; 1: none is."""
         return 3 if self.within else 8 if self.window > 16 else 1
 
-    def wanted(self, scene: Scene) -> bool:
-        """Whether a window is meant for `scene`: two things that differ, or else a large one."""
+    def wanted(self, scene: Scene) -> int:
+        """How much a window is meant for `scene`: for two things that differ, or else for what
+        went wrong most often, large things, and rings and crosses."""
         if self.within:
-            return bool(scene.relation)
-        return any(thing.size == "large" for thing in scene.things)
+            return int(bool(scene.relation))
+        large = any(thing.size == "large" for thing in scene.things)
+        return large + any(thing.shape in ("ring", "cross") for thing in scene.things)
 
     def __str__(self) -> str:
         window = f"/{self.window}" if self.window else ""
@@ -160,7 +162,7 @@ def draw(
     if kind.looked_through > 1:
         start = int(rng.integers(latents.count))
         z, scenes = latents.batch(start, kind.looked_through * batch)
-        chosen = sorted(range(len(scenes)), key=lambda i: not kind.wanted(scenes[i]))[:batch]
+        chosen = sorted(range(len(scenes)), key=lambda i: -kind.wanted(scenes[i]))[:batch]
         z, scenes = z[chosen], [scenes[i] for i in chosen]
     else:
         z, scenes = latents.batch(position, batch)
@@ -200,20 +202,12 @@ def draw(
 
 
 @torch.no_grad()
-def frozen(
-    teacher: TinyFlux, x, sigma, guidance, texts, ids, length
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's velocities (with captions, with empty ones), each like `x`, float32.
+def frozen(teacher: TinyFlux, x, sigma, guidance, texts, ids, length) -> torch.Tensor:
+    """The teacher's velocity, like `x` [batch, tokens, 64], float32.
 
-    `x` [batch, tokens, 64]; `sigma` and the `guidance` told [batch]; `texts`, `ids` and `length` as
-    in `TinyFlux`.
+    `sigma` and the `guidance` told [batch]; `texts`, `ids` and `length` as in `TinyFlux`.
     """
-    empty = [""] * len(texts)
-    found = [
-        teacher(x, sigma, guidance, *teacher.encode(words, length), ids).float()
-        for words in (texts, empty)
-    ]
-    return found[0], found[1]
+    return teacher(x, sigma, guidance, *teacher.encode(texts, length), ids).float()
 
 
 def distilled(prompted, empty, guidance) -> torch.Tensor:
@@ -224,13 +218,12 @@ def distilled(prompted, empty, guidance) -> torch.Tensor:
     return torch.lerp(empty, prompted, guidance[:, None, None])
 
 
-def refined(plain, prompted, empty, guidance) -> torch.Tensor:
-    """Target of `--refine`, `noise - x0 + (1 - 1/g) (v - v0)`; `plain` is `noise - x0`.
+def implied(guided, empty, guidance) -> torch.Tensor:
+    """The plain velocity that a guided one implies, `u0 + (v - u0) / g`: undoes `distilled`.
 
-    `prompted` and `empty` [batch, tokens, 64] from a model that learned to be told `guidance`
-    [batch]; `plain` likewise [batch, tokens, 64].
+    `guided` and `empty` [batch, tokens, 64]; `guidance` [batch], 1 where nothing was added.
     """
-    return plain + (1 - 1 / guidance[:, None, None]) * (prompted - empty)
+    return torch.lerp(empty, guided, 1 / guidance[:, None, None])
 
 
 def share_gradients(named: dict[str, torch.nn.Parameter], used: float) -> float:
@@ -346,14 +339,18 @@ def main() -> None:
         )
         x = torch.lerp(x0, noise, sigma[:, None, None])
         with autocast():
+            u = model(x, sigma, guidance, *model.encode(texts, length), ids).float()
             target = noise - x0
             if teacher:
-                pair = frozen(teacher, x, sigma, guidance, texts, ids, length)
-                target = (
-                    refined(target, *pair, guidance) if args.refine else distilled(*pair, guidance)
-                )
-            u = model(x, sigma, guidance, *model.encode(texts, length), ids)
-        loss = (weight * (u.float() - target).square()).mean()
+                empty = frozen(teacher, x, sigma, guidance, [""] * batch, ids, length)
+            if args.refine:
+                # Without prompt nothing was added.
+                added = torch.tensor([bool(text) for text in texts])
+                u = implied(u, empty, torch.where(added, guidance, 1.0))
+            elif args.distil:
+                prompted = frozen(teacher, x, sigma, guidance, texts, ids, length)
+                target = distilled(prompted, empty, guidance)
+        loss = (weight * (u - target).square()).mean()
         loss.backward()
         used = share_gradients(named, time.monotonic() - start)
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
