@@ -175,11 +175,16 @@ def test_windows_within_a_thing_ask_which_it_is():
         assert sigma.max() <= 1
 
 
-def test_wide_windows_are_of_scenes_with_a_large_thing():
-    large = 0
+def test_wide_windows_are_of_large_things_rings_and_crosses():
+    large, either, both = 0, 0, 0
     for seed in range(20):
         *_, captions, weight, ids = draw(Drawn(), Kind(512, 1, 24), (seed,), 7, 0, 0.0)
         assert weight.shape == (7, 24 * 24, 1)
         assert ids.max() <= 31
-        large += sum(any(word in text.split() for word in ("large", "big")) for text in captions)
-    assert large > 120  # of 140; of all scenes one in seven has one
+        for text in captions:
+            big = any(word in text.split() for word in ("large", "big"))
+            hard = any(word in text for word in ("ring", "cross"))
+            large, either, both = large + big, either + (big or hard), both + (big and hard)
+    assert either > 133  # of 140; of all scenes one in two
+    assert large > 50  # of all scenes one in seven
+    assert both > 35  # of all scenes one in twenty
