@@ -152,7 +152,7 @@ PLANS: dict[str, Plan] = {
     "tuned-7x": Plan(8, (0.5, 1.0), (0.25, 1.0), lift="none"),
 }
 """The named plans: 50 dense steps, the paper's two presets for FLUX.1-dev, and two of about their
-operations that were chosen on the bundled checkpoint and an earlier one (README, "Judging
+operations that were chosen on two earlier versions of the bundled checkpoint (README, "Judging
 samplers")."""
 
 
