@@ -90,7 +90,7 @@ class Kind:
         """How much a window is meant for `scene`: for two things that differ, or else for what
         went wrong most often, large things, and rings and crosses."""
         if self.within:
-            return int(bool(scene.relation))
+            return bool(scene.relation)
         large = any(thing.size == "large" for thing in scene.things)
         return large + any(thing.shape in ("ring", "cross") for thing in scene.things)
 
@@ -221,7 +221,8 @@ def distilled(prompted, empty, guidance) -> torch.Tensor:
 def implied(guided, empty, guidance) -> torch.Tensor:
     """The plain velocity that a guided one implies, `u0 + (v - u0) / g`: undoes `distilled`.
 
-    `guided` and `empty` [batch, tokens, 64]; `guidance` [batch], 1 where nothing was added.
+    `guided` and `empty` [batch, tokens, 64]; `guidance` [batch], 1 where nothing was added (Chen et
+    al., arXiv 2501.15420).
     """
     return torch.lerp(empty, guided, 1 / guidance[:, None, None])
 
