@@ -1,4 +1,4 @@
-"""Fills the README's tables of the quality benchmark from docs/quality.json.
+"""Fills the README's tables of the quality benchmark from docs/quality.json and docs/dense.json.
 
     python -m benchmarks.readme
 
@@ -16,7 +16,16 @@ from benchmarks.quality.methods import REFERENCE
 from benchmarks.quality.prompts import CATEGORIES
 
 Figures = dict[str, dict]
-"""Of docs/quality.json: "methods" by `report.summary`, "matched" by `report.matched`."""
+"""What `benchmarks.report --json` wrote: "methods" by its `summary`, "matched" by its `matched`."""
+AIMS = {
+    "single": 0.90,
+    "colour": 0.90,
+    "two": 0.75,
+    "counting": 0.60,
+    "position": 0.60,
+    "binding": 0.75,
+}
+"""How often 50 dense steps of the bundled checkpoint should be right, so that it can be a judge."""
 JIT = ("4x", "tuned-4x", "7x", "tuned-7x")
 PLANS = {"`dense`": REFERENCE} | {f"`{name}`": name for name in JIT}
 METHODS = {
@@ -137,6 +146,15 @@ def rivals(figures: Figures) -> list[list[str]]:
     return found
 
 
+def aims(figures: Figures) -> list[list[str]]:
+    """How often 50 dense steps are right, by category."""
+    found = figures["methods"][REFERENCE]["categories"]
+    return [
+        [name, share(aim), share(found[name]["right"]), around(found[name]["interval"])]
+        for name, aim in AIMS.items()
+    ]
+
+
 TABLES: dict[str, Callable[[Figures], list[list[str]]]] = {
     f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plans,
     f"| method | FLOPs ÷ | right | paired difference to `{REFERENCE}` | PSNR to it | features |": (
@@ -145,14 +163,16 @@ TABLES: dict[str, Callable[[Figures], list[list[str]]]] = {
     "| variant | `4x` right | PSNR | `7x` right | PSNR |": variants,
     f"| the plan has more than | {' | '.join(f'`{name}`' for name in JIT)} |": rivals,
 }
+DENSE = "| kind | aim | right | 95 % interval |"
 
 
-def filled(text: str, figures: Figures) -> str:
+def filled(text: str, figures: Figures, dense: Figures) -> str:
     """The README with its tables made anew.
 
     Args:
         text: the README.
         figures: those of all methods that its tables name.
+        dense: those of many pictures by 50 dense steps.
 
     Raises:
         ValueError: a table's header is not there, once; or a method has no figures.
@@ -161,12 +181,13 @@ def filled(text: str, figures: Figures) -> str:
     if missing := sorted(wanted - set(figures["methods"])):
         raise ValueError(f"no figures of {', '.join(missing)}; expected all that README names")
     lines = text.split("\n")
-    for header, make in TABLES.items():
+    tables = {header: make(figures) for header, make in TABLES.items()} | {DENSE: aims(dense)}
+    for header, rows in tables.items():
         if lines.count(header) != 1:
             raise ValueError(f"README has {lines.count(header)} lines {header!r}; expected one")
         start = lines.index(header) + 2  # past the rule
         end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in make(figures)]
+        lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join(lines)
 
 
@@ -176,10 +197,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, default=Path("docs/quality.json"))
+    parser.add_argument("--dense", type=Path, default=Path("docs/dense.json"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
-    figures = json.loads(args.json.read_text())
-    args.readme.write_text(filled(args.readme.read_text(), figures))
+    figures, dense = (json.loads(path.read_text()) for path in (args.json, args.dense))
+    args.readme.write_text(filled(args.readme.read_text(), figures, dense))
 
 
 if __name__ == "__main__":

@@ -264,7 +264,8 @@ def main() -> None:
         parser.error(str(error))
     rows = summary(lines)
     equal = matched(lines, rows)
-    table = markdown(rows, settings) + "\n" + markdown_matched(equal)
+    settings["pictures"] = rows[REFERENCE]["pictures"]
+    table = markdown(rows, settings) + ("\n" + markdown_matched(equal) if equal else "")
     print(table)
     if args.json:
         text = json.dumps({"settings": settings, "methods": rows, "matched": equal}, indent=1)

@@ -13,7 +13,7 @@ import pytest
 import jitjax
 from benchmarks import readme, report
 from benchmarks.quality import flops, peers, scores
-from benchmarks.quality.__main__ import part_of
+from benchmarks.quality.__main__ import opened, part_of, remaining
 from benchmarks.quality.methods import (
     REFERENCE,
     Runner,
@@ -285,6 +285,36 @@ def test_parts_are_all_tasks_once():
             part_of(tasks, wrong)
 
 
+def test_a_file_is_gone_on_with(tmp_path):
+    path, settings = tmp_path / "lines.jsonl", {"split": "test", "side": 512}
+    assert opened(path, settings, {"command": "one"}) == {}
+    line = json.dumps({"method": "4x", "prompt": 3, "seed": 5})
+    path.write_text(path.read_text() + line + '\n{"method": "dense-')
+    for command in ("one", "two", "two", "one"):
+        assert opened(path, settings, {"command": command}) == {(3, 5): {"4x"}}
+    head, *rest = path.read_text().splitlines()
+    assert json.loads(head) == settings | {"command": "one && two"}
+    assert rest == [line]
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match=r"'side': 512}; expected .*256"):
+        opened(path, settings | {"side": 256}, {"command": "one"})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no whole line"):
+        opened(path, settings, {"command": "one"})
+
+
+def test_only_what_some_method_has_not_drawn_remains():
+    one, two = prompts(1)[:2]
+    tasks = [(n, p, seed) for n, p in enumerate((one, two)) for seed in p.seeds]
+    first = (0, one.seeds[0])
+    done = {first: {"dense-50", "4x"}, (1, two.seeds[0]): {"dense-50"}}
+    left = remaining(tasks, {"dense-50", "4x"}, done)
+    assert left == [task for task in tasks if (task[0], task[2]) != first]
+    assert remaining(tasks, {"dense-50"}, done) == [
+        task for task in tasks if task[2] in (*one.seeds[1:], *two.seeds[1:])
+    ]
+
+
 def test_report(tmp_path):
     def line(method, number, seed, right, tflops):
         found = {"method": method, "prompt": number, "seed": seed, "category": "single"}
@@ -332,18 +362,23 @@ def test_report(tmp_path):
 
 def test_the_readme_has_the_figures_of_the_table():
     root = Path(__file__).parents[1]
-    figures = json.loads((root / "docs/quality.json").read_text())
+    figures, dense = (
+        json.loads((root / f"docs/{name}.json").read_text()) for name in ("quality", "dense")
+    )
     rows = figures["methods"]
     text = (root / "README.md").read_text()
-    assert readme.filled(text, figures) == text
+    assert readme.filled(text, figures, dense) == text
     few = figures | {"methods": {n: row for n, row in rows.items() if n != "7x:grid"}}
     with pytest.raises(ValueError, match=r"no figures of 7x:grid; expected"):
-        readme.filled(text, few)
+        readme.filled(text, few, dense)
     rows["4x"]["right"] += 0.02
-    assert readme.filled(text, figures) != text
+    assert readme.filled(text, figures, dense) != text
     rows["4x"]["right"] -= 0.02
     figures["matched"]["tuned-7x"]["7x"]["difference"] += 0.02
-    assert readme.filled(text, figures) != text
+    assert readme.filled(text, figures, dense) != text
+    figures["matched"]["tuned-7x"]["7x"]["difference"] -= 0.02
+    dense["methods"][REFERENCE]["categories"]["two"]["right"] += 0.02
+    assert readme.filled(text, figures, dense) != text
     header = next(iter(readme.TABLES))
     with pytest.raises(ValueError, match="README has 0 lines"):
-        readme.filled(text.replace(header, ""), figures)
+        readme.filled(text.replace(header, ""), figures, dense)

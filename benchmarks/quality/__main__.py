@@ -128,6 +128,49 @@ def part_of(tasks: list[Task], part: str) -> list[Task]:
     return tasks[slice(*stops)]
 
 
+def opened(
+    path: Path, settings: dict[str, object], made: dict[str, str]
+) -> dict[tuple[int, int], set[str]]:
+    """Begin or go on with the file of lines: which methods have drawn each (prompt, seed).
+
+    Its first line has `settings` and `made`. In a file that is there the line of a killed run that
+    was cut short is dropped, and a "command" that differs is added to those that made it.
+
+    Raises:
+        ValueError: the file was made with other settings, or has no whole line.
+    """
+    done: dict[tuple[int, int], set[str]] = {}
+    if not path.exists():
+        path.write_text(json.dumps(settings | made) + "\n")
+        return done
+    head, before = read(path)
+    own = {name: head.get(name) for name in settings}
+    if own != settings:
+        raise ValueError(f"{path} was made with {own}; expected {settings}")
+    for name, drawn in before.items():
+        for task in drawn:
+            done.setdefault(task, set()).add(name)
+    if made["command"] not in head["command"].split(" && "):
+        head["command"] += " && " + made["command"]
+    text = path.read_text()
+    rest = text[text.index("\n") + 1 : text.rfind("\n") + 1]
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(head) + "\n" + rest)
+    part.replace(path)
+    return done
+
+
+def remaining(
+    tasks: list[Task], methods: set[str], done: dict[tuple[int, int], set[str]]
+) -> list[Task]:
+    """Tasks that not all of `methods` have drawn; `done` has those that have, by (prompt, seed).
+
+    Batches are made of these alone: where more seeds are asked for than before, the pictures that
+    are there lie between the new ones.
+    """
+    return [task for task in tasks if not methods <= done.get((task[0], task[2]), set())]
+
+
 def main() -> None:
     """Append lines to the file until every task has been drawn by every method."""
     parser = argparse.ArgumentParser(
@@ -186,37 +229,28 @@ def main() -> None:
         "guidance": args.guidance,
         "weights": fingerprint(params),
     }
-    done: dict[tuple[int, int], set[str]] = {}
-    if args.out.exists():
-        head, before = read(args.out)
-        own = {name: head.get(name) for name in settings}
-        if own != settings:
-            parser.error(f"{args.out} was made with {own}; expected {settings}")
-        for name, own in before.items():
-            for task in own:
-                done.setdefault(task, set()).add(name)
-        with args.out.open("r+b") as file:  # drop a line that a killed run cut short
-            file.truncate(file.read().rfind(b"\n") + 1)
-    else:
-        # Without the folder of --out, which says nothing to whoever runs the command again.
-        words = [word.replace(str(args.out), args.out.name) for word in sys.argv[1:]]
-        made = {
-            "command": shlex.join(["python", "-m", "benchmarks.quality", *words]),
-            "date": datetime.date.today().isoformat(),
-            "checkpoint": args.checkpoint,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        }
-        args.out.write_text(json.dumps(settings | made) + "\n")
+    # Without the folder of --out, which says nothing to whoever runs the command again.
+    words = [word.replace(str(args.out), args.out.name) for word in sys.argv[1:]]
+    made = {
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *words]),
+        "date": datetime.date.today().isoformat(),
+        "checkpoint": args.checkpoint,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    try:
+        done = opened(args.out, settings, made)
+    except ValueError as error:
+        parser.error(str(error))
+    todo = remaining(tasks, set(chosen), done)
     warm: set[str] = set()
-    with tqdm(total=len(tasks), unit="picture") as bar:
-        for at in range(0, len(tasks), args.batch):
-            part = tasks[at : at + args.batch]
+    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="picture") as bar:
+        for at in range(0, len(todo), args.batch):
+            part = todo[at : at + args.batch]
             known = set.intersection(*(done.get((n, seed), set()) for n, _, seed in part))
-            if not set(chosen) <= known:
-                found = lines(runner, chosen, part, args.batch, known, warm)
-                with args.out.open("a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in found)
+            found = lines(runner, chosen, part, args.batch, known, warm)
+            with args.out.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in found)
             bar.update(len(part))
 
 
