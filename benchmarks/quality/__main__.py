@@ -138,6 +138,7 @@ def opened(
 
     Raises:
         ValueError: the file was made with other settings, or has no whole line.
+        OSError: it cannot be read or written.
     """
     done: dict[tuple[int, int], set[str]] = {}
     if not path.exists():
@@ -240,7 +241,7 @@ def main() -> None:
     }
     try:
         done = opened(args.out, settings, made)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     todo = remaining(tasks, set(chosen), done)
     warm: set[str] = set()
