@@ -265,7 +265,9 @@ def main() -> None:
     rows = summary(lines)
     equal = matched(lines, rows)
     settings["pictures"] = rows[REFERENCE]["pictures"]
-    table = markdown(rows, settings) + ("\n" + markdown_matched(equal) if any(equal.values()) else "")
+    table = markdown(rows, settings)
+    if any(equal.values()):
+        table += "\n" + markdown_matched(equal)
     print(table)
     if args.json:
         text = json.dumps({"settings": settings, "methods": rows, "matched": equal}, indent=1)
