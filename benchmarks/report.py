@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def paired(own: Lines, other: Lines) -> tuple[float, tuple[float, float]]:
 
 
 def summary(lines: dict[str, Lines]) -> dict[str, dict]:
-    """Figures per method."""
+    """Figures per method; "wrong" is in how many of the pictures that fail each attribute is."""
     found = {}
     cost = next(iter(lines[REFERENCE].values()))["tflops"]
     for name, own in lines.items():
@@ -100,6 +100,8 @@ def summary(lines: dict[str, Lines]) -> dict[str, dict]:
         row = {"pictures": len(own), "right": float(per_prompt(verdicts).mean())}
         row["interval"] = interval(per_prompt(verdicts))
         row["against_dense"], row["against_dense_interval"] = paired(own, lines[REFERENCE])
+        failed = [line["verdict"] for line in own.values() if not line["verdict"]["right"]]
+        row["wrong"] = Counter(n for v in failed for n, good in v.items() if n != "right" and not good)
         row["categories"] = {}
         for category in CATEGORIES:
             part = {t: v for t, v in verdicts.items() if own[t]["category"] == category}

@@ -318,7 +318,7 @@ def test_only_what_some_method_has_not_drawn_remains():
 def test_report(tmp_path):
     def line(method, number, seed, right, tflops):
         found = {"method": method, "prompt": number, "seed": seed, "category": "single"}
-        found |= {"verdict": {"right": right}, "tflops": tflops, "evaluations": 5}
+        found |= {"verdict": {"right": right, "shape": right}, "tflops": tflops, "evaluations": 5}
         found |= {"seconds": tflops / 10, "dense": 1.0}
         return found | {} if method == REFERENCE else found | dict.fromkeys(report.METRICS, 0.5)
 
@@ -339,6 +339,7 @@ def test_report(tmp_path):
     assert got["fewer_flops"] == pytest.approx(4)
     assert got["faster"] == pytest.approx(4)
     assert got["pictures"] == 40
+    assert got["wrong"] == {"shape": 30}
     equal = report.matched(lines, rows)
     assert set(equal) == {"4x"}
     assert set(equal["4x"]) == {"dense-11"}  # not the full solve, of four times the operations
