@@ -101,7 +101,8 @@ def summary(lines: dict[str, Lines]) -> dict[str, dict]:
         row["interval"] = interval(per_prompt(verdicts))
         row["against_dense"], row["against_dense_interval"] = paired(own, lines[REFERENCE])
         failed = [line["verdict"] for line in own.values() if not line["verdict"]["right"]]
-        row["wrong"] = Counter(n for v in failed for n, good in v.items() if n != "right" and not good)
+        wrong = (name for verdict in failed for name, good in verdict.items() if not good)
+        row["wrong"] = Counter(name for name in wrong if name != "right")
         row["categories"] = {}
         for category in CATEGORIES:
             part = {t: v for t, v in verdicts.items() if own[t]["category"] == category}
