@@ -17,12 +17,12 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from jitjax.anchors import AnchorSet, first_anchors
 from jitjax.config import TransformerConfig
 from jitjax.latents import positions
-from jitjax.lifter import Lifter
 from jitjax.models.flux import FluxTransformer, abstract_params
-from jitjax.plan import CHOICES, PLANS
+from jitjax.sampler.anchors import AnchorSet, first_anchors
+from jitjax.sampler.lifter import Lifter
+from jitjax.sampler.plan import CHOICES, PLANS
 
 FLUX = TransformerConfig()
 CHANNELS = 64

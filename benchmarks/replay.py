@@ -27,9 +27,9 @@ from safetensors.numpy import load_file
 from jitjax.checkpoint import FluxParams
 from jitjax.config import CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.denoise import denoise
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
-from jitjax.trace import Trace
 
 NEEDED = (
     "grid",

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import jitjax
 from benchmarks.checker import check
 from benchmarks.quality.methods import parse_plan
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 from training.scenes import Scene, evaluation_prompts
 
 

@@ -8,12 +8,12 @@ from jitjax.checkpoint import FluxParams, save
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
 from jitjax.loading import load
-from jitjax.plan import PLANS, Plan
 from jitjax.sample import decode, sample
-from jitjax.solve import jit_solve
-from jitjax.solvers import AdamsBashforth2
+from jitjax.sampler.plan import PLANS, Plan
+from jitjax.sampler.solve import jit_solve
+from jitjax.sampler.solvers import AdamsBashforth2
+from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning, encode_prompt
-from jitjax.trace import Trace
 
 __all__ = [
     "PLANS",

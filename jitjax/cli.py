@@ -20,7 +20,7 @@ from platformdirs import user_cache_dir
 
 import jitjax
 from jitjax.loading import bundled
-from jitjax.plan import PLANS, get_plan
+from jitjax.sampler.plan import PLANS, get_plan
 
 EXAMPLES = """\
 examples:

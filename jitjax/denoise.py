@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jitjax.anchors import first_anchors as draw_first_anchors
 from jitjax.checkpoint import FluxParams
 from jitjax.config import TransformerConfig
 from jitjax.latents import Grid, draw_noise
 from jitjax.models.flux import FluxTransformer
-from jitjax.plan import Plan, get_plan
-from jitjax.schedule import plan_sigmas
-from jitjax.solve import jit_solve
+from jitjax.sampler.anchors import first_anchors as draw_first_anchors
+from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.schedule import plan_sigmas
+from jitjax.sampler.solve import jit_solve
+from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
-from jitjax.trace import Trace
 
 
 @dataclass(frozen=True)

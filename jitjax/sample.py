@@ -15,7 +15,7 @@ from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, denoise
 from jitjax.latents import Grid, draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
-from jitjax.plan import Plan, get_plan
+from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import Conditioning, encode_prompt
 
 

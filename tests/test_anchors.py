@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitjax.anchors import (
+from jitjax.sampler.anchors import (
     AnchorSet,
     activate,
     dither,
@@ -18,7 +18,7 @@ from jitjax.anchors import (
     fixed_grid_scores,
     local_variance,
 )
-from jitjax.plan import PLANS
+from jitjax.sampler.plan import PLANS
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] > 1)
 

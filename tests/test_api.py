@@ -12,7 +12,7 @@ import pytest
 
 import jitjax
 from jitjax.denoise import batch_keys
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 
 PROMPT = "a large red circle"
 PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")

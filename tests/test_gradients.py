@@ -17,10 +17,10 @@ from golden import build
 from jitjax.denoise import FluxVelocity, denoise
 from jitjax.latents import positions
 from jitjax.models.flux import abstract_params
-from jitjax.plan import Plan
-from jitjax.schedule import plan_sigmas
-from jitjax.solve import jit_solve
-from jitjax.solvers import AdamsBashforth2
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.schedule import plan_sigmas
+from jitjax.sampler.solve import jit_solve
+from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
 
 GRID = (4, 5)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitjax.anchors import AnchorSet
-from jitjax.lifter import Lifter, blur_width
-from jitjax.plan import CHOICES
+from jitjax.sampler.anchors import AnchorSet
+from jitjax.sampler.lifter import Lifter, blur_width
+from jitjax.sampler.plan import CHOICES
 
 KINDS = CHOICES["lift"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jitjax
-from jitjax.plan import PLANS, Plan
-from jitjax.schedule import plan_sigmas
+from jitjax.sampler.plan import PLANS, Plan
+from jitjax.sampler.schedule import plan_sigmas
 
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
 

@@ -9,7 +9,7 @@ import pytest
 from golden import build
 
 from benchmarks import replay
-from jitjax.schedule import beta_sigmas
+from jitjax.sampler.schedule import beta_sigmas
 
 CONFIG = build.HERE / "flux_random_transformer.json"
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitjax
-from jitjax.anchors import first_anchors
 from jitjax.latents import draw_noise, positions
-from jitjax.plan import CHOICES, Plan
-from jitjax.schedule import beta_sigmas, plan_sigmas
-from jitjax.solve import jit_solve
-from jitjax.solvers import AdamsBashforth2
+from jitjax.sampler.anchors import first_anchors
+from jitjax.sampler.plan import CHOICES, Plan
+from jitjax.sampler.schedule import beta_sigmas, plan_sigmas
+from jitjax.sampler.solve import jit_solve
+from jitjax.sampler.solvers import AdamsBashforth2
 
 GRID = (6, 7)
 N = GRID[0] * GRID[1]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from jitjax.plan import Plan
-from jitjax.solve import jit_solve
-from jitjax.solvers import AdamsBashforth2, Euler, Secant, evaluations_per_step, integrate
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.solve import jit_solve
+from jitjax.sampler.solvers import AdamsBashforth2, Euler, Secant, evaluations_per_step, integrate
 
 MEANS, SPREADS, WEIGHTS = np.array([-1.2, 0.4, 1.9]), np.array([0.5, 0.3, 0.6]), (0.3, 0.3, 0.4)
 GRID = (3, 4)

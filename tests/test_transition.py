@@ -9,8 +9,8 @@ import oracles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitjax.plan import Plan
-from jitjax.transition import microflow
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.transition import microflow
 
 sigmas = st.tuples(st.floats(0.02, 1), st.floats(0.01, 0.95)).map(lambda p: (p[0], p[0] * p[1]))
 states = jax.random.normal(jax.random.key(0), (2, 2, 9, 4))

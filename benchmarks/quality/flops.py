@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jitjax.config import TransformerConfig
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 
 
 def forward(config: TransformerConfig, tokens: int, text: int) -> float:

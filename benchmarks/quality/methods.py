@@ -21,8 +21,8 @@ from jitjax.denoise import FluxVelocity
 from jitjax.latents import Grid, draw_noise, positions
 from jitjax.models.flux import SCALE
 from jitjax.models.layers import Perceptron, modulate, sinusoids
-from jitjax.plan import PLANS, Plan, get_plan
-from jitjax.schedule import plan_sigmas
+from jitjax.sampler.plan import PLANS, Plan, get_plan
+from jitjax.sampler.schedule import plan_sigmas
 
 REFERENCE = "dense-50"
 PEER_STEPS = 28

@@ -11,7 +11,7 @@ import jitjax
 from jitjax.latents import pack
 from jitjax.loading import BUNDLED
 from jitjax.models.autoencoder import Autoencoder, to_latents
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 from jitjax.text import tokenize
 
 torch = pytest.importorskip("torch")

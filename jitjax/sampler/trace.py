@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jitjax.lifter import Lifter
+from jitjax.sampler.lifter import Lifter
 
 
 class Transition(NamedTuple):

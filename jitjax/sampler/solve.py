@@ -18,15 +18,15 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jitjax.anchors import AnchorSet
-from jitjax.checks import check_finite_velocity, check_inputs
 from jitjax.latents import Grid
-from jitjax.lifter import Lifter
-from jitjax.plan import Plan
-from jitjax.solvers import Euler, evaluations_per_step, integrate, remembering
-from jitjax.terms import SagArgs, Velocity, sag_ode
-from jitjax.trace import Recorder, Trace
-from jitjax.transition import transition
+from jitjax.sampler.anchors import AnchorSet
+from jitjax.sampler.checks import check_finite_velocity, check_inputs
+from jitjax.sampler.lifter import Lifter
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, remembering
+from jitjax.sampler.terms import SagArgs, Velocity, sag_ode
+from jitjax.sampler.trace import Recorder, Trace
+from jitjax.sampler.transition import transition
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def jit_solve(
     """Integrate from noise to clean tokens, on few tokens first (paper, algorithm 1).
 
     Args:
-        velocity: see `jitjax.terms.Velocity`; hashable, best defined once, since each new
+        velocity: see `jitjax.sampler.terms.Velocity`; hashable, best defined once, since each new
             function is compiled anew. With Euler evaluated exactly `plan.steps` times.
         noise: state at `sigmas[0]`, float32 (or float64) tokens in row-major order.
         sigmas: the falling noise levels that the steps run between.

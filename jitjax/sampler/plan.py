@@ -37,8 +37,8 @@ class Plan:
             program) or evenly spread ones ("dither").
         activation: the later anchors: by "importance", or, to compare with, on a fixed "grid"
             (the paper's ablation) or at "random".
-        lift: how values on anchors reach other tokens, see `jitjax.lifter`; "none" leaves the
-            others' velocity 0 (the paper's ablation).
+        lift: how values on anchors reach other tokens, see `jitjax.sampler.lifter`; "none" leaves
+            the others' velocity 0 (the paper's ablation).
         microflow: how new tokens reach their target: "blend" goes 1 / `relax` of the way (the
             authors' program); "hit" goes all the way (paper, DMF); "none" leaves them where the
             lifted velocity has led them (the paper's ablation).

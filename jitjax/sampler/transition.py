@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jitjax.anchors import AnchorSet, activate, fixed_grid_scores, local_variance
-from jitjax.lifter import Lifter
-from jitjax.plan import Plan
-from jitjax.solvers import Euler, integrate
-from jitjax.terms import MicroflowArgs, microflow_ode
-from jitjax.trace import Transition
+from jitjax.sampler.anchors import AnchorSet, activate, fixed_grid_scores, local_variance
+from jitjax.sampler.lifter import Lifter
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.solvers import Euler, integrate
+from jitjax.sampler.terms import MicroflowArgs, microflow_ode
+from jitjax.sampler.trace import Transition
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="record")

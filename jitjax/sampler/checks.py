@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from jitjax.latents import Grid
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 
 
 def check_inputs(

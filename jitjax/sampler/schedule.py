@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from jitjax.config import FluxConfig
-from jitjax.plan import Plan
+from jitjax.sampler.plan import Plan
 
 BETA_A, BETA_B = 1.4, 0.425
 """The quantile function that the authors use for FLUX.1: many steps near sigma 1."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jitjax.latents import Grid, positions
-from jitjax.lifter import Lifter
+from jitjax.sampler.lifter import Lifter
 
 Velocity = Callable[..., Array]
 """`(tokens [b, m, d], positions [b, m, 3], sigma [], valid [b, m] or None, args) ->

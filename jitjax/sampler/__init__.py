@@ -1,0 +1,1 @@
+"""Steps, stages, anchors, lifting, micro-flow: the sampler, which knows no model."""
