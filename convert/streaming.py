@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jitjax import checkpoint
-from jitjax.direct import aligned
+from jitjax.checkpoint.direct import aligned
 
 from .components import byte_bar
 from .engine import Shape

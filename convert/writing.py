@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.checkpoint import FluxParams
+from jitjax.checkpoint.storage import replacing
 from jitjax.config import FluxConfig
-from jitjax.storage import replacing
 
 from .components import (
     COMPONENTS,

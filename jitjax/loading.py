@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from jitjax import storage
-from jitjax.checkpoint import PARTS, TEXT, TOKENIZERS, FluxParams, abstract_params, description
+from jitjax.checkpoint import (
+    PARTS,
+    TEXT,
+    TOKENIZERS,
+    FluxParams,
+    abstract_params,
+    description,
+    storage,
+)
 from jitjax.config import FluxConfig
 
 BUNDLED = Path(__file__).parent / "checkpoints"

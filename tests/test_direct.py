@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from jitjax import direct
-from jitjax.direct import LEAST, PAGE, aligned, write_file
+from jitjax.checkpoint import direct
+from jitjax.checkpoint.direct import LEAST, PAGE, aligned, write_file
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 

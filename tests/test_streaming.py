@@ -23,8 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jitjax
-from jitjax import storage
-from jitjax.checkpoint import PARTS
+from jitjax.checkpoint import PARTS, storage
 from jitjax.convert import reading
 from jitjax.convert.__main__ import main
 from jitjax.convert.streaming import Recycled

@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jitjax.direct import write_file
+from jitjax.checkpoint.direct import write_file
 
 AHEAD = 128 * 2**20
 GROUP = 256 * 2**20
