@@ -35,7 +35,7 @@ from jitjax.config import TransformerConfig
 
 # `convert/` is mapped into the package at installation, which type checkers do not follow.
 from jitjax.convert.components import component_of  # pyright: ignore[reportMissingImports]
-from jitjax.convert.engine import leaf_shapes  # pyright: ignore[reportMissingImports]
+from jitjax.convert.tables.engine import leaf_shapes  # pyright: ignore[reportMissingImports]
 
 COMMAND = [sys.executable, "-m", "jitjax.convert"]
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from jitjax import loading
 from jitjax.checkpoint import PARTS
 
-from .hub import fetch, is_repository
-from .single_files import open_sources
-from .streaming import compare_sources, write_checkpoint
-from .writing import check_target, write_folder
+from .sources.hub import fetch, is_repository
+from .sources.single_files import open_sources
+from .targets.checkpoint import compare_sources, write_checkpoint
+from .targets.diffusers_folder import check_target, write_folder
 
 DTYPES = {
     "auto": None,

@@ -8,7 +8,7 @@
     scheduler/         scheduler_config.json                                shift of dense plans
     tokenizer/, tokenizer_2/                                                copied as they are
 
-Reading is in `reading.py`, writing in `writing.py`; neither torch nor diffusers is needed.
+Reading is in `sources/`, writing in `targets/`; neither torch nor diffusers is needed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from tqdm import tqdm
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
 from jitjax.models import autoencoder, clip, flux, t5
 
-from .autoencoder_tables import AUTOENCODER_IGNORED, autoencoder_rules
-from .engine import Rule, Shape, Tree, check, expected_sources, fill, leaf_shapes, leaf_types
-from .tables import TRANSFORMER_IGNORED, transformer_rules
-from .text_tables import (
+from .tables.autoencoder import AUTOENCODER_IGNORED, autoencoder_rules
+from .tables.engine import Rule, Shape, Tree, check, expected_sources, fill, leaf_shapes, leaf_types
+from .tables.text import (
     CLIP_ALIASES,
     CLIP_IGNORED,
     T5_ALIASES,
@@ -37,6 +36,7 @@ from .text_tables import (
     clip_rules,
     t5_rules,
 )
+from .tables.transformer import TRANSFORMER_IGNORED, transformer_rules
 
 PIPELINE = "FluxPipeline"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"

@@ -62,7 +62,7 @@ def load(
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import merge_loras  # pyright: ignore[reportMissingImports]
-    from jitjax.convert.reading import read_folder  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.sources.diffusers_folder import read_folder  # pyright: ignore[reportMissingImports]
 
     unknown = [part for part in parts if part not in PARTS]
     if unknown or isinstance(parts, str) or not parts:

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 import jitjax
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
-from jitjax.convert import writing
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import COMPONENTS, from_state
-from jitjax.convert.engine import (
+from jitjax.convert.sources.diffusers_folder import read_config, read_folder
+from jitjax.convert.tables.engine import (
     STRIP,
     TILE,
     ConversionError,
@@ -31,9 +31,9 @@ from jitjax.convert.engine import (
     leaf_shapes,
     transpose,
 )
-from jitjax.convert.reading import read_config, read_folder
-from jitjax.convert.tables import transformer_rules
-from jitjax.convert.writing import write_folder
+from jitjax.convert.tables.transformer import transformer_rules
+from jitjax.convert.targets import diffusers_folder
+from jitjax.convert.targets.diffusers_folder import write_folder
 from jitjax.models import flux
 
 TRANSFORMER = TransformerConfig(
@@ -415,7 +415,7 @@ def test_an_interrupted_write_leaves_nothing(params, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(writing, "save_file", interrupted)
+    monkeypatch.setattr(diffusers_folder, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(params, target, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before

@@ -14,9 +14,16 @@ import pytest
 from golden.build import random_tree
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config
-from jitjax.convert.autoencoder_tables import autoencoder_rules
-from jitjax.convert.engine import ConversionError, apply, check, flatten_dict, invert, leaf_shapes
-from jitjax.convert.text_tables import (
+from jitjax.convert.tables.autoencoder import autoencoder_rules
+from jitjax.convert.tables.engine import (
+    ConversionError,
+    apply,
+    check,
+    flatten_dict,
+    invert,
+    leaf_shapes,
+)
+from jitjax.convert.tables.text import (
     CLIP_ALIASES,
     T5_ALIASES,
     T5_IGNORED,

@@ -13,8 +13,8 @@ from golden.build import random_tree
 from jaxtyping import config as jaxtyping_config
 
 from jitjax.config import TransformerConfig
-from jitjax.convert.engine import expected_sources, leaf_shapes
-from jitjax.convert.tables import transformer_rules
+from jitjax.convert.tables.engine import expected_sources, leaf_shapes
+from jitjax.convert.tables.transformer import transformer_rules
 from jitjax.models.flux import FluxTransformer, abstract_params
 
 CONFIG = TransformerConfig(

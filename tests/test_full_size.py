@@ -14,9 +14,9 @@ from golden.full_size import unfold
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
 from jitjax.convert.components import component_of
-from jitjax.convert.layouts import recognise
-from jitjax.convert.reading import prepare
-from jitjax.convert.tensors import TYPES, OriginalWeights
+from jitjax.convert.sources.diffusers_folder import prepare
+from jitjax.convert.sources.layouts import recognise
+from jitjax.convert.sources.tensors import TYPES, OriginalWeights
 
 LISTS = json.loads(Path(script).with_suffix(".json").read_text())
 PUBLISHED = {  # parameters, as the model cards and the files' sizes have it

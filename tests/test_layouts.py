@@ -1,7 +1,7 @@
 """Single files: layouts recognised, configurations inferred, fp8, prefixes, parts.
 
 The same random weights go into every layout, by hand: `original` below is written from the
-description of the original release and shares nothing with `convert/original.py`.
+description of the original release and shares nothing with `convert/tables/original.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import jitjax
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import COMPONENTS, from_state
-from jitjax.convert.engine import ConversionError
-from jitjax.convert.layouts import LAYOUTS, full_size_names, recognise
-from jitjax.convert.single_files import open_files
+from jitjax.convert.sources.layouts import LAYOUTS, full_size_names, recognise
+from jitjax.convert.sources.single_files import open_files
+from jitjax.convert.tables.engine import ConversionError
 
 TRANSFORMER = TransformerConfig(
     in_channels=16,

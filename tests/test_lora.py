@@ -14,11 +14,11 @@ from test_layouts import CONFIGS, TRANSFORMER, H, original_transformer, random_s
 
 import jitjax
 from jitjax.config import FluxConfig
-from jitjax.convert import reading
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import from_state
-from jitjax.convert.engine import ConversionError
 from jitjax.convert.lora import merge_loras
+from jitjax.convert.sources import diffusers_folder
+from jitjax.convert.tables.engine import ConversionError
 
 RNG = np.random.default_rng(7)
 ORIGINAL = {  # layer of the original release -> (diffusers layers, width of each)
@@ -195,10 +195,10 @@ def test_what_does_not_fit_is_told(tmp_path, params):
         merge_loras(params, [(tmp_path / "bad.safetensors", float("nan"))])
 
 
-@pytest.mark.parametrize("whole", [0, reading.WHOLE])
+@pytest.mark.parametrize("whole", [0, diffusers_folder.WHOLE])
 def test_merged_while_converting(tmp_path, states, capsys, monkeypatch, whole):
     """Block by block, as large leaves are written, and whole."""
-    monkeypatch.setattr(reading, "WHOLE", whole)
+    monkeypatch.setattr(diffusers_folder, "WHOLE", whole)
     update = pairs(4)
     flux = str(write(tmp_path, "flux", original_transformer(states["transformer"])))
     lora = str(write(tmp_path, "lora", original(update)))

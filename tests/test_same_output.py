@@ -12,8 +12,8 @@ import pytest
 from test_layouts import TRANSFORMER, original_transformer, prefixed, random_states, write
 
 import jitjax
-from jitjax.convert import reading
 from jitjax.convert.__main__ import main
+from jitjax.convert.sources import diffusers_folder
 from jitjax.models.flux import FluxTransformer
 
 FP8 = jnp.float8_e4m3fn
@@ -117,7 +117,7 @@ def test_every_layout_gives_the_same_output(
 ):
     """Exactly: `by_block` writes every stacked leaf block by block, as large ones are."""
     if by_block:
-        monkeypatch.setattr(reading, "WHOLE", 0)
+        monkeypatch.setattr(diffusers_folder, "WHOLE", 0)
     source = str(LAYOUTS[layout](tmp_path, state))
     out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
     assert main(["--transformer", source, *out]) == 0

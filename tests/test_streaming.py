@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 import jitjax
 from jitjax.checkpoint import PARTS, storage
-from jitjax.convert import reading
 from jitjax.convert.__main__ import main
-from jitjax.convert.streaming import Recycled
+from jitjax.convert.sources import diffusers_folder
+from jitjax.convert.targets.checkpoint import Recycled
 
 # orbax leaves reads unfinished where it meets damage.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -66,10 +66,10 @@ def flip(path: Path, at: int, bit: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("whole", [0, reading.WHOLE])
+@pytest.mark.parametrize("whole", [0, diffusers_folder.WHOLE])
 def test_pieces_chunks_and_groups_make_no_difference(folder, small, tmp_path, monkeypatch, whole):
     """Sizes that make small leaves go the way of large ones; and orbax reads it without us."""
-    monkeypatch.setattr(reading, "WHOLE", whole)
+    monkeypatch.setattr(diffusers_folder, "WHOLE", whole)
     for name in ("AHEAD", "GROUP", "CHUNK"):
         monkeypatch.setattr(storage, name, 2000)
     made = tmp_path / "made"

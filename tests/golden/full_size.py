@@ -4,7 +4,7 @@
 
 diffusers' and transformers' names come from their own classes, built without memory from the
 published configurations below. The original release's names are written here from its description
-and share nothing with `convert/original.py`. Numbered names are folded into patterns.
+and share nothing with `convert/tables/original.py`. Numbered names are folded into patterns.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from jitjax.config import AutoencoderConfig  # noqa: E402
-from jitjax.convert import engine  # noqa: E402
-from jitjax.convert.autoencoder_tables import autoencoder_rules  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
+from jitjax.convert.tables import engine  # noqa: E402
+from jitjax.convert.tables.autoencoder import autoencoder_rules  # noqa: E402
 from jitjax.models.autoencoder import Autoencoder, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -16,12 +16,12 @@ from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 
 from jitjax.config import TransformerConfig  # noqa: E402
 from jitjax.convert.components import COMPONENTS, from_state  # noqa: E402
-from jitjax.convert.engine import expected_sources, leaf_shapes  # noqa: E402
-from jitjax.convert.reading import weight_files  # noqa: E402
-from jitjax.convert.tables import transformer_rules  # noqa: E402
-from jitjax.convert.tensors import Weights, scan_all  # noqa: E402
-from jitjax.convert.text_tables import canonical_names  # noqa: E402
-from jitjax.convert.writing import write_folder  # noqa: E402
+from jitjax.convert.sources.diffusers_folder import weight_files  # noqa: E402
+from jitjax.convert.sources.tensors import Weights, scan_all  # noqa: E402
+from jitjax.convert.tables.engine import expected_sources, leaf_shapes  # noqa: E402
+from jitjax.convert.tables.text import canonical_names  # noqa: E402
+from jitjax.convert.tables.transformer import transformer_rules  # noqa: E402
+from jitjax.convert.targets.diffusers_folder import write_folder  # noqa: E402
 from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
 
 pytestmark = pytest.mark.parity

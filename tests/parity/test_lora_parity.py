@@ -15,9 +15,9 @@ from test_flux_parity import CONFIGS, reference  # noqa: E402
 
 from jitjax.checkpoint import FluxParams  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
-from jitjax.convert.engine import leaves  # noqa: E402
 from jitjax.convert.lora import merge_loras  # noqa: E402
-from jitjax.convert.single_files import whole_config  # noqa: E402
+from jitjax.convert.sources.single_files import whole_config  # noqa: E402
+from jitjax.convert.tables.engine import leaves  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -16,9 +16,9 @@ from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jitjax.config import T5Config  # noqa: E402
-from jitjax.convert import engine  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
-from jitjax.convert.text_tables import t5_rules  # noqa: E402
+from jitjax.convert.tables import engine  # noqa: E402
+from jitjax.convert.tables.text import t5_rules  # noqa: E402
 from jitjax.models.t5 import T5Encoder, abstract_params, relative_buckets  # noqa: E402
 
 pytestmark = pytest.mark.parity

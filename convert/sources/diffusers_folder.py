@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 from jitjax.checkpoint import DESCRIPTION, PARTS, TEXT, FluxParams
 from jitjax.config import FluxConfig
 
-from .components import (
+from ..components import (
     COMPONENTS,
     PIPELINE,
     SCHEDULER,
@@ -30,7 +30,7 @@ from .components import (
     byte_bar,
     read_json,
 )
-from .engine import ConversionError, Rule, Shape, apply, check, leaf_shapes, leaf_types
+from ..tables.engine import ConversionError, Rule, Shape, apply, check, leaf_shapes, leaf_types
 from .tensors import TYPES, OriginalWeights, Weights, scan_all
 
 TEXT_LENGTH = 512

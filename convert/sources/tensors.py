@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .engine import ConversionError, Shape, misfits
+from ..tables.engine import ConversionError, Shape, misfits
+from ..tables.original import Part, Rows, original_shapes
+from ..tables.text import canonical_names
 from .gguf_files import GgufTensor, scan_gguf
-from .original import Part, Rows, original_shapes
-from .text_tables import canonical_names
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FP8 = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
@@ -149,7 +149,7 @@ class Weights:
 
 
 class OriginalWeights:
-    """Tensors of the original release under diffusers' names; see `original.py`.
+    """Tensors of the original release under diffusers' names; see `tables/original.py`.
 
     Args:
         weights: the tensors by their original names.

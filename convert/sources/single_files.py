@@ -23,10 +23,10 @@ from jitjax.config import (
     TransformerConfig,
 )
 
-from .components import COMPONENTS, component_of, read_json
-from .engine import ConversionError
+from ..components import COMPONENTS, component_of, read_json
+from ..tables.engine import ConversionError
+from .diffusers_folder import TEXT_LENGTH, Job, Source, open_folder, prepare, weight_files
 from .layouts import Found, Layout, recognise
-from .reading import TEXT_LENGTH, Job, Source, open_folder, prepare, weight_files
 from .tensors import OriginalWeights, Weights, scan_all
 
 SCHNELL_TEXT_LENGTH = 256

@@ -1,7 +1,7 @@
 """The conversion engine: a table of rules, applied forwards and backwards.
 
 A rule says which source tensors (PyTorch names) make one target leaf (a path in our parameter
-tree), and how. Tables are data, in `tables.py`; this file knows no model.
+tree), and how. Tables are data, in the modules beside it; this file knows no model.
 
     sources                                    transform       target
     blocks.{i}.attn.to_q.weight  [out, in]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jitjax.checkpoint import PARTS, TEXT, TOKENIZERS
 
-from .components import COMPONENTS
+from ..components import COMPONENTS
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -21,7 +21,7 @@ from jitjax.checkpoint import FluxParams
 from jitjax.checkpoint.storage import replacing
 from jitjax.config import FluxConfig
 
-from .components import (
+from ..components import (
     COMPONENTS,
     PIPELINE,
     SCHEDULER,
@@ -30,8 +30,8 @@ from .components import (
     byte_bar,
     read_json,
 )
-from .engine import ConversionError, Rule, invert, leaf_shapes, leaves
-from .reading import read_config
+from ..sources.diffusers_folder import read_config
+from ..tables.engine import ConversionError, Rule, invert, leaf_shapes, leaves
 
 SHARD_BYTES = 5 * 10**9
 

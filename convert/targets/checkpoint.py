@@ -25,10 +25,10 @@ import numpy as np
 from jitjax import checkpoint
 from jitjax.checkpoint.direct import aligned
 
-from .components import byte_bar
-from .engine import Shape
-from .lora import read_loras
-from .reading import Source
+from ..components import byte_bar
+from ..lora import read_loras
+from ..sources.diffusers_folder import Source
+from ..tables.engine import Shape
 
 
 class Recycled:

@@ -1,0 +1,1 @@
+"""What is written: a checkpoint, or a diffusers folder."""
