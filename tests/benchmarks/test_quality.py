@@ -362,7 +362,7 @@ def test_report(tmp_path):
 
 
 def test_the_readme_has_the_figures_of_the_table():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     figures, dense = (
         json.loads((root / f"docs/{name}.json").read_text()) for name in ("quality", "dense")
     )
