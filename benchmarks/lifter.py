@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jitjax.config import TransformerConfig
-from jitjax.latents import positions
 from jitjax.models.flux import FluxTransformer, abstract_params
 from jitjax.sampler.anchors import AnchorSet, first_anchors
+from jitjax.sampler.grid import positions
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.plan import CHOICES, PLANS
 

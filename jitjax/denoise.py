@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import TransformerConfig
-from jitjax.latents import Grid, draw_noise
+from jitjax.latents import draw_noise
 from jitjax.models.flux import FluxTransformer
 from jitjax.sampler.anchors import first_anchors as draw_first_anchors
+from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.schedule import plan_sigmas
 from jitjax.sampler.solve import jit_solve

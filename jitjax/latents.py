@@ -1,4 +1,4 @@
-"""Latents as tokens: noise, packing, position ids.
+"""Latents as tokens: noise, packing.
 
     image [H, W, 3] -- autoencoder --> latents [H/8, W/8, 16] -- pack 2 x 2 --> tokens [N, 64]
 
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jitjax.config import PATCH, FluxConfig
-
-Grid = tuple[int, int]
-"""Rows and columns of tokens."""
+from jitjax.sampler.grid import Grid
 
 LARGEST_SIDE = 8192
 """Pixels; a larger picture is taken for a slip of the hand."""
@@ -57,9 +55,3 @@ def unpack(tokens: Float[Array, "b n d"], grid: Grid) -> Float[Array, "b h w c"]
     rows, columns = grid
     patches = tokens.reshape(b, rows, columns, d // PATCH**2, PATCH, PATCH)
     return patches.transpose(0, 1, 4, 2, 5, 3).reshape(b, rows * PATCH, columns * PATCH, -1)
-
-
-def positions(index: Int[Array, "*b m"], grid: Grid) -> Int[Array, "*b m 3"]:
-    """FLUX position ids (0, row, column) of the tokens at `index` of a row-major grid."""
-    row, column = index // grid[1], index % grid[1]
-    return jnp.stack([jnp.zeros_like(index), row, column], axis=-1)

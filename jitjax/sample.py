@@ -13,8 +13,9 @@ from tqdm import tqdm
 from jitjax.checkpoint import FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, denoise
-from jitjax.latents import Grid, draw_noise, token_grid, unpack
+from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
+from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import Conditioning, encode_prompt
 

@@ -15,8 +15,8 @@ import pytest
 from golden import build
 
 from jitjax.denoise import FluxVelocity, denoise
-from jitjax.latents import positions
 from jitjax.models.flux import abstract_params
+from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.schedule import plan_sigmas
 from jitjax.sampler.solve import jit_solve

@@ -18,9 +18,10 @@ from benchmarks.quality import flops, peers
 from benchmarks.quality.prompts import prompts
 from jitjax.config import TransformerConfig
 from jitjax.denoise import FluxVelocity
-from jitjax.latents import Grid, draw_noise, positions
+from jitjax.latents import draw_noise
 from jitjax.models.flux import SCALE
 from jitjax.models.layers import Perceptron, modulate, sinusoids
+from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.plan import PLANS, Plan, get_plan
 from jitjax.sampler.schedule import plan_sigmas
 

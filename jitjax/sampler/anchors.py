@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jitjax.latents import Grid
+from jitjax.sampler.grid import Grid
 
 
 class AnchorSet(eqx.Module):

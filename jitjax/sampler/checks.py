@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from jitjax.latents import Grid
+from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
 
 

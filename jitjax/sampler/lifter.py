@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jitjax.latents import Grid
 from jitjax.sampler.anchors import AnchorSet
+from jitjax.sampler.grid import Grid
 
 RIDGE = 0.02
 """Holds the slopes of "linear" back where anchors lie on one side, the more the farther they are:

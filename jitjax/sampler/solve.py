@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jitjax.latents import Grid
 from jitjax.sampler.anchors import AnchorSet
 from jitjax.sampler.checks import check_finite_velocity, check_inputs
+from jitjax.sampler.grid import Grid
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, remembering

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jitjax.latents import Grid, positions
+from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.lifter import Lifter
 
 Velocity = Callable[..., Array]

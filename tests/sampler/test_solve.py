@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitjax
-from jitjax.latents import draw_noise, positions
+from jitjax.latents import draw_noise
 from jitjax.sampler.anchors import first_anchors
+from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import CHOICES, Plan
 from jitjax.sampler.schedule import beta_sigmas, plan_sigmas
 from jitjax.sampler.solve import jit_solve
