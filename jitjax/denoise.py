@@ -11,16 +11,17 @@ from typing import Any, Literal, overload
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
-from jitjax.config import TransformerConfig
+from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
 from jitjax.models.flux import FluxTransformer
 from jitjax.sampler.anchors import first_anchors as draw_first_anchors
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan, get_plan
-from jitjax.sampler.schedule import plan_sigmas
+from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
@@ -55,6 +56,19 @@ class FluxVelocity:
         )
         assert isinstance(velocities, jax.Array)
         return velocities
+
+
+def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
+    """`plan_sigmas` with the shift of the model's configuration."""
+    shift = Shift(
+        dynamic=config.dynamic_shift,
+        base_shift=config.base_shift,
+        max_shift=config.max_shift,
+        base_seq=config.base_seq,
+        max_seq=config.max_seq,
+        shift=config.shift,
+    )
+    return plan_sigmas(plan, tokens, shift)
 
 
 def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
@@ -179,7 +193,7 @@ def denoise(
     return jit_solve(
         FluxVelocity(config),
         noise,
-        jnp.asarray(plan_sigmas(plan, n, params.config), noise.dtype),
+        jnp.asarray(flux_sigmas(plan, n, params.config), noise.dtype),
         plan=plan,
         grid=grid,
         first_anchors=first_anchors,

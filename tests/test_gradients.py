@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from golden import build
 
-from jitjax.denoise import FluxVelocity, denoise
+from jitjax.denoise import FluxVelocity, denoise, flux_sigmas
 from jitjax.models.flux import abstract_params
 from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import Plan
-from jitjax.sampler.schedule import plan_sigmas
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
@@ -91,7 +90,7 @@ def test_gradients_through_the_other_transitions(lift):
         rng = np.random.default_rng(1)
         noise, fresh = rng.normal(size=(2, 1, 20, 5))
         weights = jnp.asarray(rng.normal(size=noise.shape))
-        sigmas = jnp.asarray(plan_sigmas(plan, 20, build.SMALL), jnp.float64)
+        sigmas = jnp.asarray(flux_sigmas(plan, 20, build.SMALL), jnp.float64)
 
         def loss(point):
             tokens = jit_solve(
@@ -115,7 +114,7 @@ def test_memory_of_the_gradient_is_near_that_of_a_checkpointed_scan():
     """Temporary memory of the compiled gradients, as XLA plans it."""
     config = build.SMALL.transformer
     velocity, plan, n = FluxVelocity(config), Plan(16), 64
-    sigmas = jnp.asarray(plan_sigmas(plan, n, build.SMALL))
+    sigmas = jnp.asarray(flux_sigmas(plan, n, build.SMALL))
     shapes = abstract_params(config)
     noise = jnp.zeros((2, n, 64))
     conditioning = Conditioning(

@@ -17,13 +17,12 @@ import jitjax
 from benchmarks.quality import flops, peers
 from benchmarks.quality.prompts import prompts
 from jitjax.config import TransformerConfig
-from jitjax.denoise import FluxVelocity
+from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.latents import draw_noise
 from jitjax.models.flux import SCALE
 from jitjax.models.layers import Perceptron, modulate, sinusoids
 from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.plan import PLANS, Plan, get_plan
-from jitjax.sampler.schedule import plan_sigmas
 
 REFERENCE = "dense-50"
 PEER_STEPS = 28
@@ -150,7 +149,7 @@ class Runner:
 
     def sigmas(self, plan: Plan) -> Array:
         """The plan's noise levels, [steps + 1]."""
-        return jnp.asarray(plan_sigmas(plan, self.tokens, self.params.config))
+        return jnp.asarray(flux_sigmas(plan, self.tokens, self.params.config))
 
     def __call__(
         self,

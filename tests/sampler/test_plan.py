@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jitjax
+from jitjax.denoise import flux_sigmas
 from jitjax.sampler.plan import PLANS, Plan
-from jitjax.sampler.schedule import plan_sigmas
 
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
 
@@ -15,7 +15,7 @@ PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
 def test_shifted_sigmas_are_those_of_flux():
     config = jitjax.FluxConfig()
     # FLUX.1-dev at 1024 px: mu = 1.15, so that sigma = e^1.15 / (e^1.15 + 1/s - 1).
-    sigmas = plan_sigmas(Plan(4, schedule="shifted"), 4096, config)
+    sigmas = flux_sigmas(Plan(4, schedule="shifted"), 4096, config)
     even = np.array([1, 0.75, 0.5, 0.25])
     expected = np.exp(1.15) / (np.exp(1.15) + 1 / even - 1)
     np.testing.assert_allclose(sigmas, [*expected, 0], rtol=1e-6)

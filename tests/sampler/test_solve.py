@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jitjax
+from jitjax.denoise import flux_sigmas
 from jitjax.latents import draw_noise
 from jitjax.sampler.anchors import first_anchors
 from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import CHOICES, Plan
-from jitjax.sampler.schedule import beta_sigmas, plan_sigmas
+from jitjax.sampler.schedule import beta_sigmas
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 
@@ -57,7 +58,7 @@ def solve(plan=PLAN, batch=2, *, seed=0, poison=False, **more):
     noise = more.pop("noise", draw_noise(keys, GRID, 8))
     budget = plan.budgets(N, more.get("text_tokens", 0))[0]
     first = jax.vmap(lambda k: first_anchors(k, GRID, budget))(keys) if budget < N else None
-    sigmas = jnp.asarray(plan_sigmas(plan, N, jitjax.FluxConfig()), noise.dtype)
+    sigmas = jnp.asarray(flux_sigmas(plan, N, jitjax.FluxConfig()), noise.dtype)
     args = more.pop("args", jnp.float32(0.3))
     return jit_solve(
         Pull(poison), noise, sigmas, plan=plan, grid=GRID, first_anchors=first, args=args, **more
@@ -82,7 +83,7 @@ def test_a_dense_plan_is_plain_euler():
     plan = Plan(7)
     got = solve(plan)
     y = draw_noise(jax.random.split(jax.random.key(0), 2), GRID, 8)
-    sigmas = plan_sigmas(plan, N, jitjax.FluxConfig())
+    sigmas = flux_sigmas(plan, N, jitjax.FluxConfig())
     place = positions(jnp.arange(N), GRID)[None]
     for a, b in itertools.pairwise(sigmas):
         y = y + Pull()(y, place, a, None, jnp.float32(0.3)) * (b - a)
@@ -105,7 +106,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         alone = jit_solve(
             Pull(),
             draw_noise(one, GRID, 8),
-            jnp.asarray(plan_sigmas(PLAN, N, jitjax.FluxConfig())),
+            jnp.asarray(flux_sigmas(PLAN, N, jitjax.FluxConfig())),
             plan=PLAN,
             grid=GRID,
             first_anchors=first,
@@ -142,7 +143,7 @@ def test_the_compiled_program_calls_nothing_back():
 
     noise = jnp.zeros((1, N, 8))
     first = jnp.arange(PLAN.budgets(N)[0])[None]
-    sigmas = jnp.asarray(plan_sigmas(PLAN, N, jitjax.FluxConfig()))
+    sigmas = jnp.asarray(flux_sigmas(PLAN, N, jitjax.FluxConfig()))
     lowered = jax.jit(
         lambda y: jit_solve(quiet, y, sigmas, plan=PLAN, grid=GRID, first_anchors=first)
     ).lower(noise)
