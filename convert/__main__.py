@@ -11,8 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jitjax import loading
-from jitjax.checkpoint import PARTS
+from jitjax.checkpoint import PARTS, verify
+from jitjax.loading import load
 
 from .sources.hub import fetch, is_repository
 from .sources.single_files import open_sources
@@ -185,14 +185,14 @@ def _back(options: argparse.Namespace) -> None:
     if options.source is None or any(given):
         raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
     check_target(options.out, options.overwrite)  # before anything is read
-    params = loading.load(options.source)
+    params = load(options.source)
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 
 
 def _verify(path: Path) -> int:
     try:
         with tqdm(desc="verifying", unit="array") as bar:
-            loading.verify(path, lambda name: bar.update())
+            verify(path, lambda name: bar.update())
         print(compare_sources(path))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
