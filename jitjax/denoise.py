@@ -29,9 +29,16 @@ from jitjax.text import Conditioning
 
 @dataclass(frozen=True)
 class FluxVelocity:
-    """FLUX as a velocity function for `jit_solve`; computes in the dtype of its parameters."""
+    """FLUX as a velocity function for `jit_solve`; computes in the dtype of its parameters.
+
+    Attributes:
+        config: sizes of the transformer.
+        attention: "xla", or "cudnn" (NVIDIA GPUs; bfloat16 or float16), see
+            `jitjax.models.attention.attend`.
+    """
 
     config: TransformerConfig
+    attention: str = "xla"
 
     def __call__(
         self,
@@ -43,7 +50,8 @@ class FluxVelocity:
     ) -> Float[Array, "b m d"]:
         """Velocities at the anchors; `args` are (parameters, conditioning, guidance)."""
         params, conditioning, guidance = args
-        model = FluxTransformer(self.config, dtype=jax.tree.leaves(params)[0].dtype)
+        dtype = jax.tree.leaves(params)[0].dtype
+        model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
         velocities = model.apply(
             {"params": params},
             tokens,

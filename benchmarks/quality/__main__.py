@@ -18,6 +18,10 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
@@ -27,11 +31,11 @@ import xxhash
 from tqdm import tqdm
 
 import jitjax
-from benchmarks.checker import check
 from benchmarks.quality import flops
+from benchmarks.quality.judging import mark
 from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods, parse_plan
 from benchmarks.quality.prompts import CATEGORIES, Prompt, prompts
-from benchmarks.quality.scores import distances
+from benchmarks.quality.scores import feature_distance
 from benchmarks.report import read
 from jitjax.latents import draw_noise, token_grid
 
@@ -45,12 +49,6 @@ def fingerprint(params: jitjax.FluxParams) -> str:
     for leaf in jax.tree.leaves(params.transformer):
         found.update(np.asarray(leaf).tobytes())
     return found.hexdigest()
-
-
-def judge(image: np.ndarray, prompt: Prompt) -> dict[str, bool]:
-    """The checker's verdict on what the prompt's category asks for."""
-    result = check(image, prompt.scene, mentioned=CATEGORIES[prompt.category])
-    return {name: bool(value) for name, value in result.items()}
 
 
 def draw(
@@ -78,11 +76,16 @@ def lines(
     batch: int,
     known: set[str],
     warm: set[str],
+    each: Callable[..., Iterable],
 ) -> list[dict]:
-    """One line per picture and method that is not in `known`; `warm` are those that compiled."""
+    """One line per picture and method that is not in `known`.
+
+    `warm` are the methods that have been compiled; `each` is `map`, or that of a pool of processes.
+    """
     text = runner.params.config.text_length
     config = runner.params.config.transformer
-    reference, base, found = None, 0.0, []
+    reference, base, found = np.empty(0), 0.0, []
+    drawn: dict[str, np.ndarray] = {}
     for name, method in {REFERENCE: methods[REFERENCE], **methods}.items():
         if name in known and name != REFERENCE:
             continue
@@ -91,12 +94,13 @@ def lines(
             reference, base = images, seconds
             if name in known:
                 continue
-        assert reference is not None
-        same = name == REFERENCE
-        measured = {} if same else distances(runner.params, images, reference)
+        drawn[name] = images
         # The first picture of a size compiles.
         times = {} if name not in warm else {"seconds": seconds / batch, "dense": base / batch}
         warm.add(name)
+        same = name == REFERENCE
+        pair = (jnp.asarray(images), jnp.asarray(reference))
+        features = [] if same else feature_distance(runner.params, *pair).tolist()
         for i, (number, prompt, seed) in enumerate(tasks):
             found.append(
                 {
@@ -105,13 +109,19 @@ def lines(
                     "seed": seed,
                     "category": prompt.category,
                     "text": prompt.text,
-                    "verdict": judge(images[i], prompt),
                     "tflops": flops.run(config, slots, text) / 1e12,
                     "evaluations": len(slots),
                 }
                 | times
-                | {metric: values[i] for metric, values in measured.items()}
+                | ({} if same else {"features": features[i]})
             )
+    asked = [prompt for _, prompt, _ in tasks]
+    pictures = [{name: images[i] for name, images in drawn.items()} for i in range(len(tasks))]
+    marks = list(each(mark, asked, reference, pictures))
+    for at, line in enumerate(found):
+        line.update(marks[at % len(tasks)][line["method"]])
+        if line["method"] == REFERENCE:
+            del line["psnr"], line["ssim"]
     return found
 
 
@@ -192,6 +202,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--guidance", type=float, default=3.5, help="strength (default: 3.5)")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes that judge, for a GPU with many cores"
+    )
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--quick", action="store_true", help="few methods, 6 pictures of 256 px")
     args = parser.parse_args()
@@ -245,11 +258,19 @@ def main() -> None:
         parser.error(str(error))
     todo = remaining(tasks, set(chosen), done)
     warm: set[str] = set()
-    with tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="picture") as bar:
+    with ExitStack() as stack:
+        each: Callable[..., Iterable] = map
+        if args.jobs > 1:
+            # New processes, not forks: a fork of a process that uses JAX may hang.
+            pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
+            each = stack.enter_context(pool).map
+        bar = stack.enter_context(
+            tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="picture")
+        )
         for at in range(0, len(todo), args.batch):
             part = todo[at : at + args.batch]
             known = set.intersection(*(done.get((n, seed), set()) for n, _, seed in part))
-            found = lines(runner, chosen, part, args.batch, known, warm)
+            found = lines(runner, chosen, part, args.batch, known, warm, each)
             with args.out.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in found)
             bar.update(len(part))

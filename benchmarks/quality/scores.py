@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from scipy.stats import bootstrap
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import AutoencoderConfig
@@ -42,17 +40,6 @@ def feature_distance(
     pairs = zip(_features(config, weights, a), _features(config, weights, b), strict=True)
     levels = [jnp.square(x - y).sum(-1).mean((1, 2)) for x, y in pairs]
     return jnp.stack(levels).mean(0)
-
-
-def distances(params: FluxParams, images: np.ndarray, references: np.ndarray) -> dict[str, list]:
-    """PSNR (dB), SSIM and feature distance of each picture to its reference, in [0, 1] RGB."""
-    pairs = list(zip(images, references, strict=True))
-    with np.errstate(divide="ignore"):
-        psnr = [float(peak_signal_noise_ratio(b, a, data_range=1)) for a, b in pairs]
-    how: dict[str, Any] = {"channel_axis": 2, "data_range": 1}
-    ssim = [float(np.asarray(structural_similarity(a, b, **how))) for a, b in pairs]
-    features = np.asarray(feature_distance(params, jnp.asarray(images), jnp.asarray(references)))
-    return {"psnr": psnr, "ssim": ssim, "features": features.tolist()}
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -10,18 +10,41 @@ from jaxtyping import Array, Bool, Float
 
 from jitjax.models.layers import wide
 
+IMPLEMENTATIONS = ("xla", "cudnn")
+"""How attention can be computed."""
+
 
 def attend(
     query: Float[Array, "b s heads width"],
     key: Float[Array, "b s heads width"],
     value: Float[Array, "b s heads width"],
     mask: Bool[Array, "b 1 1 s"] | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "b s heads width"]:
     """Every token attends to every token whose `mask` is true: `softmax(q k / sqrt(width)) v`.
 
     The two matrix products run in the dtype of the inputs, the softmax in float32 or wider.
     Source: Vaswani et al., 2017 (arXiv 1706.03762), equation 1; as in diffusers' FLUX.
+
+    Args:
+        query, key, value: heads of width `width`.
+        mask: False for keys that no token attends to; None if there are none.
+        implementation: "xla", or "cudnn" for cuDNN's flash attention on NVIDIA GPUs, which never
+            holds the [b, heads, s, s] logits. It takes lengths instead of a mask: in every row
+            of `mask` the True values must come first.
+
+    Raises:
+        ValueError: an unknown implementation, or "cudnn" for a dtype that it does not take.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {implementation!r}; expected one of {IMPLEMENTATIONS}")
+    if implementation == "cudnn":
+        if value.dtype not in (jnp.bfloat16, jnp.float16):
+            raise ValueError(f"cuDNN's attention got {value.dtype}; expected bfloat16 or float16")
+        lengths = None if mask is None else mask[:, 0, 0].sum(axis=-1, dtype=jnp.int32)
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
     if value.dtype == jnp.float64:  # JAX's softmax would be float32 even then
         return _by_heads(query, key, value, mask)
     platforms = {"cpu": _by_heads}

@@ -42,10 +42,12 @@ SCALE = 1000.0
 """FLUX embeds sigma and guidance times this."""
 
 
-def _mix(query: Array, key: Array, value: Array, rotation: Rotation, mask: Array | None) -> Array:
+def _mix(
+    query: Array, key: Array, value: Array, rotation: Rotation, mask: Array | None, attention: str
+) -> Array:
     """Attention with rotated queries and keys; heads are joined in the result, [b, s, hidden]."""
     query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
-    out = attend(query, key, value, mask)
+    out = attend(query, key, value, mask, attention)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -57,6 +59,7 @@ class DoubleBlock(nn.Module):
 
     config: TransformerConfig
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -80,7 +83,7 @@ class DoubleBlock(nn.Module):
             )
             projected.append(project(modulate(x, shift, scale)))
         query, key, value = (jnp.concatenate(both, axis=1) for both in zip(*projected, strict=True))
-        joint = _mix(query, key, value, rotation, mask)
+        joint = _mix(query, key, value, rotation, mask, self.attention)
 
         out = []
         mixed = jnp.split(joint, [streams[0].shape[1]], axis=1)
@@ -102,6 +105,7 @@ class SingleBlock(nn.Module):
 
     config: TransformerConfig
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -117,7 +121,7 @@ class SingleBlock(nn.Module):
         project = Projections(
             config.num_attention_heads, config.attention_head_dim, dtype, name="attention"
         )
-        mixed = _mix(*project(normal), rotation, mask)
+        mixed = _mix(*project(normal), rotation, mask, self.attention)
         mlp = nn.gelu(nn.Dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normal), True)
         both = jnp.concatenate([mixed, mlp], axis=-1)
         y = nn.Dense(config.hidden, dtype=dtype, name="out")(both)
@@ -143,10 +147,13 @@ class FluxTransformer(nn.Module):
         config: sizes.
         dtype: of the matrix products and the residual stream. Parameters may be stored in another
             dtype; they are cast block by block.
+        attention: how attention is computed, see `jitjax.models.attention.attend`. With "cudnn",
+            padding must stand last.
     """
 
     config: TransformerConfig
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -209,9 +216,10 @@ class FluxTransformer(nn.Module):
         image = nn.Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
         words = nn.Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
-        double = _stack(DoubleBlock, config.num_layers)(config, dtype, name="double_blocks")
+        facts = (config, dtype, self.attention)
+        double = _stack(DoubleBlock, config.num_layers)(*facts, name="double_blocks")
         (words, image), _ = double((words, image), conditioning, rotation, mask)
-        single = _stack(SingleBlock, config.num_single_layers)(config, dtype, name="single_blocks")
+        single = _stack(SingleBlock, config.num_single_layers)(*facts, name="single_blocks")
         x, _ = single(jnp.concatenate([words, image], axis=1), conditioning, rotation, mask)
 
         image = x[:, length:]

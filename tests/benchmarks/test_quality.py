@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import jitjax
 from benchmarks import readme, report
 from benchmarks.quality import flops, peers, scores
 from benchmarks.quality.__main__ import opened, part_of, remaining
+from benchmarks.quality.judging import mark, similarity
 from benchmarks.quality.methods import (
     REFERENCE,
     Runner,
@@ -25,7 +28,7 @@ from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
 from jitjax.config import TransformerConfig
 from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
 from jitjax.models.layers import rotations
-from training.scenes import SIZES, held_out
+from training.scenes import SIZES, held_out, render
 
 SIGMAS = jnp.linspace(1, 0, 29)
 NOISE = jax.random.normal(jax.random.key(0), (2, 5, 3))
@@ -238,13 +241,28 @@ def test_the_indicator_is_the_first_blocks_input(small):
 def test_distances(small):
     a = np.random.default_rng(0).uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
     near, far = np.clip(a + 0.02, 0, 1), 1 - a
-    same = scores.distances(small, a, a)
-    assert np.allclose(same["features"], 0, atol=1e-9)
-    assert np.allclose(same["ssim"], 1)
-    close, wide = scores.distances(small, near, a), scores.distances(small, far, a)
-    assert min(close["psnr"]) > 30 > 15 > max(wide["psnr"])
-    assert min(close["ssim"]) > max(wide["ssim"])
-    assert max(close["features"]) < min(wide["features"])
+
+    def features(image):
+        return scores.feature_distance(small, jnp.asarray(image), jnp.asarray(a))
+
+    assert np.allclose(features(a), 0, atol=1e-9)
+    assert max(features(near)) < min(features(far))
+    assert similarity(a[0], a[0])["ssim"] == pytest.approx(1)
+    close, wide = similarity(near[0], a[0]), similarity(far[0], a[0])
+    assert close["psnr"] > 30 > 15 > wide["psnr"]
+    assert close["ssim"] > wide["ssim"]
+
+
+def test_marks_in_other_processes_are_the_same():
+    asked = prompts(1, seeds=1)[:2]
+    scenes = [render(prompt.scene, 64, 64).astype(np.float32) for prompt in asked]
+    given = (asked, scenes, [{"a": scenes[0], "b": scenes[1]}] * 2)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        there = list(pool.map(mark, *given))
+    here = list(map(mark, *given))
+    assert there == here
+    assert np.isinf(here[0]["a"]["psnr"])
+    assert here[1]["a"]["psnr"] < 40
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():

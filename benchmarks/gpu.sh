@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Measures what only a GPU can show, in about ten minutes, without a network.
+#
+#   benchmarks/gpu.sh OUT                         all parts; results go to the folder OUT
+#   WHEELS=FOLDER benchmarks/gpu.sh OUT           installs the wheels of FOLDER first
+#   benchmarks/gpu.sh OUT attention speed         some parts, in this order
+#   REHEARSE=1 benchmarks/gpu.sh OUT              tiny sizes on a CPU, to see that nothing fails
+#
+# Needs Python 3.11 or newer with jax for the GPU and this project's other requirements; `torch` also
+# needs torch and diffusers, `tests` pytest and beartype. Each part has a time limit and result
+# files of its own, so that a run that is cut short keeps what it has.
+#
+#   tests      the tests marked gpu                                   tests.log
+#   attention  cuDNN against XLA at the shapes of all stages          attention.jsonl
+#   speed      FLUX.1-dev's size: one evaluation and whole plans      speed.jsonl, kernels.txt
+#   torch      diffusers' transformer, compiled, at the same shapes   torch.jsonl
+#   quality    pictures of the bundled checkpoint, judged             quality.jsonl
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(tests attention speed torch quality)
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ -n "${WHEELS:-}" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" \
+        "$WHEELS"/*.whl || echo "the wheels of $WHEELS cannot be installed"
+fi
+# `convert/` belongs inside the package; an installation would put it there.
+mkdir "$work/tree"
+for name in jitjax benchmarks training tests pyproject.toml; do
+    cp -r "$root/$name" "$work/tree/"
+done
+cp -r "$root/convert" "$work/tree/jitjax/convert"
+cd "$work/tree" || exit 1
+export PYTHONPATH="$work/tree:$work/site" PYTHONUNBUFFERED=1
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/xla}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+# part NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever happens
+part() {
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" >>"$out/$name.log" 2>&1
+    echo "$name: status $? after $((SECONDS - began)) s of $limit: $*" | tee -a "$out/parts.txt"
+}
+
+small=() methods=()
+[ -z "${QUALITY_METHODS:-}" ] || read -ra methods <<<"--methods $QUALITY_METHODS"
+if [ -n "${REHEARSE:-}" ]; then
+    export JAX_PLATFORMS=cpu
+    small=(--rounds 2)
+fi
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/parts.txt" 2>&1 || true
+
+for which in "${parts[@]}"; do
+    case "$which${REHEARSE:+-rehearsed}" in
+    tests)
+        part tests 75 "$python" -m pytest -m gpu -n 0 -p no:cacheprovider tests/test_gpu.py
+        tail -n 15 "$out/tests.log" ;;
+    tests-rehearsed)
+        part tests 120 "$python" -m pytest -m gpu -n 0 --collect-only tests/test_gpu.py ;;
+    attention)
+        part attention 60 "$python" -m benchmarks.attention --out "$out/attention.jsonl" ;;
+    attention-rehearsed)
+        part attention 90 "$python" -m benchmarks.attention --out "$out/attention.jsonl" \
+            --implementations xla --heads 2 --width 16 --tokens 20 "${small[@]}" ;;
+    speed)
+        part speed 200 "$python" -m benchmarks.speed --attention cudnn --out "$out/speed.jsonl" \
+            --profile "$out/kernels.txt"
+        part speed 50 "$python" -m benchmarks.speed --attention xla --out "$out/speed.jsonl" \
+            --plans --profile "$out/kernels-xla.txt" ;;
+    speed-rehearsed)
+        part speed 200 "$python" -m benchmarks.speed --model middle --size 64 --text 32 \
+            --dtype float32 --matmul 256 --plans 7x --out "$out/speed.jsonl" \
+            --profile "$out/kernels.txt" "${small[@]}" ;;
+    torch)
+        part torch 90 "$python" -m benchmarks.torch_speed --out "$out/torch.jsonl" ;;
+    torch-rehearsed)
+        part torch 120 "$python" -m benchmarks.torch_speed --out "$out/torch.jsonl" --tiny \
+            --device cpu --dtype float32 --tokens 64 --backends native --no-compile --matmul 256 \
+            "${small[@]}" ;;
+    quality)
+        # Products of float32 as on a CPU, not rounded to TensorFloat-32.
+        export JAX_DEFAULT_MATMUL_PRECISION=highest
+        part quality "${QUALITY_SECONDS:-240}" "$python" -m benchmarks.quality --seeds 1 \
+            --batch 100 --jobs 14 --out "$out/quality.jsonl" "${methods[@]}" ;;
+    quality-rehearsed)
+        part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 --methods 4x \
+            --out "$out/quality.jsonl" ;;
+    *)
+        echo "unknown part $which; expected tests, attention, speed, torch or quality"
+        exit 2 ;;
+    esac
+done
+rm -rf "$out"/*.trace
+cat "$out/parts.txt"
