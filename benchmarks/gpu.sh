@@ -10,17 +10,17 @@
 # needs torch and diffusers, `tests` pytest and beartype. Each part has a time limit and result
 # files of its own, so that a run that is cut short keeps what it has.
 #
-#   tests      the tests marked gpu                                   tests.log
-#   attention  cuDNN against XLA at the shapes of all stages          attention.jsonl
 #   speed      FLUX.1-dev's size: one evaluation and whole plans      speed.jsonl, kernels.txt
+#   attention  cuDNN against XLA at the shapes of all stages          attention.jsonl
 #   torch      diffusers' transformer, compiled, at the same shapes   torch.jsonl
+#   tests      the tests marked gpu                                   tests.log
 #   quality    pictures of the bundled checkpoint, judged             quality.jsonl
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests attention speed torch quality)
+[ ${#parts[@]} -gt 0 ] || parts=(speed attention torch tests quality)
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -48,8 +48,10 @@ part() {
     echo "$name: status $? after $((SECONDS - began)) s of $limit: $*" | tee -a "$out/parts.txt"
 }
 
-small=() methods=()
-[ -z "${QUALITY_METHODS:-}" ] || read -ra methods <<<"--methods $QUALITY_METHODS"
+small=()
+# Each method is compiled before the first pictures are written, so not all of them by default.
+default="dense-50 dense-11-beta dense-7-beta 4x 7x tuned-4x 4x:no-lift 7x:no-lift"
+read -ra methods <<<"${QUALITY_METHODS:-$default}"
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
     small=(--rounds 2)
@@ -59,12 +61,12 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/part
 for which in "${parts[@]}"; do
     case "$which${REHEARSE:+-rehearsed}" in
     tests)
-        part tests 75 "$python" -m pytest -m gpu -n 0 -p no:cacheprovider tests/test_gpu.py
+        part tests 150 "$python" -m pytest -m gpu -n 0 -p no:cacheprovider tests/test_gpu.py
         tail -n 15 "$out/tests.log" ;;
     tests-rehearsed)
         part tests 120 "$python" -m pytest -m gpu -n 0 --collect-only tests/test_gpu.py ;;
     attention)
-        part attention 60 "$python" -m benchmarks.attention --out "$out/attention.jsonl" ;;
+        part attention 110 "$python" -m benchmarks.attention --out "$out/attention.jsonl" ;;
     attention-rehearsed)
         part attention 90 "$python" -m benchmarks.attention --out "$out/attention.jsonl" \
             --implementations xla --heads 2 --width 16 --tokens 20 "${small[@]}" ;;
@@ -86,8 +88,8 @@ for which in "${parts[@]}"; do
     quality)
         # Products of float32 as on a CPU, not rounded to TensorFloat-32.
         export JAX_DEFAULT_MATMUL_PRECISION=highest
-        part quality "${QUALITY_SECONDS:-240}" "$python" -m benchmarks.quality --seeds 1 \
-            --batch 100 --jobs 14 --out "$out/quality.jsonl" "${methods[@]}" ;;
+        part quality "${QUALITY_SECONDS:-200}" "$python" -m benchmarks.quality --seeds 1 \
+            --batch 100 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
     quality-rehearsed)
         part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 --methods 4x \
             --out "$out/quality.jsonl" ;;
