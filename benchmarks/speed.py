@@ -28,10 +28,9 @@ import jitjax
 from benchmarks.quality import flops
 from benchmarks.timing import append, compiled, device, matmul_rate, measure, random_params
 from jitjax.config import FluxConfig, TransformerConfig
-from jitjax.denoise import FluxVelocity
-from jitjax.latents import positions
+from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.models.flux import abstract_params
-from jitjax.schedule import plan_sigmas
+from jitjax.sampler.grid import positions
 
 MODELS = {
     "flux-dev": TransformerConfig(),
@@ -80,7 +79,7 @@ class Bench:
         budget = plan.budgets(self.tokens, self.text)[0]
         anchors = np.random.default_rng(0).permutation(self.tokens)[None, :budget]
         sparse = budget < self.tokens
-        sigmas = jnp.asarray(plan_sigmas(plan, self.tokens, FluxConfig()))
+        sigmas = jnp.asarray(flux_sigmas(plan, self.tokens, FluxConfig()))
         return lambda: jitjax.jit_solve(
             self.velocity,
             self.noise,

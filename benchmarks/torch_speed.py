@@ -14,9 +14,10 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 24,
@@ -76,7 +77,7 @@ def main() -> None:
     with torch.device(args.device):
         model = FluxTransformer2DModel(guidance_embeds=True, **(TINY if args.tiny else {})).eval()
     torch.set_default_dtype(torch.float32)
-    config = model.config
+    config: Any = model.config
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=args.device, dtype=dtype)

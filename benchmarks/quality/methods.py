@@ -19,8 +19,8 @@ from benchmarks.quality.prompts import prompts
 from jitjax.config import TransformerConfig
 from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.latents import draw_noise
-from jitjax.models.flux import SCALE
-from jitjax.models.layers import Perceptron, modulate, sinusoids
+from jitjax.models.flux import EMBEDDING_SCALE
+from jitjax.models.layers import MLP, modulate, sinusoidal_embedding
 from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.plan import PLANS, Plan, get_plan
 
@@ -108,12 +108,13 @@ def modulated_input(
 
     def vector(name: str, value: Array) -> Array:
         hidden = params["image_in"]["bias"].shape[0]
-        made = Perceptron(hidden, hidden, "silu").apply({"params": params[name]}, value)
+        made = MLP(hidden, hidden, "silu").apply({"params": params[name]}, value)
         assert isinstance(made, jax.Array)
         return made
 
     def scalar(name: str, value: Array) -> Array:
-        return vector(name, sinusoids(jnp.broadcast_to(value, tokens.shape[:1]) * SCALE))
+        value = jnp.broadcast_to(value, tokens.shape[:1])
+        return vector(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
 
     told = scalar("sigma_in", sigma) + vector("pooled_in", conditioning.pooled)
     if "guidance_in" in params:

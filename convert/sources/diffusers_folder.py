@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jitjax.checkpoint import DESCRIPTION, PARTS, TEXT, FluxParams
+from jitjax.checkpoint import METADATA_FILE, PARTS, TEXT_ENCODERS, FluxParams
 from jitjax.config import FluxConfig
 
 from ..components import (
@@ -78,7 +78,7 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a diffusers folder of FLUX")
-    if (folder / DESCRIPTION).is_file():
+    if (folder / METADATA_FILE).is_file():
         raise ValueError(
             f"{folder} is a jitjax checkpoint already: `jitjax.load` reads it, and "
             "`python -m jitjax.convert --to-diffusers` turns it back"
@@ -271,7 +271,7 @@ def open_folder(
         files += own
     if problems:
         raise ConversionError("\n".join(problems))
-    speaks = any(part in TEXT for part in parts)
+    speaks = any(part in TEXT_ENCODERS for part in parts)
     return Source(config, tuple(jobs), str(folder.resolve()) if speaks else "", tuple(files))
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jitjax.checkpoint import PARTS, TEXT, TOKENIZERS
+from jitjax.checkpoint import PARTS, TEXT_ENCODERS, TOKENIZERS
 
 from ..components import COMPONENTS
 
@@ -29,7 +29,8 @@ def wanted_files(parts: Sequence[str] = PARTS) -> list[str]:
     weights = [f"{folder}/*.{ending}" for folder in folders for ending in ("safetensors", "json")]
     # The configurations are needed of all models, the tokenizers where there are text encoders.
     configs = [f"{component.folder}/config.json" for component in COMPONENTS]
-    tokenizers = [f"{n}/{'*' if set(parts) & set(TEXT) else '*config.json'}" for n in TOKENIZERS]
+    pattern = "*" if set(parts) & set(TEXT_ENCODERS) else "*config.json"
+    tokenizers = [f"{name}/{pattern}" for name in TOKENIZERS]
     return ["model_index.json", "scheduler/*.json", *configs, *weights, *tokenizers]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jitjax import checkpoint
-from jitjax.checkpoint.direct import aligned
+from jitjax.checkpoint.direct_io import aligned_buffer
 
 from ..components import byte_bar
 from ..lora import read_loras
@@ -56,7 +56,7 @@ class Recycled:
                 memory = self._free.pop(fits)
             else:  # in place of the largest that is free, so that no more is kept than was needed
                 del self._free[-1:]
-                memory = aligned(size)
+                memory = aligned_buffer(size)
         # All views have `root` as their base, not `memory`: when it goes, they are gone.
         root = np.frombuffer(memory.data, np.uint8, size)
         weakref.finalize(root, self._returned.append, memory).atexit = False
@@ -93,7 +93,7 @@ def write_checkpoint(
     kept: dict[str, Any] = {}
     with (
         ThreadPoolExecutor(1) as pool,
-        checkpoint.writing(
+        checkpoint.checkpoint_writer(
             target, source.config, parts, source.tokenizer, overwrite=overwrite, sources=kept
         ) as add,
         byte_bar(source.bytes, "converting", progress) as bar,
@@ -126,7 +126,7 @@ def compare_sources(path: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: one has changed; the message lists all that have.
     """
-    files = checkpoint.description(path)["sources"].get("files", [])
+    files = checkpoint.read_metadata(path)["sources"].get("files", [])
     there = [file for file in files if Path(file["path"]).is_file()]
     now = describe([Path(file["path"]) for file in there])
     changed = [then["path"] for then, file in zip(there, now, strict=True) if then != file]

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.checkpoint import FluxParams
-from jitjax.checkpoint.storage import replacing
+from jitjax.checkpoint.storage import atomic_folder
 from jitjax.config import FluxConfig
 
 from ..components import (
@@ -70,7 +70,7 @@ def write_folder(
         if not path.is_dir():
             raise FileNotFoundError(f"{path} not found; expected the folder of a tokenizer")
     arrays = jax.tree.leaves([getattr(params, c.name) for c in COMPONENTS])
-    with replacing(folder, overwrite=overwrite) as new:
+    with atomic_folder(folder, overwrite=overwrite) as new:
         for path in tokenizers:
             shutil.copytree(path, new / path.name)
         _write_configs(params.config, new)

@@ -15,26 +15,26 @@ when complete.
 from jitjax.checkpoint.parameters import (
     HINT,
     PARTS,
-    TEXT,
+    TEXT_ENCODERS,
     TOKENIZERS,
     FluxParams,
     abstract_params,
 )
 from jitjax.checkpoint.restoring import load_folder, verify
-from jitjax.checkpoint.saving import DESCRIPTION, FORMAT, description, save, writing
+from jitjax.checkpoint.saving import FORMAT, METADATA_FILE, checkpoint_writer, read_metadata, save
 
 __all__ = [
-    "DESCRIPTION",
     "FORMAT",
     "HINT",
+    "METADATA_FILE",
     "PARTS",
-    "TEXT",
+    "TEXT_ENCODERS",
     "TOKENIZERS",
     "FluxParams",
     "abstract_params",
-    "description",
+    "checkpoint_writer",
     "load_folder",
+    "read_metadata",
     "save",
     "verify",
-    "writing",
 ]

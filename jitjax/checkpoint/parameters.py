@@ -14,7 +14,7 @@ from jitjax.config import FluxConfig
 
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-TEXT = ("t5", "clip")
+TEXT_ENCODERS = ("t5", "clip")
 HINT = ", or pass a Conditioning computed elsewhere in place of the prompt"
 
 
@@ -45,7 +45,7 @@ class FluxParams:
             held = [part for part in PARTS if getattr(self, part)]
             raise ValueError(
                 f"these parameters have no {name}, only {', '.join(held)}; load or convert a "
-                f"checkpoint with it{HINT if name in TEXT else ''}"
+                f"checkpoint with it{HINT if name in TEXT_ENCODERS else ''}"
             )
         return found
 

@@ -13,8 +13,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from jitjax.checkpoint import storage
-from jitjax.checkpoint.parameters import PARTS, TEXT, TOKENIZERS, FluxParams, abstract_params
-from jitjax.checkpoint.saving import description
+from jitjax.checkpoint.parameters import (
+    PARTS,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    FluxParams,
+    abstract_params,
+)
+from jitjax.checkpoint.saving import read_metadata
 from jitjax.config import FluxConfig
 
 Sharding = jax.sharding.Sharding
@@ -28,7 +34,7 @@ def load_folder(
     check: bool,
 ) -> FluxParams:
     """The parameters of a checkpoint that is there; see `jitjax.load`."""
-    told = description(folder)
+    told = read_metadata(folder)
     held = told["parts"]
     wanted = [part for part in held if part in parts]
     absent = [part for part in parts if part not in held]
@@ -63,7 +69,7 @@ def _restore(
     place: Callable[[str, tuple[int, ...]], Sharding],
 ) -> FluxParams:
     parts = list(digests)
-    speaks = any(part in TEXT for part in parts)
+    speaks = any(part in TEXT_ENCODERS for part in parts)
     needed = [*(TOKENIZERS if speaks else ()), *(f"params/{part}" for part in parts)]
     missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
@@ -139,7 +145,7 @@ def verify(
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"no checkpoint at {str(folder)!r}")
-    raw = description(folder)
+    raw = read_metadata(folder)
     abstract, problems = _trees(abstract_params(raw["config"])), []
     for part in raw["parts"]:
         stored = folder / "params" / part

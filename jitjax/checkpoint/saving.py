@@ -15,16 +15,16 @@ import jax
 import numpy as np
 
 from jitjax.checkpoint import storage
-from jitjax.checkpoint.parameters import PARTS, TEXT, TOKENIZERS, FluxParams
+from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 
 FORMAT = 3
 """Version of the checkpoint folder; another one is refused."""
 
-DESCRIPTION = "jitjax.json"
+METADATA_FILE = "jitjax.json"
 
 
-def description(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `jitjax.json` says of a checkpoint, its "config" a `FluxConfig`.
 
     Raises:
@@ -38,10 +38,10 @@ def description(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(folder)!r} is a diffusers folder; convert it once with "
             f"`python -m jitjax.convert {folder} --out CHECKPOINT`, then load CHECKPOINT"
         )
-    file = folder / DESCRIPTION
+    file = folder / METADATA_FILE
     if not file.is_file():
         raise ValueError(
-            f"{str(folder)!r} has no {DESCRIPTION}: not a jitjax checkpoint, or not a whole one"
+            f"{str(folder)!r} has no {METADATA_FILE}: not a jitjax checkpoint, or not a whole one"
         )
     try:
         raw = json.loads(file.read_text())
@@ -70,7 +70,7 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
         ValueError: all parts are empty.
     """
     held = [part for part in PARTS if getattr(params, part)]
-    with writing(path, params.config, held, params.tokenizer, overwrite=overwrite) as add:
+    with checkpoint_writer(path, params.config, held, params.tokenizer, overwrite=overwrite) as add:
         for part in held:
             for key, leaf in jax.tree_util.tree_leaves_with_path(getattr(params, part)):
                 name = jax.tree_util.keystr(key, simple=True, separator="/")
@@ -78,7 +78,7 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
 
 
 @contextmanager
-def writing(
+def checkpoint_writer(
     path: str | os.PathLike[str],
     config: FluxConfig,
     parts: Sequence[str],
@@ -104,17 +104,17 @@ def writing(
         FileExistsError, FileNotFoundError, ValueError: as `save` does.
     """
     target = Path(path)
-    foreign = target.exists() and not (target / DESCRIPTION).is_file()
+    foreign = target.exists() and not (target / METADATA_FILE).is_file()
     if foreign and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} is no jitjax checkpoint; it is not replaced")
     if not parts:
         raise ValueError("there are no parameters to save; expected some of the parts")
-    speaks = any(part in TEXT for part in parts)
+    speaks = any(part in TEXT_ENCODERS for part in parts)
     folders = [Path(tokenizer) / name for name in TOKENIZERS if speaks]
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; expected a folder")
-    with storage.replacing(target, overwrite=overwrite) as new:
+    with storage.atomic_folder(target, overwrite=overwrite) as new:
         for folder in folders:
             shutil.copytree(folder, new / folder.name)
         writers = {part: storage.Writer(new / "params" / part) for part in parts}
@@ -126,7 +126,7 @@ def writing(
             "sources": sources or {},
             "digests": {part: writer.finish() for part, writer in writers.items()},
         }
-        (new / DESCRIPTION).write_text(json.dumps(told, indent=2) + "\n")
+        (new / METADATA_FILE).write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _config_from_json(raw: dict[str, Any]) -> FluxConfig:

@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jitjax.checkpoint.direct import write_file
+from jitjax.checkpoint.direct_io import write_file
 
 AHEAD = 128 * 2**20
 GROUP = 256 * 2**20
@@ -318,7 +318,7 @@ def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `path` that takes its place when the block ends without an error.
 
     Raises:

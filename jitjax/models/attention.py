@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jitjax.models.layers import wide
+from jitjax.models.layers import at_least_float32
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 """How attention can be computed."""
@@ -67,7 +67,7 @@ def _at_once_in_float32(query: Array, key: Array, value: Array, mask: Array | No
 def _by_heads(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     """XLA on a CPU runs two plain matrices four times as fast as a batch of them."""
     b, s, heads, width = query.shape
-    accumulated = wide(value.dtype)
+    accumulated = at_least_float32(value.dtype)
     # float16 products would be computed in float32 in any case, but not everywhere lowered.
     inner = accumulated if value.dtype == jnp.float16 else value.dtype
 

@@ -26,27 +26,27 @@ from jaxtyping import Array, Bool, Float, Num
 from jitjax.config import TransformerConfig
 from jitjax.models.attention import attend
 from jitjax.models.layers import (
-    Perceptron,
-    Projections,
-    Rotation,
-    finite,
+    MLP,
+    QKVProjection,
+    Rotary,
+    apply_rotary,
+    at_least_float32,
+    clip_float16,
     modulate,
-    modulation,
-    rotate,
-    rotations,
-    sinusoids,
-    wide,
+    modulation_vectors,
+    rotary_embedding,
+    sinusoidal_embedding,
 )
 
-SCALE = 1000.0
+EMBEDDING_SCALE = 1000.0
 """FLUX embeds sigma and guidance times this."""
 
 
 def _mix(
-    query: Array, key: Array, value: Array, rotation: Rotation, mask: Array | None, attention: str
+    query: Array, key: Array, value: Array, rotation: Rotary, mask: Array | None, attention: str
 ) -> Array:
     """Attention with rotated queries and keys; heads are joined in the result, [b, s, hidden]."""
-    query, key = (rotate(x, rotation).astype(value.dtype) for x in (query, key))
+    query, key = (apply_rotary(x, rotation).astype(value.dtype) for x in (query, key))
     out = attend(query, key, value, mask, attention)
     return out.reshape(*out.shape[:2], -1)
 
@@ -66,16 +66,16 @@ class DoubleBlock(nn.Module):
         self,
         streams: tuple[Float[Array, "b t h"], Float[Array, "b n h"]],
         conditioning: Float[Array, "b h"],
-        rotation: Rotation,
+        rotation: Rotary,
         mask: Bool[Array, "b 1 1 s"] | None,
     ) -> tuple[tuple[Array, Array], None]:
         config, dtype = self.config, self.dtype
         names = ("text", "image")
-        parts = [modulation(conditioning, 6, dtype, f"{n}_modulation") for n in names]
+        parts = [modulation_vectors(conditioning, 6, dtype, f"{n}_modulation") for n in names]
 
         projected = []
         for name, x, (shift, scale, *_) in zip(names, streams, parts, strict=True):
-            project = Projections(
+            project = QKVProjection(
                 config.num_attention_heads,
                 config.attention_head_dim,
                 dtype,
@@ -91,9 +91,9 @@ class DoubleBlock(nn.Module):
             _, _, gate, mlp_shift, mlp_scale, mlp_gate = part
             y = nn.Dense(config.hidden, dtype=dtype, name=f"{name}_attention_out")(y)
             x = x + gate[:, None, :] * y
-            mlp = Perceptron(4 * config.hidden, config.hidden, dtype=dtype, name=f"{name}_mlp")
+            mlp = MLP(4 * config.hidden, config.hidden, dtype=dtype, name=f"{name}_mlp")
             x = x + mlp_gate[:, None, :] * mlp(modulate(x, mlp_shift, mlp_scale))
-            out.append(finite(x))
+            out.append(clip_float16(x))
         return (out[0], out[1]), None
 
 
@@ -112,20 +112,20 @@ class SingleBlock(nn.Module):
         self,
         x: Float[Array, "b s h"],
         conditioning: Float[Array, "b h"],
-        rotation: Rotation,
+        rotation: Rotary,
         mask: Bool[Array, "b 1 1 s"] | None,
     ) -> tuple[Float[Array, "b s h"], None]:
         config, dtype = self.config, self.dtype
-        shift, scale, gate = modulation(conditioning, 3, dtype, "modulation")
+        shift, scale, gate = modulation_vectors(conditioning, 3, dtype, "modulation")
         normal = modulate(x, shift, scale)
-        project = Projections(
+        project = QKVProjection(
             config.num_attention_heads, config.attention_head_dim, dtype, name="attention"
         )
         mixed = _mix(*project(normal), rotation, mask, self.attention)
         mlp = nn.gelu(nn.Dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normal), True)
         both = jnp.concatenate([mixed, mlp], axis=-1)
         y = nn.Dense(config.hidden, dtype=dtype, name="out")(both)
-        return finite(x + gate[:, None, :] * y), None
+        return clip_float16(x + gate[:, None, :] * y), None
 
 
 def _stack(block: type[nn.Module], length: int) -> Any:
@@ -197,12 +197,12 @@ class FluxTransformer(nn.Module):
         def scalar(name: str, value: Any) -> Array:
             value = jnp.asarray(value, jnp.float32)
             value = jnp.broadcast_to(value.reshape(-1), (batch,))
-            return vector(name, sinusoids(value * SCALE))
+            return vector(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
 
         def vector(name: str, value: Array) -> Array:
             # Small, and everything downstream hangs on it: never narrower than float32.
             hidden = config.hidden
-            return Perceptron(hidden, hidden, "silu", dtype=wide(dtype), name=name)(value)
+            return MLP(hidden, hidden, "silu", dtype=at_least_float32(dtype), name=name)(value)
 
         conditioning = scalar("sigma_in", sigma) + vector("pooled_in", pooled)
         if config.guidance_embeds:
@@ -211,7 +211,7 @@ class FluxTransformer(nn.Module):
 
         image_ids = positions.astype(jnp.float32)
         ids = jnp.concatenate([jnp.zeros((batch, length, 3), jnp.float32), image_ids], axis=1)
-        rotation = rotations(ids, config.axes_dims_rope)
+        rotation = rotary_embedding(ids, config.axes_dims_rope)
 
         image = nn.Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
         words = nn.Dense(config.hidden, dtype=dtype, name="text_in")(text)
@@ -224,9 +224,9 @@ class FluxTransformer(nn.Module):
 
         image = x[:, length:]
         # Here the reference has the scale first, unlike in its blocks.
-        scale, shift = modulation(conditioning, 2, dtype, "final_modulation")
+        scale, shift = modulation_vectors(conditioning, 2, dtype, "final_modulation")
         out = nn.Dense(channels, dtype=dtype, name="image_out")(modulate(image, shift, scale))
-        out = out.astype(wide(dtype))
+        out = out.astype(at_least_float32(dtype))
         return out if valid is None else jnp.where(valid[:, :, None], out, 0)
 
 

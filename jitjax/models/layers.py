@@ -22,15 +22,17 @@ SCALAR_WIDTH = 256
 THETA = 10_000.0
 """Base of the rotary frequencies, one for all position axes."""
 
-Rotation = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
+Rotary = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
 
 
-def wide(dtype: Any) -> Any:
+def at_least_float32(dtype: Any) -> Any:
     """float32, or float64 where `dtype` is."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def sinusoids(values: Float[Array, " b"], width: int = SCALAR_WIDTH) -> Float[Array, "b width"]:
+def sinusoidal_embedding(
+    values: Float[Array, " b"], width: int = SCALAR_WIDTH
+) -> Float[Array, "b width"]:
     """Cosines, then sines, of `values` at geometrically falling frequencies from 1 to 1/10000.
 
     float32. Reference: diffusers `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`.
@@ -45,7 +47,7 @@ def sinusoids(values: Float[Array, " b"], width: int = SCALAR_WIDTH) -> Float[Ar
     return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1)
 
 
-def rotations(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> Rotation:
+def rotary_embedding(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> Rotary:
     """Cosines and sines by which pairs of query and key channels turn, float32.
 
     Args:
@@ -63,10 +65,10 @@ def rotations(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> R
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "b s heads width"], rotation: Rotation) -> Float[Array, ...]:
+def apply_rotary(x: Float[Array, "b s heads width"], rotation: Rotary) -> Float[Array, ...]:
     """Turn neighbouring channel pairs of `x` by their angles, in float32 or wider."""
     cos, sin = rotation
-    pairs = x.astype(wide(x.dtype)).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(at_least_float32(x.dtype)).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape)
@@ -76,7 +78,7 @@ def modulate(
     x: Float[Array, "b s h"], shift: Float[Array, "b h"], scale: Float[Array, "b h"]
 ) -> Float[Array, "b s h"]:
     """LayerNorm without weights, then `x * (1 + scale) + shift`; float32 inside, or wider."""
-    inner = x.astype(wide(x.dtype))
+    inner = x.astype(at_least_float32(x.dtype))
     centred = inner - inner.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(variance + EPSILON)
@@ -84,12 +86,12 @@ def modulate(
     return (normal * (1 + scale) + shift).astype(x.dtype)
 
 
-def finite(x: Float[Array, ...]) -> Float[Array, ...]:
+def clip_float16(x: Float[Array, ...]) -> Float[Array, ...]:
     """Clip a float16 residual stream to what float16 can hold, as diffusers does."""
     return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
 
 
-class Perceptron(nn.Module):
+class MLP(nn.Module):
     """Two linear layers, `up` and `down`, with an activation between.
 
     Reference: diffusers `FeedForward("gelu-approximate")`, and with `silu` `TimestepEmbedding` and
@@ -108,7 +110,7 @@ class Perceptron(nn.Module):
         return nn.Dense(self.outer, dtype=self.dtype, name="down")(x)
 
 
-def modulation(
+def modulation_vectors(
     conditioning: Float[Array, "b h"], parts: int, dtype: Any, name: str
 ) -> list[Float[Array, "b h"]]:
     """`parts` vectors per sample, by a linear layer `name` of the calling module.
@@ -120,7 +122,7 @@ def modulation(
     return [out[:, part] for part in range(parts)]
 
 
-class Projections(nn.Module):
+class QKVProjection(nn.Module):
     """Queries, keys and values of one stream, from one matrix product; queries and keys normed.
 
     Queries and keys are float32 or wider, because the rotation follows.
@@ -134,7 +136,7 @@ class Projections(nn.Module):
     def __call__(self, x: Float[Array, "b s h"]) -> tuple[Array, Array, Array]:
         features = (3, self.heads, self.width)
         qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
-        norm = {"epsilon": EPSILON, "dtype": wide(self.dtype)}
+        norm = {"epsilon": EPSILON, "dtype": at_least_float32(self.dtype)}
         query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
         key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
         return query, key, qkv[:, :, 2]

@@ -27,7 +27,7 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
 from jitjax.config import TransformerConfig
 from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
-from jitjax.models.layers import rotations
+from jitjax.models.layers import rotary_embedding
 from training.scenes import SIZES, held_out, render
 
 SIGMAS = jnp.linspace(1, 0, 29)
@@ -226,7 +226,7 @@ def test_the_indicator_is_the_first_blocks_input(small):
         {"params": first},
         streams,
         jax.nn.silu(vector),
-        rotations(ids, config.axes_dims_rope),
+        rotary_embedding(ids, config.axes_dims_rope),
         None,
         **capture,
     )

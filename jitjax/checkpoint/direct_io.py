@@ -15,11 +15,11 @@ import numpy as np
 
 PAGE = 4096
 """Direct writes begin at multiples of this, in memory and in the file, and have such sizes."""
-LEAST = 2**20
+MIN_DIRECT_BYTES = 2**20
 """Smaller files are not worth it."""
 
 
-def aligned(size: int) -> np.ndarray:
+def aligned_buffer(size: int) -> np.ndarray:
     """Memory of that many bytes, uint8, that can be written directly."""
     memory = np.empty(size + PAGE, np.uint8)
     return memory[-memory.ctypes.data % PAGE :][:size]
@@ -39,7 +39,7 @@ def write_file(path: Path, data: np.ndarray, size: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flags, done = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0
     direct = getattr(os, "O_DIRECT", 0)
-    if direct and len(data) >= LEAST and data.ctypes.data % PAGE == 0:
+    if direct and len(data) >= MIN_DIRECT_BYTES and data.ctypes.data % PAGE == 0:
         try:
             done = _write(path, flags | direct, data[: len(data) // PAGE * PAGE], 0)
         except OSError as error:
