@@ -56,7 +56,8 @@ if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
     small=(--rounds 2)
 fi
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/parts.txt" 2>&1 || true
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/card.txt" 2>/dev/null
+: >"$out/parts.txt"
 
 for which in "${parts[@]}"; do
     case "$which${REHEARSE:+-rehearsed}" in
@@ -91,7 +92,7 @@ for which in "${parts[@]}"; do
         part quality "${QUALITY_SECONDS:-200}" "$python" -m benchmarks.quality --seeds 1 \
             --batch 100 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
     quality-rehearsed)
-        part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 --methods 4x \
+        part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 \
             --out "$out/quality.jsonl" ;;
     *)
         echo "unknown part $which; expected tests, attention, speed, torch or quality"
