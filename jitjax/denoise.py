@@ -1,4 +1,4 @@
-"""`denoise`: the staged solve with FLUX plugged in."""
+"""`denoise`: the staged solve with the FLUX transformer as the velocity function."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from jitjax.text import Conditioning
 
 @dataclass(frozen=True)
 class FluxVelocity:
-    """FLUX as a velocity function for `jit_solve`; computes in the dtype of its parameters.
+    """The FLUX transformer as a velocity function for `jit_solve`.
+
+    The transformer runs in the dtype of its parameters.
 
     Attributes:
-        config: sizes of the transformer.
+        config: configuration of the transformer.
         attention: "xla", or "cudnn" (NVIDIA GPUs; bfloat16 or float16), see
             `jitjax.models.attention.attend`.
     """
@@ -48,7 +50,16 @@ class FluxVelocity:
         valid: Array | None,
         args: tuple[Any, Conditioning, Array | None],
     ) -> Float[Array, "b m d"]:
-        """Velocities at the anchors; `args` are (parameters, conditioning, guidance)."""
+        """Return the velocities of the tokens.
+
+        Args:
+            tokens: states of the tokens.
+            positions: (0, row, column) of each token.
+            sigma: sigma of the states, a scalar in [0, 1].
+            valid: False in padded slots, [b, m]; None if there are none.
+            args: the transformer's parameters, the conditioning, and the guidance strength [b]
+                (None for models without a guidance embedding).
+        """
         params, conditioning, guidance = args
         dtype = jax.tree.leaves(params)[0].dtype
         model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
@@ -67,7 +78,16 @@ class FluxVelocity:
 
 
 def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
-    """`plan_sigmas` with the shift of the model's configuration."""
+    """Compute the sigmas of a plan with the shift of the model's configuration.
+
+    Args:
+        plan: the plan.
+        tokens: number of tokens of the grid.
+        config: the model's configuration.
+
+    Returns:
+        Sigmas at the ends of the steps, [plan.steps + 1], float32; the last is 0.
+    """
     shift = Shift(
         dynamic=config.dynamic_shift,
         base_shift=config.base_shift,
@@ -80,32 +100,37 @@ def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
 
 
 def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
-    """One key per sample: `key` folded with 0, 1, ...; or `key` itself if it is `batch` keys.
+    """Return one key per sample.
 
-    Sample i of a batch is made from its own key alone, so `key=keys[i : i + 1]` makes it again.
+    Sample i depends on its own key only, so `key=keys[i : i + 1]` reproduces it in a batch of one.
+
+    Args:
+        key: one `jax.random` key, which is folded with 0, 1, ...; or one key per sample, which are
+            returned unchanged.
+        batch: number of samples.
 
     Raises:
-        ValueError: `key` is not a `jax.random` key, or not of the shape [] or [batch].
+        ValueError: `key` is not a `jax.random` key, or its shape is neither [] nor [batch].
     """
     key = jnp.asarray(key)
-    if key.dtype == jnp.uint32 and key.ndim and key.shape[-1] == 2:  # jax.random.PRNGKey
+    if key.dtype == jnp.uint32 and key.ndim and key.shape[-1] == 2:  # from jax.random.PRNGKey
         key = jax.random.wrap_key_data(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"key is {key.dtype} {list(key.shape)}; expected jax.random.key(seed) or an array "
-            "of such keys"
+            f"key has dtype {key.dtype} and shape {list(key.shape)}; expected "
+            "jax.random.key(seed) or an array of such keys"
         )
     if key.ndim == 0:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"key is {list(key.shape)} keys; expected one, or [{batch}]")
+        raise ValueError(f"key has shape {list(key.shape)}; expected [] or [{batch}]")
     return key
 
 
 @overload
-def denoise(*args: Any, trace: Literal[False] = False, **more: Any) -> Array: ...
+def denoise(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
-def denoise(*args: Any, trace: Literal[True], **more: Any) -> tuple[Array, Trace]: ...
+def denoise(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
 def denoise(
     params: FluxParams,
     conditioning: Conditioning,
@@ -122,82 +147,89 @@ def denoise(
     check_finite: bool = False,
     trace: bool = False,
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
-    """Noise to clean tokens by the FLUX transformer, following `plan`.
+    """Integrate from noise to clean tokens with the FLUX transformer.
 
-    Pure, and traces under `jit`, `vmap` and `grad`, unless `progress` or `check_finite` is given.
-    The choice of anchors is piecewise constant in all inputs: no gradient passes through it.
+    The function is pure and composes with `jit`, `vmap` and `grad`, unless `progress` or
+    `check_finite` is set. The choice of anchors is piecewise constant in all inputs, so no
+    gradient passes through it.
 
     Args:
-        params: parameters; only the transformer's are used.
-        conditioning: what `encode_prompt` returns, or embeddings computed elsewhere.
-        noise: standard normal tokens, float32, d = 64 as (channel, row in patch, column in
-            patch), row-major.
-        plan: a name in `PLANS` or a `Plan`.
-        grid: rows and columns of tokens; by default a square.
-        guidance: strength of the guidance embedding; ignored by models without one.
-        key: one `jax.random` key, or one per sample, for what is not given below.
-        microflow_noise: noise of the micro-flow's targets, instead of what the plan says.
-        first_anchors: positions of the first stage's anchors, for all samples or per sample.
-        solver: a diffrax solver; Euler by default.
-        progress: called with 1 after every step.
-        check_finite: raise at the first step whose velocity is not finite.
-        trace: also return what the run did.
+        params: the model's parameters; only those of the transformer are used.
+        conditioning: the result of `encode_prompt`, or embeddings computed elsewhere.
+        noise: standard normal tokens in row-major order, float32 (or float64); d = 64 is (channel,
+            row in patch, column in patch).
+        plan: a `Plan`, or a name in `PLANS`.
+        grid: rows and columns of tokens; a square by default.
+        guidance: guidance strength, one number or one per sample; ignored by models without a
+            guidance embedding.
+        key: one `jax.random` key, or one per sample. It draws the first anchors, the micro-flow
+            noise and the random scores, as far as the plan needs them and they are not given.
+        microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
+        first_anchors: token indices of the first stage's anchors, for all samples or per sample.
+        solver: a diffrax solver; Euler's method by default.
+        progress: callback, called with 1 after every step.
+        check_finite: whether to check the velocity of every step.
+        trace: whether to return a `Trace` too.
 
     Returns:
-        clean tokens, float32, for `decode`; with `trace`, the tokens and a `Trace`.
+        Clean tokens for `decode` in the dtype of `noise`; with `trace`, a tuple of the tokens and
+        the `Trace`.
 
     Raises:
-        ValueError: an unknown plan; arrays that are not finite, or whose shapes do not fit the
-            model, the plan or one another; a key that is missing and needed. Before anything is
-            compiled.
-        FloatingPointError: a velocity is not finite (with `check_finite`).
+        ValueError: the plan is unknown; an array is not finite or does not fit the model, the plan
+            or another array; or `key` is None although the plan needs it. Raised before
+            compilation.
+        FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     plan = get_plan(plan)
     config = params.config.transformer
     if noise.ndim != 3 or noise.shape[2] != config.in_channels:
         raise ValueError(
-            f"noise is {list(noise.shape)}; expected [batch, tokens, {config.in_channels}]"
+            f"noise has shape {list(noise.shape)}; expected [batch, tokens, {config.in_channels}]"
         )
     b, n, _ = noise.shape
     grid = grid or (math.isqrt(n), math.isqrt(n))
     if grid[0] * grid[1] != n or min(grid) < 1:
         raise ValueError(
-            f"noise has {n} tokens; expected {grid[0]} x {grid[1]} (give `grid` if the picture "
-            "is not square)"
+            f"noise has {n} tokens; expected {grid[0]} x {grid[1]} (pass `grid` if the image is "
+            "not square)"
         )
     conditioning.check(params.config, batch=b)
-    strength = jnp.asarray(guidance, jnp.float32)
-    if strength.shape not in ((), (b,)):
-        raise ValueError(f"guidance is {list(strength.shape)}; expected one number, or [{b}]")
+    guidance = jnp.asarray(guidance, jnp.float32)
+    if guidance.shape not in ((), (b,)):
+        raise ValueError(f"guidance has shape {list(guidance.shape)}; expected [] or [{b}]")
 
     budget = plan.budgets(n, conditioning.text.shape[1])[0]
-    drawn = {
+    must_draw = {
         "first_anchors": first_anchors is None,
         "microflow_noise": microflow_noise is None and plan.microflow_noise == "fresh",
-        "activation at random": plan.activation == "random",
+        "random activation": plan.activation == "random",
     }
-    scores = None
-    if budget < n and any(drawn.values()):
+    random_scores = None
+    if budget < n and any(must_draw.values()):
         if key is None:
-            needed = " and ".join(name for name, needed in drawn.items() if needed)
-            raise ValueError(f"key is None; this plan needs one for {needed}")
+            names = " and ".join(name for name, needed in must_draw.items() if needed)
+            raise ValueError(f"key is None; expected a key, which this plan needs for {names}")
         keys = batch_keys(key, b)
-        pairs = jax.vmap(jax.random.split)(keys)
-        if drawn["first_anchors"]:
+        split_keys = jax.vmap(jax.random.split)(keys)
+        if must_draw["first_anchors"]:
             draw = partial(
                 draw_first_anchors, grid=grid, budget=budget, layout=plan.first, fill=plan.fill
             )
-            first_anchors = jax.vmap(draw)(pairs[:, 0])
-        if drawn["microflow_noise"]:
-            microflow_noise = draw_noise(pairs[:, 1], grid, noise.shape[2]).astype(noise.dtype)
-        if plan.activation == "random":
-            scores = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 2), (n,)))(keys)
+            first_anchors = jax.vmap(draw)(split_keys[:, 0])
+        if must_draw["microflow_noise"]:
+            microflow_noise = draw_noise(split_keys[:, 1], grid, noise.shape[2])
+            microflow_noise = microflow_noise.astype(noise.dtype)
+        if must_draw["random activation"]:
+            random_scores = jax.vmap(
+                lambda sample_key: jax.random.uniform(jax.random.fold_in(sample_key, 2), (n,))
+            )(keys)
     if first_anchors is not None:
         first_anchors = jnp.asarray(first_anchors)
         if first_anchors.ndim == 1:
             first_anchors = jnp.broadcast_to(first_anchors, (b, first_anchors.shape[0]))
 
-    embedded = jnp.broadcast_to(strength, (b,)) if config.guidance_embeds else None
+    embedded_guidance = jnp.broadcast_to(guidance, (b,)) if config.guidance_embeds else None
     return jit_solve(
         FluxVelocity(config),
         noise,
@@ -206,8 +238,8 @@ def denoise(
         grid=grid,
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
-        random_scores=scores,
-        args=(params.part("transformer"), conditioning, embedded),
+        random_scores=random_scores,
+        args=(params.part("transformer"), conditioning, embedded_guidance),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
         progress=progress,

@@ -1,19 +1,21 @@
 """The sampler: steps, stages, anchors, lifting and micro-flow, for any velocity function.
 
-Nothing here knows a model, or imports anything of `jitjax` outside this package: `jit_solve` runs
-whatever is a `Velocity`. `jitjax.denoise` is this with FLUX plugged in. In the order to read them:
+This package is independent of the model and imports nothing else of `jitjax`: `jit_solve`
+integrates any `Velocity`. `jitjax.denoise` calls it with the FLUX transformer.
 
-    grid.py         rows and columns of tokens
-    plan.py         what a run does, and the named plans
-    schedule.py     noise levels of the steps
-    anchors.py      which tokens run, and which are taken up next
-    lifter.py       from values on anchors to values on all tokens
-    terms.py        the two differential equations
-    solvers.py      solvers that remember the last velocity
-    transition.py   between two stages
+The modules, in reading order:
+
+    grid.py         the token grid and token positions
+    plan.py         the settings of a run, and the named plans
+    schedule.py     sigmas of the steps
+    anchors.py      anchor sets: the first ones, and the activation of new ones
+    lifter.py       interpolation from anchors to all tokens
+    terms.py        the SAG-ODE and the micro-flow as diffrax terms
+    solvers.py      solvers whose state includes the last velocity
+    transition.py   activation and micro-flow between two stages
     solve.py        the staged solve
-    trace.py        what a run did
-    checks.py       what a solve refuses
+    trace.py        the record of a run
+    checks.py       validation of a solve's inputs
 """
 
 from jitjax.sampler.anchors import AnchorSet, first_anchors

@@ -1,14 +1,14 @@
-"""Anchors: which tokens the transformer runs on, and which it takes up next.
+"""Anchors: the tokens that the transformer runs on, and the choice of new ones.
 
-An anchor set has a static size; slots that hold no token point past the end of the grid, so
-that gathers fill them and scatters drop them.
+An anchor set has a static number of slots. The index of a padded slot points past the end of the
+grid, so that gathers fill it and scatters drop it.
 
     slot      0   1   2   3   4   5
     index     0   5   9  12  16  16      (16 tokens: the last two slots are padding)
     valid     y   y   y   y   n   n
 
-Every way of choosing anchors is a score per token, of which the highest are taken: a whole number
-says how much a token is wanted, a fraction below 1 decides among equals.
+Anchors are chosen by the highest scores, one score per token. In the scores of `first_anchors` and
+`fixed_grid_scores` the integer part is a priority and the fraction breaks ties.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from jitjax.sampler.grid import Grid
 
 
 class AnchorSet(eqx.Module):
-    """The anchors of a batch, one set per sample, padding last.
+    """The anchors of a batch: one set per sample, with padded slots last.
 
     Attributes:
-        index: position of each slot's token on the row-major grid; N for padding.
-        valid: whether the slot holds a token.
+        index: token index of each slot on the row-major grid; N, the number of tokens, in padded
+            slots.
+        valid: True for slots that hold a token, False for padded slots.
     """
 
     index: Int[Array, "b m"]
@@ -37,26 +38,34 @@ class AnchorSet(eqx.Module):
 
     @classmethod
     def padded(cls, index: Int[Array, "b k"], slots: int, tokens: int) -> AnchorSet:
-        """The set of the k anchors `index`, padded to `slots` slots on a grid of `tokens`."""
+        """Build an anchor set from token indices, padded to a number of slots.
+
+        Args:
+            index: token indices of the anchors.
+            slots: number of slots, at least k.
+            tokens: number of tokens of the grid.
+        """
         b, k = index.shape
         index = jnp.pad(index, ((0, 0), (0, slots - k)), constant_values=tokens)
         return cls(index.astype(jnp.int32), jnp.broadcast_to(jnp.arange(slots) < k, (b, slots)))
 
     def gather(self, values: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
-        """The anchors' values (S^T y in the paper); zero in padded slots."""
+        """Return the values on the anchors (S^T y in the paper); zeros in padded slots."""
         take = jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))
         return take(values, self.index)
 
     def scatter(
         self, into: Float[Array, "b n d"], values: Float[Array, "b m d"]
     ) -> Float[Array, "b n d"]:
-        """`into` with the anchors' values replaced; padded slots are dropped."""
+        """Return `into` with `values` written to the anchors; padded slots are ignored."""
         put = jax.vmap(lambda y, i, v: y.at[i].set(v, mode="drop"))
         return put(into, self.index, values)
 
 
 def dither(grid: Grid) -> np.ndarray:
-    """A fraction in [0, 1) for each token; those above any threshold are evenly spread.
+    """Compute a dither value in [0, 1) per token.
+
+    The tokens whose value is above any threshold are evenly spread over the grid.
 
     Source: Roberts, "The unreasonable effectiveness of quasirandom sequences" (R2 dither).
     """
@@ -65,11 +74,18 @@ def dither(grid: Grid) -> np.ndarray:
     return np.mod(0.5 + rows / plastic + columns / plastic**2, 1)
 
 
-def wanted(grid: Grid, stride: int | None = None) -> np.ndarray:
-    """How much each token is wanted as a first anchor: 0 not, 1 by the layout, 2 as a corner.
+def layout_priority(grid: Grid, stride: int | None = None) -> np.ndarray:
+    """Compute the priority of each token as a first anchor.
 
-    The layout is even rows and columns and the border; with `stride`, every stride-th row and
-    column, and the last ones. Corners are wanted most, so that anchors always span the grid.
+    Corners have the highest priority, so that the anchors always span the grid.
+
+    Args:
+        grid: rows and columns of tokens.
+        stride: None for the layout of tokens on even rows and even columns and on the border;
+            otherwise the layout of tokens on every stride-th row and column and the last ones.
+
+    Returns:
+        Integers, [tokens]: 2 for corners, 1 for other tokens of the layout, 0 elsewhere.
     """
     rows, columns = np.indices(grid).reshape(2, -1)
     edge_row = (rows == 0) | (rows == grid[0] - 1)
@@ -91,36 +107,41 @@ def first_anchors(
     layout: str = "even",
     fill: str = "random",
 ) -> Int[Array, " k"]:
-    """The first stage's anchors of one sample: a layout, filled up or thinned to `budget`.
+    """Draw the first stage's anchors of one sample: a layout, filled or thinned to `budget`.
+
+    Source: the authors' program, whose draw is not reproducible and may drop corners.
 
     Args:
-        key: decides what is added or dropped.
-        grid: rows and columns.
+        key: `jax.random` key of the tokens that are added or dropped.
+        grid: rows and columns of tokens.
         budget: number of anchors.
-        layout: "even" rows and even columns and the border; or "strided", every s-th row and
-            column and the last ones, s = floor(sqrt(tokens / budget)).
-        fill: add or drop "random" tokens, or evenly spread ones ("dither"). Corners go last.
+        layout: "even" for the tokens on even rows and even columns and on the border, or "strided"
+            for those on every s-th row and column and the last ones, with
+            s = floor(sqrt(tokens / budget)).
+        fill: whether "random" or evenly spread ("dither") tokens are added or dropped. Corners are
+            dropped last.
 
     Returns:
-        distinct positions, rising.
-
-    Source: the authors' program, where the draw is not reproducible and may drop corners.
+        Distinct token indices in ascending order.
     """
     n = grid[0] * grid[1]
     stride = max(1, int(math.sqrt(n / budget))) if layout == "strided" else None
     if fill == "dither":
-        # The key shifts the pattern. On top of it the mean is kept away from 1, where float32
-        # would round up to the next rank.
-        tie = jnp.mod(jnp.asarray(dither(grid), jnp.float32) + jax.random.uniform(key), 1) * 0.999
+        # The key shifts the pattern. The factor keeps values away from 1, where float32 would
+        # round a score up to the next priority.
+        shifted = jnp.asarray(dither(grid), jnp.float32) + jax.random.uniform(key)
+        tie_break = jnp.mod(shifted, 1) * 0.999
     else:
-        tie = jax.random.uniform(key, (n,))
-    return jnp.sort(jax.lax.top_k(wanted(grid, stride).astype(np.float32) + tie, budget)[1])
+        tie_break = jax.random.uniform(key, (n,))
+    scores = layout_priority(grid, stride).astype(np.float32) + tie_break
+    return jnp.sort(jax.lax.top_k(scores, budget)[1])
 
 
 def local_variance(velocity: Float[Array, "b n d"], grid: Grid) -> Float[Array, "b n"]:
-    """Importance of each token: E_W[u^2] - (E_W[u])^2 over 3 x 3 windows, mean over channels.
+    """Compute the importance of each token: the local variance of the velocity u.
 
-    Windows reach over the edge, where u counts as 0 (paper, importance-guided activation).
+    The importance is E_W[u^2] - (E_W[u])^2 over 3 x 3 windows W, averaged over channels. Windows
+    extend over the edge of the grid, where u is 0. Source: paper, importance-guided activation.
     """
     b, _, d = velocity.shape
     field = velocity.reshape(b, *grid, d)
@@ -134,25 +155,29 @@ def local_variance(velocity: Float[Array, "b n d"], grid: Grid) -> Float[Array, 
 
 
 def fixed_grid_scores(batch: int, grid: Grid) -> Float[Array, "b n"]:
-    """Scores that ignore the picture: even rows and columns first, then evenly spread tokens."""
-    scores = jnp.asarray(np.minimum(wanted(grid), 1) + dither(grid), jnp.float32)
+    """Compute scores that do not depend on the image, [batch, tokens].
+
+    The tokens of the "even" layout come first, then evenly spread tokens.
+    """
+    scores = jnp.asarray(np.minimum(layout_priority(grid), 1) + dither(grid), jnp.float32)
     return jnp.broadcast_to(scores, (batch, scores.shape[0]))
 
 
 def activate(
-    anchors: AnchorSet, scores: Float[Array, "b n"], known: int, budget: int
+    anchors: AnchorSet, scores: Float[Array, "b n"], old_budget: int, budget: int
 ) -> tuple[Int[Array, "b k"], Int[Array, "b new"]]:
-    """The next stage's anchors: the `known` old ones, then the others with the highest scores.
+    """Choose the next stage's anchors: the old ones and the highest-scoring other tokens.
 
     Args:
-        anchors: the old set; its first `known` slots are valid.
-        scores: one value per token; higher is taken up first, ties by position.
-        known: number of old anchors.
-        budget: number of anchors wanted.
+        anchors: the old anchors; their first `old_budget` slots are valid.
+        scores: one score per token; equal scores are ordered by token index.
+        old_budget: number of old anchors.
+        budget: number of anchors of the next stage.
 
     Returns:
-        all anchors [b, budget], old ones first, and the new ones alone [b, budget - known].
+        All anchors, [b, budget], the old ones first; and the new ones only,
+        [b, budget - old_budget], highest score first.
     """
-    take_out = jax.vmap(lambda score, index: score.at[index].set(-jnp.inf, mode="drop"))
-    _, new = jax.lax.top_k(take_out(scores, anchors.index), budget - known)
-    return jnp.concatenate([anchors.index[:, :known], new], axis=1), new
+    exclude = jax.vmap(lambda score, index: score.at[index].set(-jnp.inf, mode="drop"))
+    _, new = jax.lax.top_k(exclude(scores, anchors.index), budget - old_budget)
+    return jnp.concatenate([anchors.index[:, :old_budget], new], axis=1), new

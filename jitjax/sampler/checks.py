@@ -1,4 +1,4 @@
-"""Checks of the arrays that a solve is given, before anything is compiled."""
+"""Validation of a solve's inputs before compilation, and of its velocities."""
 
 from __future__ import annotations
 
@@ -21,43 +21,52 @@ def check_inputs(
     microflow_noise: Array | None,
     random_scores: Array | None,
 ) -> None:
-    """Raise `ValueError` for arrays that do not fit the plan and the grid, or are not finite.
+    """Check the inputs of `jit_solve` against the plan and the grid.
 
-    Values that are being traced cannot be looked at; their shapes can.
+    Of traced arrays only the shapes and dtypes are checked.
+
+    Args:
+        plan: the plan.
+        grid: rows and columns of tokens.
+        budgets: number of anchors of each stage.
+        noise, sigmas, first_anchors, microflow_noise, random_scores: as in `jit_solve`.
+
+    Raises:
+        ValueError: an array is missing, has the wrong shape, dtype or values, or is not finite.
     """
     n = grid[0] * grid[1]
     if noise.ndim != 3 or noise.shape[1] != n:
         raise ValueError(
-            f"noise is {list(noise.shape)}; expected [batch, {n}, channels] for a token grid of "
-            f"{grid[0]} x {grid[1]}"
+            f"noise has shape {list(noise.shape)}; expected [batch, {n}, channels] for a token "
+            f"grid of {grid[0]} x {grid[1]}"
         )
     if not jnp.issubdtype(noise.dtype, jnp.floating) or noise.dtype.itemsize < 4:
-        raise ValueError(f"noise is {noise.dtype}; expected float32 (or float64)")
+        raise ValueError(f"noise has dtype {noise.dtype}; expected float32 or float64")
     _check_finite("noise", noise)
     if sigmas.shape != (plan.steps + 1,):
-        raise ValueError(f"sigmas is {list(sigmas.shape)}; expected [{plan.steps + 1}]")
+        raise ValueError(f"sigmas has shape {list(sigmas.shape)}; expected [{plan.steps + 1}]")
     if not isinstance(sigmas, Tracer) and not (np.diff(np.asarray(sigmas)) < 0).all():
-        raise ValueError(f"sigmas is {sigmas}; expected falling values, none repeated")
+        raise ValueError(f"sigmas is {sigmas}; expected strictly decreasing values")
     if microflow_noise is not None:
         if microflow_noise.shape != noise.shape:
             raise ValueError(
-                f"microflow_noise is {list(microflow_noise.shape)}; expected the shape of noise, "
-                f"{list(noise.shape)}"
+                f"microflow_noise has shape {list(microflow_noise.shape)}; expected the shape of "
+                f"noise, {list(noise.shape)}"
             )
         _check_finite("microflow_noise", microflow_noise)
     if budgets[0] == n:
         return
     if microflow_noise is None and plan.microflow_noise == "fresh" and plan.microflow != "none":
         raise ValueError(
-            f"microflow_noise is None; expected {list(noise.shape)} for a plan whose micro-flow's "
-            "noise is fresh"
+            f"microflow_noise is None; expected shape {list(noise.shape)} for "
+            "microflow_noise='fresh'"
         )
     if plan.activation == "random":
         expected = (noise.shape[0], n)
         if random_scores is None or random_scores.shape != expected:
-            got = None if random_scores is None else list(random_scores.shape)
+            got = "is None" if random_scores is None else f"has shape {list(random_scores.shape)}"
             raise ValueError(
-                f"random_scores is {got}; expected {list(expected)} for activation='random'"
+                f"random_scores {got}; expected shape {list(expected)} for activation='random'"
             )
     _check_first_anchors(plan, first_anchors, noise.shape[0], budgets[0], n)
 
@@ -65,39 +74,44 @@ def check_inputs(
 def _check_finite(name: str, values: Array) -> None:
     if isinstance(values, Tracer):
         return
-    bad = int((~jnp.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{name} has {bad} values that are not finite; expected none")
+    count = int((~jnp.isfinite(values)).sum())
+    if count:
+        raise ValueError(f"{name} has {count} values that are not finite; expected none")
 
 
 def _check_first_anchors(
     plan: Plan, first_anchors: Array | None, batch: int, budget: int, n: int
 ) -> None:
     if first_anchors is None:
-        raise ValueError(f"first_anchors is None; this plan needs [{batch}, {budget}]")
+        raise ValueError(f"first_anchors is None; expected shape {[batch, budget]} for this plan")
     if first_anchors.shape != (batch, budget):
         raise ValueError(
-            f"first_anchors is {list(first_anchors.shape)}; expected {[batch, budget]} "
+            f"first_anchors has shape {list(first_anchors.shape)}; expected {[batch, budget]} "
             f"(density {plan.densities[0]} of {n} tokens)"
         )
     if not jnp.issubdtype(first_anchors.dtype, jnp.integer):
-        raise ValueError(f"first_anchors is {first_anchors.dtype}; expected whole numbers")
+        raise ValueError(f"first_anchors has dtype {first_anchors.dtype}; expected integers")
     if isinstance(first_anchors, Tracer):
         return
     values = np.asarray(first_anchors)
     if values.min() < 0 or values.max() >= n:
         raise ValueError(
-            f"first_anchors runs from {values.min()} to {values.max()}; expected 0 to {n - 1}"
+            f"first_anchors has indices from {values.min()} to {values.max()}; expected 0 to "
+            f"{n - 1}"
         )
     if any(len(set(row)) != budget for row in values.tolist()):
-        raise ValueError("first_anchors names a token more than once in a sample")
+        raise ValueError("first_anchors has duplicate indices in a sample; expected none")
 
 
 def check_finite_velocity(velocity: Array, step: int, sigma: Array) -> None:
-    """Raise `FloatingPointError` that says at which step, and for which samples, it is not."""
-    bad = ~jnp.isfinite(velocity).all(axis=(1, 2))
-    if bool(bad.any()):
-        samples = np.flatnonzero(np.asarray(bad)).tolist()
+    """Check that a velocity is finite.
+
+    Raises:
+        FloatingPointError: the velocity is not finite; names the step, its sigma and the samples.
+    """
+    not_finite = ~jnp.isfinite(velocity).all(axis=(1, 2))
+    if bool(not_finite.any()):
+        samples = np.flatnonzero(np.asarray(not_finite)).tolist()
         raise FloatingPointError(
             f"the velocity of step {step} (sigma {float(sigma):.4f}) is not finite in samples "
             f"{samples}"

@@ -1,4 +1,4 @@
-"""The grid of tokens, and where each token is on it."""
+"""The token grid, and the position of each token on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ Grid = tuple[int, int]
 
 
 def positions(index: Int[Array, "*b m"], grid: Grid) -> Int[Array, "*b m 3"]:
-    """FLUX position ids (0, row, column) of the tokens at `index` of a row-major grid."""
+    """Return the positions of tokens on the grid.
+
+    Args:
+        index: token indices on the row-major grid.
+        grid: rows and columns of tokens.
+
+    Returns:
+        (0, row, column) for each index. The leading 0 follows the convention of FLUX's position
+        ids.
+    """
     row, column = index // grid[1], index % grid[1]
     return jnp.stack([jnp.zeros_like(index), row, column], axis=-1)

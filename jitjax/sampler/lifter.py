@@ -1,18 +1,18 @@
-"""The lifter: values on anchors to values on all tokens (Pi = S u + I(u) in the paper).
+"""The lifter: interpolation from anchors to all tokens (Pi u = S u + I(u) in the paper).
 
-Anchors keep their exact values. What the others get is one of these interpolators I:
+Anchors keep their exact values. The other tokens get one of these interpolators I:
 
     "blur"     the nearest anchor's value, then a Gaussian blur of width
                clip(0.4 / sqrt(density), 1, 10) tokens: the authors' program. At the
                densities of its presets the clip makes the width 1.
-    "narrow"   the same without the clip: 0.4 / sqrt(density), the width that was meant
-    "linear"   a plane fitted to the anchors around, with Gaussian weights of that narrow width
-               (normalised convolution of first order, Knutsson and Westin 1993): exact for
-               constants, nearly so for slopes
+    "narrow"   the same without the clip: 0.4 / sqrt(density)
+    "linear"   a plane fitted to the surrounding anchors, with Gaussian weights of the width of
+               "narrow" (first-order normalised convolution, Knutsson and Westin 1993): exact for
+               constants, nearly exact for linear fields
     "nearest"  the nearest anchor's value
-    "none"     0 (the paper's ablation); the micro-flow's target is lifted by "blur" all the same
+    "none"     0 (the paper's ablation); clean predictions are lifted by "blur" nevertheless
 
-What depends on the anchors alone is made once per stage.
+Everything that depends on the anchors only is computed once per stage, in `Lifter.build`.
 """
 
 from __future__ import annotations
@@ -31,130 +31,152 @@ from jitjax.sampler.anchors import AnchorSet
 from jitjax.sampler.grid import Grid
 
 RIDGE = 0.02
-"""Holds the slopes of "linear" back where anchors lie on one side, the more the farther they are:
-times the squared distance to the nearest anchor, whose weight in the fit is 1."""
+"""Ridge regularisation of the slopes of "linear", per squared distance to the nearest anchor.
+
+It limits extrapolation where all anchors lie on one side. The nearest anchor has weight 1 in the
+fit."""
 
 
 class Lifter(eqx.Module):
-    """Lifts values on one stage's anchors.
+    """Interpolates values on one stage's anchors to all tokens.
 
     Attributes:
-        anchors: where the values are.
-        nearest: slot of each token's nearest anchor; among equally near ones the first.
-        anchored: whether the token is an anchor itself.
-        weights: of each slot for each token, where the interpolator is "linear".
-        grid: rows and columns.
+        anchors: the anchors of the stage.
+        nearest: slot of each token's nearest anchor; the first slot among equally near ones.
+        is_anchor: whether each token is an anchor.
+        weights: interpolation weight of each slot for each token if `kind` is "linear", else None.
+        grid: rows and columns of tokens.
         width: standard deviation of the Gaussian, in tokens.
         kind: the interpolator.
     """
 
     anchors: AnchorSet
     nearest: Int[Array, "b n"]
-    anchored: Bool[Array, "b n"]
+    is_anchor: Bool[Array, "b n"]
     weights: Float[Array, "b n m"] | None
     grid: Grid = eqx.field(static=True)
     width: float = eqx.field(static=True)
     kind: str = eqx.field(static=True)
 
     @classmethod
-    def build(cls, anchors: AnchorSet, grid: Grid, known: int, kind: str = "blur") -> Lifter:
-        """Prepare to lift from `known` anchors, the first slots of `anchors`."""
-        rows, columns = np.indices(grid).reshape(2, -1, 1).astype(np.int32)
-        far = grid[0] ** 2 + grid[1] ** 2
+    def build(cls, anchors: AnchorSet, grid: Grid, budget: int, kind: str = "blur") -> Lifter:
+        """Build the lifter of one stage.
 
-        def one(index: Array, valid: Array) -> tuple[Array, Array]:
-            # Whole numbers, so that ties are ties.
+        Args:
+            anchors: the anchors of the stage; their first `budget` slots are valid.
+            grid: rows and columns of tokens.
+            budget: number of anchors.
+            kind: the interpolator.
+        """
+        rows, columns = np.indices(grid).reshape(2, -1, 1).astype(np.int32)
+        beyond_grid = grid[0] ** 2 + grid[1] ** 2  # above every squared distance on the grid
+
+        def nearest_slot(index: Array, valid: Array) -> tuple[Array, Array]:
+            # Integer distances, so that ties are exact.
             row, column = index[None] // grid[1], index[None] % grid[1]
-            squared = jnp.where(valid[None], (rows - row) ** 2 + (columns - column) ** 2, far)
+            squared = (rows - row) ** 2 + (columns - column) ** 2
+            squared = jnp.where(valid[None], squared, beyond_grid)
             return jnp.argmin(squared, axis=1), jnp.min(squared, axis=1) == 0
 
-        nearest, anchored = jax.vmap(one)(anchors.index, anchors.valid)
-        width = blur_width(known / (grid[0] * grid[1]), clip=kind in ("blur", "none"))
+        nearest, is_anchor = jax.vmap(nearest_slot)(anchors.index, anchors.valid)
+        width = blur_width(budget / (grid[0] * grid[1]), clip=kind in ("blur", "none"))
         weights = (
             jax.vmap(partial(_plane_weights, grid, width))(anchors) if kind == "linear" else None
         )
-        return cls(anchors, nearest, anchored, weights, grid, width, kind)
+        return cls(anchors, nearest, is_anchor, weights, grid, width, kind)
 
     def __call__(self, values: Float[Array, "b m d"]) -> Float[Array, "b n d"]:
-        """Lift `values` on the anchors to the whole grid; padded slots are not looked at."""
-        exact = jax.vmap(lambda v, i: v[i])(values, self.nearest)
+        """Lift `values` from the anchors to all tokens; padded slots are ignored."""
+        nearest_values = jax.vmap(lambda v, i: v[i])(values, self.nearest)
         if self.kind == "nearest":
-            return exact
+            return nearest_values
         if self.kind == "none":
-            others = jnp.zeros_like(exact)
+            interpolated = jnp.zeros_like(nearest_values)
         elif self.kind == "linear":
-            known = jnp.where(self.anchors.valid[..., None], values, 0)
+            valid_values = jnp.where(self.anchors.valid[..., None], values, 0)
             assert self.weights is not None
             weights = self.weights.astype(values.dtype)
-            others = jnp.einsum("bnm,bmd->bnd", weights, known, precision="highest")
+            interpolated = jnp.einsum("bnm,bmd->bnd", weights, valid_values, precision="highest")
         else:
-            others = self._blurred(exact)
-        return jnp.where(self.anchored[..., None], exact, others)
+            interpolated = self._blur(nearest_values)
+        return jnp.where(self.is_anchor[..., None], nearest_values, interpolated)
 
-    @property
-    def of_clean(self) -> Lifter:
-        """The lifter of clean predictions: "none" takes away the velocity's interpolation alone."""
-        return dataclasses.replace(self, kind="blur") if self.kind == "none" else self
+    def lift_clean(self, values: Float[Array, "b m d"]) -> Float[Array, "b n d"]:
+        """Lift clean predictions from the anchors to all tokens.
 
-    def _blurred(self, field: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        The kind "none" removes the interpolation of the velocity only: clean predictions are then
+        lifted by "blur".
+        """
+        lifter = dataclasses.replace(self, kind="blur") if self.kind == "none" else self
+        return lifter(values)
+
+    def _blur(self, field: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         b, n, d = field.shape
-        down, across = (blur_matrix(side, self.width, field.dtype) for side in self.grid)
+        row_blur, column_blur = (blur_matrix(side, self.width, field.dtype) for side in self.grid)
         blurred = jnp.einsum(
             "ip,jq,bpqd->bijd",
-            down,
-            across,
+            row_blur,
+            column_blur,
             field.reshape(b, *self.grid, d),
             optimize="optimal",
-            precision="highest",  # cheap here, and accelerators would round to fewer bits
+            precision="highest",  # accelerators would round to fewer bits; the cost is small
         )
         return blurred.reshape(b, n, d)
 
 
 def _plane_weights(grid: Grid, width: float, anchors: AnchorSet) -> Float[Array, "n m"]:
-    """What each slot adds to each token's value of the plane fitted around it (no batch axis).
+    """Compute the weight of each slot in each token's "linear" interpolation, for one sample.
 
-    The plane a + b dr + c dc is the least-squares fit to the anchors at offsets (dr, dc), so its
-    value at the token, a, is a weighted sum of theirs. Gaussian weights are relative to that of
-    the nearest anchor, so that they do not vanish however far it is.
+    The plane a + b dr + c dc is the least-squares fit to the anchors at offsets (dr, dc) from the
+    token. Its value at the token, a, is therefore a weighted sum of the anchors' values. The
+    Gaussian weights are relative to that of the nearest anchor, so that they do not vanish where
+    all anchors are far away.
     """
     rows, columns = np.indices(grid).reshape(2, -1, 1)
     dr = (anchors.index // grid[1])[None] - rows
     dc = (anchors.index % grid[1])[None] - columns
     squared = jnp.where(anchors.valid[None], (dr**2 + dc**2).astype(jnp.float32), jnp.inf)
-    gap = squared.min(axis=1, keepdims=True)
-    w = jnp.exp((gap - squared) / (2 * width**2))
+    nearest = squared.min(axis=1, keepdims=True)
+    w = jnp.exp((nearest - squared) / (2 * width**2))
     total = w.sum(axis=1, keepdims=True)
     w = w / total
 
     def mean(x: Array) -> Array:
         return (w * x).sum(axis=1, keepdims=True)
 
-    # Around the anchors' mean place, so that constants are exact to rounding.
-    at_r, at_c = mean(dr.astype(w.dtype)), mean(dc.astype(w.dtype))
-    dr, dc = dr - at_r, dc - at_c
-    held = RIDGE * gap / total
-    rr, cc, rc = mean(dr**2) + held, mean(dc**2) + held, mean(dr * dc)
-    determinant = rr * cc - rc**2
-    safe = jnp.where(gap > 0, determinant, 1)  # on an anchor itself nothing is fitted
-    slope_r, slope_c = (cc * dr - rc * dc) / safe, (rr * dc - rc * dr) / safe
-    return w * (1 - at_r * slope_r - at_c * slope_c)
+    # Offsets are relative to the anchors' mean position, so that constants are exact to rounding.
+    mean_r, mean_c = mean(dr.astype(w.dtype)), mean(dc.astype(w.dtype))
+    dr, dc = dr - mean_r, dc - mean_c
+    ridge = RIDGE * nearest / total
+    rr, cc, rc = mean(dr**2) + ridge, mean(dc**2) + ridge, mean(dr * dc)
+    # At anchors the determinant may be 0; their weights are not used.
+    determinant = jnp.where(nearest > 0, rr * cc - rc**2, 1)
+    slope_r, slope_c = (cc * dr - rc * dc) / determinant, (rr * dc - rc * dr) / determinant
+    return w * (1 - mean_r * slope_r - mean_c * slope_c)
 
 
 def blur_width(density: float, clip: bool = True) -> float:
-    """Standard deviation of the blur, in tokens: 0.4 / sqrt(density), clipped to [1, 10].
+    """Compute the standard deviation of the blur, in tokens.
 
-    Source: the authors' program.
+    It is 0.4 / sqrt(density), clipped to [1, 10] unless `clip` is False. Source: the authors'
+    program.
     """
     width = 0.4 / math.sqrt(density)
     return min(max(width, 1.0), 10.0) if clip else width
 
 
 def blur_matrix(side: int, width: float, dtype: jnp.dtype) -> Array:
-    """Gaussian blur along one side of the grid as a [side, side] matrix, edges reflected."""
+    """Compute the [side, side] matrix of a Gaussian blur along one axis, with reflected edges.
+
+    Args:
+        side: number of tokens along the axis.
+        width: standard deviation of the Gaussian, in tokens.
+        dtype: dtype of the matrix.
+    """
     radius = math.ceil(3 * width)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
     weights /= weights.sum()
-    # On a grid narrower than the radius the reflection bounces to and fro.
+    # If the axis is shorter than the radius, np.pad reflects repeatedly.
     source = np.pad(np.arange(side), radius, mode="reflect" if side > 1 else "edge")
     matrix = np.zeros((side, side))
     for offset, weight in enumerate(weights):

@@ -1,4 +1,4 @@
-"""What a run does, apart from the model: steps, stages, anchors, lifting, micro-flow."""
+"""Plans: the settings of a run that are independent of the model, and the named plans."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ CHOICES = {
     "microflow_noise": ("fresh", "initial"),
     "spare": ("padding", "anchors"),
 }
-"""What each choice of a `Plan` may be."""
+"""Allowed values of the fields of `Plan` that name an option."""
+
 SCHEDULES = ("beta", "shifted")
+"""Names of the schedules."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does, apart from the model.
+    """The settings of a run that are independent of the model.
 
     Attributes:
-        steps: steps of the solver; with Euler's, one network evaluation each.
-        densities: share of tokens that are anchors, per stage; rising, the last is 1.
-        stage_ends: share of the steps after which each stage ends; rising, the last is 1.
-        schedule: "beta" (the authors' Beta quantiles), "shifted" (FLUX's own, shifted by
-            resolution) or the sigmas themselves: one per step, falling, in (0, 1].
-        first: the first anchors' layout: "even" rows and columns and the border, or "strided",
-            every s-th of both (the program's `use_checkerboard_init=False`).
-        fill: which tokens complete or thin that layout to the budget: "random" ones (the
-            program) or evenly spread ones ("dither").
-        activation: the later anchors: by "importance", or, to compare with, on a fixed "grid"
-            (the paper's ablation) or at "random".
-        lift: how values on anchors reach other tokens, see `jitjax.sampler.lifter`; "none" leaves
-            the others' velocity 0 (the paper's ablation).
-        microflow: how new tokens reach their target: "blend" goes 1 / `relax` of the way (the
-            authors' program); "hit" goes all the way (paper, DMF); "none" leaves them where the
-            lifted velocity has led them (the paper's ablation).
-        relax: r of "blend", at least 1 (the program's r = 0 means "hit").
-        microflow_steps: Euler steps of the micro-flow.
-        microflow_noise: noise of the target: "fresh" is a new field (the authors' program),
-            "initial" the noise each token started from.
-        pad_to: text and anchors together are padded to a multiple of this many tokens.
-        spare: what the slots so gained hold: "padding", or more "anchors".
+        steps: number of solver steps; Euler's method evaluates the network once per step.
+        densities: fraction of tokens that are anchors in each stage; increasing, the last is 1.
+        stage_ends: fraction of the steps done when each stage ends; increasing, the last is 1.
+        schedule: "beta" (Beta quantiles, the authors' program), "shifted" (evenly spaced sigmas
+            moved towards 1, as in FLUX), or a tuple of sigmas: one per step, decreasing, in
+            (0, 1].
+        first: layout of the first anchors: "even" for even rows and even columns and the border,
+            or "strided" for every s-th row and column (the program's
+            `use_checkerboard_init=False`).
+        fill: which tokens are added to the layout or dropped from it to meet the budget: "random"
+            (the authors' program) or evenly spread ones ("dither").
+        activation: which tokens become the new anchors: those of highest "importance", those of a
+            fixed "grid" (the paper's ablation), or "random" ones.
+        lift: interpolator of the tokens that are not anchors, see `jitjax.sampler.lifter`; "none"
+            sets their velocity to 0 (the paper's ablation).
+        microflow: how new tokens move to their target: "blend" moves them 1 / `relax` of the way
+            (the authors' program), "hit" all the way (paper, DMF), and "none" leaves them
+            unchanged (the paper's ablation).
+        relax: r of "blend", at least 1 (r = 0 in the authors' program is "hit").
+        microflow_steps: number of Euler steps of the micro-flow.
+        microflow_noise: noise of the target: "fresh" for a new noise field (the authors'
+            program), "initial" for the noise that each token started from.
+        pad_to: text tokens and anchors together are padded to a multiple of this number.
+        spare: content of the padded slots: masked "padding", or additional "anchors".
 
     Raises:
-        ValueError: a fact that no run could have; says what was got and what was expected.
+        ValueError: a field has an invalid value.
     """
 
     steps: int
@@ -77,10 +81,10 @@ class Plan:
             values = getattr(self, name)
             if not isinstance(values, tuple) or not values:
                 raise ValueError(f"Plan.{name} is {values!r}; expected a tuple, one per stage")
-            rising = all(a < b for a, b in itertools.pairwise(values))
-            if not (rising and values[0] > 0 and values[-1] == 1):
+            increasing = all(a < b for a, b in itertools.pairwise(values))
+            if not (increasing and values[0] > 0 and values[-1] == 1):
                 raise ValueError(
-                    f"Plan.{name} is {values}; expected rising values in (0, 1] that end at 1"
+                    f"Plan.{name} is {values}; expected increasing values in (0, 1] that end at 1"
                 )
         if len(self.densities) != len(self.stage_ends):
             raise ValueError(
@@ -94,7 +98,7 @@ class Plan:
             )
         if any(a >= b for a, b in itertools.pairwise((0, *self.stage_steps))):
             raise ValueError(
-                f"Plan of {self.steps} steps ends its stages after steps {self.stage_steps}; "
+                f"Plan with {self.steps} steps ends its stages after steps {self.stage_steps}; "
                 "expected at least one step in every stage"
             )
         self._check_schedule()
@@ -116,31 +120,36 @@ class Plan:
         sigmas = tuple(self.schedule)
         if len(sigmas) != self.steps:
             raise ValueError(f"Plan.schedule has {len(sigmas)} sigmas; expected {self.steps}")
-        falling = all(a > b for a, b in itertools.pairwise(sigmas))
-        if not (falling and sigmas[0] <= 1 and sigmas[-1] > 0):
+        decreasing = all(a > b for a, b in itertools.pairwise(sigmas))
+        if not (decreasing and sigmas[0] <= 1 and sigmas[-1] > 0):
             raise ValueError(
-                f"Plan.schedule is {sigmas}; expected strictly falling sigmas in (0, 1]"
+                f"Plan.schedule is {sigmas}; expected strictly decreasing sigmas in (0, 1]"
             )
 
     @property
     def stage_steps(self) -> tuple[int, ...]:
         """Number of steps done when each stage ends (the last is `steps`)."""
-        # The small addend keeps a fraction k / n, times n, from ending just below k.
+        # The small addend keeps (k / n) * n from rounding to just below k.
         return tuple(int(end * self.steps + 1e-9) for end in self.stage_ends)
 
     def budgets(self, tokens: int, text_tokens: int = 0) -> tuple[int, ...]:
-        """Number of anchors per stage on a grid of `tokens` tokens."""
-        wanted = [max(1, int(tokens * density)) for density in self.densities]
+        """Return the number of anchors of each stage.
+
+        Args:
+            tokens: number of tokens of the grid.
+            text_tokens: number of text tokens that run with the anchors; used by `pad_to`.
+        """
+        budgets = [max(1, int(tokens * density)) for density in self.densities]
         if self.spare == "anchors":
-            wanted = [min(tokens, self.slots(k, text_tokens)) for k in wanted]
-        return tuple(wanted)
+            budgets = [min(tokens, self.slots(budget, text_tokens)) for budget in budgets]
+        return tuple(budgets)
 
     def slots(self, anchors: int, text_tokens: int = 0) -> int:
-        """Number of slots that `anchors` anchors get, beside `text_tokens` of text."""
+        """Return the number of slots for `anchors` anchors, padding included, text excluded."""
         return -(-(anchors + text_tokens) // self.pad_to) * self.pad_to - text_tokens
 
     def replace(self, **changes: Any) -> Plan:
-        """A copy with some facts changed, validated anew."""
+        """Return a validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -151,13 +160,17 @@ PLANS: dict[str, Plan] = {
     "tuned-4x": Plan(13, (0.5, 1.0), (0.3, 1.0), lift="none"),
     "tuned-7x": Plan(8, (0.5, 1.0), (0.25, 1.0), lift="none"),
 }
-"""The named plans: 50 dense steps, the paper's two presets for FLUX.1-dev, and two of about their
-operations that were chosen on two earlier versions of the bundled checkpoint (README, "Judging
-samplers")."""
+"""The named plans: 50 dense steps, the paper's two presets for FLUX.1-dev, and two plans of about
+the same numbers of operations, chosen on two earlier versions of the bundled checkpoint (README,
+"Judging samplers")."""
 
 
 def get_plan(plan: str | Plan) -> Plan:
-    """A plan by name, or the plan itself. Raises `ValueError` for an unknown name."""
+    """Return the plan of the given name; a `Plan` is returned unchanged.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if isinstance(plan, Plan):
         return plan
     if plan not in PLANS:

@@ -1,4 +1,4 @@
-"""Noise levels (sigma) of the steps: 1 is pure noise, 0 the image."""
+"""Sigmas (noise levels) of the steps: sigma is 1 for pure noise and 0 for the image."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from scipy.special import betaincinv
 from jitjax.sampler.plan import Plan
 
 BETA_A, BETA_B = 1.4, 0.425
-"""The quantile function that the authors use for FLUX.1: many steps near sigma 1."""
+"""Parameters of the Beta quantile schedule, from the authors' program: many steps near sigma 1."""
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far FLUX's own schedule moves the steps towards sigma 1.
+    """How far `shifted_sigmas` moves the steps towards sigma 1.
 
     Attributes:
-        dynamic: by the number of tokens, from `base_shift` at `base_seq` to `max_shift` at
-            `max_seq`, linear between; if not, by the constant `shift`.
+        dynamic: whether the shift depends on the number of tokens.
+        base_shift: exponent mu of the dynamic shift at `base_seq` tokens.
+        max_shift: exponent mu of the dynamic shift at `max_seq` tokens; mu is linear in the number
+            of tokens.
+        base_seq: number of tokens at which mu is `base_shift`.
+        max_seq: number of tokens at which mu is `max_shift`.
+        shift: constant factor of the shift if `dynamic` is False.
     """
 
     dynamic: bool
@@ -32,31 +37,54 @@ class Shift:
 
 
 def beta_sigmas(steps: int) -> np.ndarray:
-    """Sigma at the start of each step, [steps], by quantiles of Beta(1.4, 0.425).
+    """Compute the Beta schedule: sigmas at quantiles of Beta(1.4, 0.425).
 
-    They fall from 1 to 1 / steps. Source: the authors' program (FLUX.1 presets).
+    Source: the authors' program (FLUX.1 presets).
+
+    Args:
+        steps: number of steps.
+
+    Returns:
+        Sigma at the start of each step, [steps]; falls from 1 to 1 / steps.
     """
     lowest = 1 / steps
     quantiles = betaincinv(BETA_A, BETA_B, np.linspace(1, 0, steps))
     return lowest + (1 - lowest) * quantiles
 
 
-def shifted_sigmas(steps: int, tokens: int, by: Shift) -> np.ndarray:
-    """Sigma at the start of each step, [steps], by FLUX's own schedule for `tokens` tokens.
+def shifted_sigmas(steps: int, tokens: int, shift: Shift) -> np.ndarray:
+    """Compute the shifted schedule: evenly spaced sigmas, moved towards 1.
 
-    Even steps from 1 to 1 / steps, moved towards 1 the more, the more tokens there are
-    (FLUX.1-dev) or by a constant (models without dynamic shift, such as FLUX.1-schnell).
+    A dynamic shift grows with the number of tokens; otherwise the shift is constant. Source: the
+    schedules of FLUX.1-dev (dynamic) and FLUX.1-schnell (constant).
+
+    Args:
+        steps: number of steps.
+        tokens: number of tokens of the grid; used by a dynamic shift only.
+        shift: parameters of the shift.
+
+    Returns:
+        Sigma at the start of each step, [steps]; falls from 1.
     """
     even = np.linspace(1, 1 / steps, steps)
-    if not by.dynamic:
-        return by.shift * even / (1 + (by.shift - 1) * even)
-    slope = (by.max_shift - by.base_shift) / (by.max_seq - by.base_seq)
-    mu = by.base_shift + slope * (tokens - by.base_seq)
+    if not shift.dynamic:
+        return shift.shift * even / (1 + (shift.shift - 1) * even)
+    slope = (shift.max_shift - shift.base_shift) / (shift.max_seq - shift.base_seq)
+    mu = shift.base_shift + slope * (tokens - shift.base_seq)
     return math.exp(mu) / (math.exp(mu) + 1 / even - 1)
 
 
 def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
-    """The `steps + 1` sigmas that the steps of `plan` run between, float32; the last is 0."""
+    """Compute the sigmas of a plan.
+
+    Args:
+        plan: the plan; its `schedule` names the schedule or lists the sigmas.
+        tokens: number of tokens of the grid.
+        shift: parameters of the "shifted" schedule.
+
+    Returns:
+        Sigmas at the ends of the steps, [plan.steps + 1], float32; the last is 0.
+    """
     if not isinstance(plan.schedule, str):
         starts = np.asarray(plan.schedule)
     elif plan.schedule == "beta":

@@ -1,8 +1,6 @@
-"""The staged solve, for any velocity function: SAG-ODE, micro-flow, SAG-ODE, ...
+"""The staged solve for any velocity function: SAG-ODE, transition, SAG-ODE, ...
 
-    noise --> [ SAG-ODE on few anchors ] --> transition --> [ SAG-ODE on more ] --> ... --> tokens
-
-Nothing here knows FLUX: `jitjax.denoise` is this with FLUX plugged in.
+noise --> [ SAG-ODE on few anchors ] --> transition --> [ SAG-ODE on more ] --> ... --> tokens
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from jitjax.sampler.checks import check_finite_velocity, check_inputs
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.plan import Plan
-from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, remembering
+from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
 from jitjax.sampler.terms import SagArgs, Velocity, sag_ode
 from jitjax.sampler.trace import Recorder, Trace
 from jitjax.sampler.transition import transition
@@ -31,7 +29,7 @@ from jitjax.sampler.transition import transition
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is static about a stage: one compiled program for each."""
+    """The static settings of a stage; each distinct value is compiled once."""
 
     velocity: Velocity
     grid: Grid
@@ -44,9 +42,9 @@ class _Stage:
 
 
 @overload
-def jit_solve(*args: Any, trace: Literal[False] = False, **more: Any) -> Array: ...
+def jit_solve(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
-def jit_solve(*args: Any, trace: Literal[True], **more: Any) -> tuple[Array, Trace]: ...
+def jit_solve(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
 def jit_solve(
     velocity: Velocity,
     noise: Float[Array, "b n d"],
@@ -64,111 +62,128 @@ def jit_solve(
     check_finite: bool = False,
     trace: bool = False,
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
-    """Integrate from noise to clean tokens, on few tokens first (paper, algorithm 1).
+    """Integrate from noise to clean tokens, on few anchors first (paper, algorithm 1).
+
+    The function is pure and composes with `jit`, `vmap` and `grad`, unless `progress` or
+    `check_finite` is set.
 
     Args:
-        velocity: see `jitjax.sampler.terms.Velocity`; hashable, best defined once, since each new
-            function is compiled anew. With Euler evaluated exactly `plan.steps` times.
-        noise: state at `sigmas[0]`, float32 (or float64) tokens in row-major order.
-        sigmas: the falling noise levels that the steps run between.
-        plan: steps, stages, anchors, micro-flow.
-        grid: rows and columns; rows * columns = n.
-        first_anchors: the first stage's anchors; not needed by a plan of one stage.
-        microflow_noise: noise of the new tokens' targets; needed where the plan says "fresh", else
-            by default the initial noise.
-        random_scores: by which `activation="random"` chooses new anchors; else not used.
-        args: anything `velocity` needs, such as parameters: gradients flow to it.
-        solver: a diffrax solver; Euler by default.
-        text_tokens: tokens that the network adds to the anchors, for `plan.pad_to`.
-        progress: called with 1 after every step. The steps are then run one by one from Python
-            and the function cannot be traced; without it, it can.
-        check_finite: raise at the first step whose velocity is not finite; runs step by step
-            as with `progress`.
-        trace: also return what the run did.
+        velocity: the velocity function, see `jitjax.sampler.terms.Velocity`. It must be hashable;
+            each new function is compiled again, so define it once. With Euler's method it is
+            evaluated exactly `plan.steps` times.
+        noise: tokens at `sigmas[0]` in row-major order, float32 or float64.
+        sigmas: strictly decreasing sigmas at the ends of the steps, `plan.steps + 1` of them.
+        plan: the settings of the run.
+        grid: rows and columns of tokens; rows * columns = n.
+        first_anchors: token indices of the first stage's anchors; not needed if the first stage
+            is dense.
+        microflow_noise: noise of the new anchors' targets. Required for a plan with
+            `microflow_noise="fresh"`; otherwise the default is `noise`.
+        random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
+        args: pytree passed to `velocity`, such as its parameters; differentiable.
+        solver: a diffrax solver; Euler's method by default.
+        text_tokens: number of text tokens that the network runs on with the anchors, for
+            `plan.pad_to`.
+        progress: callback, called with 1 after every step. Each step is then dispatched from
+            Python.
+        check_finite: whether to check the velocity of every step. Each step is then dispatched
+            from Python.
+        trace: whether to return a `Trace` too.
 
     Returns:
-        tokens at `sigmas[-1]`, in the noise's dtype; with `trace`, the tokens and a `Trace`.
+        Tokens at `sigmas[-1]` in the dtype of `noise`; with `trace`, a tuple of the tokens and
+        the `Trace`.
 
     Raises:
-        ValueError: arrays that are not finite, whose shapes do not fit the plan and the grid, or
-            first anchors that are not distinct tokens of the grid. Before anything is compiled;
-            values that are being traced cannot be looked at.
-        FloatingPointError: a velocity is not finite (with `check_finite`).
+        ValueError: an array is missing, not finite, or does not fit the plan and the grid, or the
+            first anchors are not distinct tokens of the grid; or `progress` or `check_finite` is
+            set under `jit`, `vmap` or `grad`. Raised before compilation; values of traced arrays
+            are not checked.
+        FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     n = grid[0] * grid[1]
     budgets = plan.budgets(n, text_tokens)
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
     if (progress or check_finite) and isinstance(noise, Tracer):
-        raise ValueError("progress and check_finite need values; expected none of them under jit")
-    solver = remembering(solver or Euler())
+        raise ValueError("progress or check_finite is set under jit, vmap or grad")
+    solver = with_last_velocity(solver or Euler())
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
-    record = Recorder() if trace else None
-    for stage, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
+    recorder = Recorder() if trace else None
+    for k, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
         lifter = None
         if budget < n:
-            lifter = _prepare(index, plan.slots(budget, text_tokens), grid, plan.lift)
-        run = _Stage(velocity, grid, budget, solver)
-        y, u, every = _drive(
-            run, y, sigmas[start : end + 1], SagArgs(lifter, args), progress, check_finite, start,
+            lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
+        stage = _Stage(velocity, grid, budget, solver)
+        y, u, states = _run_stage(
+            stage, y, sigmas[start : end + 1], SagArgs(lifter, args), progress, check_finite, start,
             trace,
         )  # fmt: skip
-        if record:
-            record.stage(every, index if lifter else None, y - sigmas[end] * u, lifter)
-        happened = None
-        if lifter is not None and end < plan.steps and budgets[stage + 1] > budget:
-            last = sigmas[end - 1], sigmas[end]
-            y, index, happened = transition(
-                plan, budget, budgets[stage + 1], y, u, *last, lifter, microflow_noise,
+        if recorder:
+            recorder.add_stage(states, index if lifter else None, y - sigmas[end] * u, lifter)
+        transition_record = None
+        if lifter is not None and end < plan.steps and budgets[k + 1] > budget:
+            last_step = sigmas[end - 1], sigmas[end]
+            y, index, transition_record = transition(
+                plan, budget, budgets[k + 1], y, u, *last_step, lifter, microflow_noise,
                 random_scores, record=trace,
             )  # fmt: skip
-        if record and end < plan.steps:
-            record.transitions.append(happened)
+        if recorder and end < plan.steps:
+            recorder.transitions.append(transition_record)
         start = end
-    return (y, record.trace(evaluations_per_step(solver))) if record else y
+    return (y, recorder.to_trace(evaluations_per_step(solver))) if recorder else y
 
 
-def _drive(
+def _run_stage(
     stage: _Stage,
     y: Array,
     sigmas: Array,
-    sag: SagArgs,
+    sag_args: SagArgs,
     progress: Callable[[int], Any] | None,
     check_finite: bool,
     first_step: int,
     every_step: bool,
 ) -> tuple[Array, Array, Array | None]:
-    """Run one stage, at once or step by step: its last state, last velocity and all states."""
+    """Run one stage: in one call, or step by step for `progress` or `check_finite`.
+
+    Returns:
+        The last state, the last velocity, and the states after every step (None unless
+        `every_step`).
+    """
     if progress is None and not check_finite:
-        y, states, state = _solve(stage, every_step, y, sigmas, sag, None)
-        return y, state[-1], states
-    # Made apart from the first step, so that all steps of a stage are one compiled program.
-    state = _first_state(stage, y, sigmas[:2], sag)
+        y, states, solver_state = _integrate(stage, every_step, y, sigmas, sag_args, None)
+        return y, solver_state[-1], states
+    # Initialised outside the first step, so that all steps of a stage share one compiled program.
+    solver_state = _init_solver_state(stage, y, sigmas[:2], sag_args)
     states = []
     for i in range(sigmas.shape[0] - 1):
-        y, one, state = _solve(stage, every_step, y, sigmas[i : i + 2], sag, state)
-        states.append(one)
+        y, step_states, solver_state = _integrate(
+            stage, every_step, y, sigmas[i : i + 2], sag_args, solver_state
+        )
+        states.append(step_states)
         if check_finite:
-            check_finite_velocity(state[-1], first_step + i, sigmas[i])
+            check_finite_velocity(solver_state[-1], first_step + i, sigmas[i])
         y.block_until_ready()
         if progress:
             progress(1)
-    return y, state[-1], jnp.concatenate(states) if every_step else None
+    return y, solver_state[-1], jnp.concatenate(states) if every_step else None
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solve(
-    stage: _Stage, every_step: bool, y: Array, sigmas: Array, sag: SagArgs, state: Any
+def _integrate(
+    stage: _Stage, every_step: bool, y: Array, sigmas: Array, sag_args: SagArgs, solver_state: Any
 ) -> tuple[Array, Array | None, Any]:
-    return integrate(stage.term, stage.solver, y, sigmas, sag, state, every_step=every_step)
+    return integrate(
+        stage.term, stage.solver, y, sigmas, sag_args, solver_state, every_step=every_step
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def _first_state(stage: _Stage, y: Array, sigmas: Array, sag: SagArgs) -> Any:
-    return stage.solver.init(stage.term, sigmas[0], sigmas[1], y, sag)
+def _init_solver_state(stage: _Stage, y: Array, sigmas: Array, sag_args: SagArgs) -> Any:
+    return stage.solver.init(stage.term, sigmas[0], sigmas[1], y, sag_args)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _prepare(index: Int[Array, "b k"], slots: int, grid: Grid, lift: str) -> Lifter:
+def _build_lifter(index: Int[Array, "b k"], slots: int, grid: Grid, lift: str) -> Lifter:
     anchors = AnchorSet.padded(index, slots, grid[0] * grid[1])
     return Lifter.build(anchors, grid, index.shape[1], lift)

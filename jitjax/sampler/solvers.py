@@ -1,7 +1,7 @@
-"""Solvers that remember the last velocity, which the micro-flow and the activation need.
+"""Solvers whose state includes the last velocity, which activation and micro-flow need.
 
-`diffrax` solvers forget it after each step; asking the network again would cost a step. The
-solvers here keep it as part of their state: the last entry of the state is the velocity.
+`diffrax` solvers do not return the velocity of the last step, and computing it again would cost a
+network evaluation. The last entry of the state of each solver here is that velocity.
 """
 
 from __future__ import annotations
@@ -14,126 +14,134 @@ from jaxtyping import Array, Float
 
 
 class Euler(diffrax.Euler):
-    """Euler's method whose state is the velocity of the last step: `y + v (sigma' - sigma)`."""
+    """Euler's method, `y + v (sigma' - sigma)`, whose state is the velocity v of the last step."""
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> tuple[Array]:
-        """No velocity is known before the first step; zeros stand for it."""
+        """Return zeros, since there is no velocity before the first step."""
         return (jnp.zeros_like(y0),)
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
     ) -> tuple[Array, None, dict[str, Array], tuple[Array], diffrax.RESULTS]:
-        """One network evaluation, one step."""
+        """Take a step with one network evaluation."""
         velocity = terms.vf(t0, y0, args)
         y1 = y0 + terms.prod(velocity, terms.contr(t0, t1))
         return y1, None, {"y0": y0, "y1": y1}, (velocity,), diffrax.RESULTS.successful
 
 
-class Secant(diffrax.AbstractWrappedSolver):
-    """Any diffrax solver, with the mean velocity of the last step added to its state."""
+class MeanVelocitySolver(diffrax.AbstractWrappedSolver):
+    """Wraps any diffrax solver and adds the mean velocity of the last step to its state.
+
+    Attributes:
+        solver: the wrapped solver.
+    """
 
     solver: diffrax.AbstractSolver
 
     @property
     def term_structure(self) -> Any:  # type: ignore[override]
-        """As the wrapped solver's."""
+        """Same as the wrapped solver's."""
         return self.solver.term_structure
 
     @property
     def interpolation_cls(self) -> Any:  # type: ignore[override]
-        """As the wrapped solver's."""
+        """Same as the wrapped solver's."""
         return self.solver.interpolation_cls
 
     def order(self, terms: Any) -> int | None:
-        """As the wrapped solver's."""
+        """Same as the wrapped solver's."""
         return self.solver.order(terms)
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> tuple[Any, Array]:
-        """The wrapped solver's state, and zeros for the velocity."""
+        """Return the wrapped solver's state, and zeros for the velocity."""
         return self.solver.init(terms, t0, t1, y0, args), jnp.zeros_like(y0)
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
     ) -> tuple[Array, Any, Any, tuple[Any, Array], diffrax.RESULTS]:
-        """The wrapped solver's step; the velocity is its increment over the step's length."""
-        inner, _ = solver_state
-        y1, error, dense, inner, result = self.solver.step(
-            terms, t0, t1, y0, args, inner, made_jump
+        """Take a step of the wrapped solver; the mean velocity is the increment per unit sigma."""
+        inner_state, _ = solver_state
+        y1, error, dense_info, inner_state, result = self.solver.step(
+            terms, t0, t1, y0, args, inner_state, made_jump
         )
-        return y1, error, dense, (inner, (y1 - y0) / terms.contr(t0, t1)), result
+        mean_velocity = (y1 - y0) / terms.contr(t0, t1)
+        return y1, error, dense_info, (inner_state, mean_velocity), result
 
     def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
-        """As the wrapped solver's."""
+        """Same as the wrapped solver's."""
         return self.solver.func(terms, t0, y0, args)
 
 
 class AdamsBashforth2(diffrax.AbstractSolver):
     """The two-step Adams-Bashforth method: second order for one network evaluation per step.
 
-    The velocity at the start of the step and that of the step before are extrapolated to the
-    mean over the step, with the true ratio r of step sizes: u + r / 2 (u - u_before). The first
-    step of every stage is Euler's, since the anchors' velocities jump there. The last entry of
-    the state is that mean.
+    The mean velocity over the step is extrapolated from the velocity u at its start and the
+    velocity u_previous at the start of the previous step: u + r / 2 (u - u_previous), where r is
+    the ratio of the step sizes. The first step of every stage is an Euler step, because the
+    velocities are discontinuous between stages. The state is (velocity, step size, mean velocity)
+    of the last step.
     """
 
     term_structure = diffrax.AbstractTerm
     interpolation_cls = diffrax.LocalLinearInterpolation
 
     def order(self, terms: Any) -> int:
-        """Second."""
+        """Return 2."""
         return 2
 
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any
     ) -> tuple[Array, Array, Array]:
-        """No velocity is known: a step of length 0 stands before the first one."""
+        """Return zeros: a previous step of length 0 means that there is none."""
         return jnp.zeros_like(y0), jnp.zeros_like(terms.contr(t0, t1)), jnp.zeros_like(y0)
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
     ) -> tuple[Array, None, dict[str, Array], tuple[Array, Array, Array], diffrax.RESULTS]:
-        """One network evaluation, one step."""
-        before, last, _ = solver_state
+        """Take a step with one network evaluation."""
+        previous_velocity, previous_step, _ = solver_state
         velocity, step = terms.vf(t0, y0, args), terms.contr(t0, t1)
-        known = last != 0
-        ratio = jnp.where(known, step / jnp.where(known, last, 1), 0).astype(y0.dtype)
-        mean = velocity + ratio / 2 * (velocity - before)
+        has_previous = previous_step != 0
+        ratio = jnp.where(has_previous, step / jnp.where(has_previous, previous_step, 1), 0)
+        mean = velocity + ratio.astype(y0.dtype) / 2 * (velocity - previous_velocity)
         y1 = y0 + terms.prod(mean, step)
         state = (velocity, step, mean)
         return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
 
     def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
-        """The vector field."""
+        """Evaluate the vector field."""
         return terms.vf(t0, y0, args)
 
 
-def remembering(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """`solver` in a form that remembers the last velocity."""
+def with_last_velocity(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """Return an equivalent solver whose state ends with the last velocity."""
     if type(solver) is diffrax.Euler:
         return Euler()
-    return solver if isinstance(solver, Euler | Secant | AdamsBashforth2) else Secant(solver)
+    if isinstance(solver, Euler | MeanVelocitySolver | AdamsBashforth2):
+        return solver
+    return MeanVelocitySolver(solver)
 
 
 def evaluations_per_step(solver: diffrax.AbstractSolver) -> int | None:
-    """Network evaluations of one step; None where the solver does not say."""
-    if isinstance(solver, Secant):
+    """Return the number of network evaluations per step; None if it is unknown."""
+    if isinstance(solver, MeanVelocitySolver):
         return evaluations_per_step(solver.solver)
     if isinstance(solver, Euler | AdamsBashforth2):
         return 1
-    tableau = getattr(solver, "tableau", None)  # of Runge-Kutta methods
+    tableau = getattr(solver, "tableau", None)  # Runge-Kutta methods have one
     if isinstance(tableau, diffrax.ButcherTableau) and not tableau.fsal:
         return tableau.num_stages
     return None
 
 
-class _StepTo(diffrax.StepTo):
-    """`diffrax.StepTo` without its run-time checks: plans are validated before.
+class _UncheckedStepTo(diffrax.StepTo):
+    """`diffrax.StepTo` without its run-time checks; the sigmas are validated before the solve.
 
-    The checks are host callbacks in the compiled program, and JAX's persistent cache does not
-    keep programs that call back.
+    The checks are host callbacks in the compiled program, and JAX's persistent compilation cache
+    does not store programs with host callbacks.
     """
 
-    def wrap(self, direction: Any) -> _StepTo:
+    def wrap(self, direction: Any) -> _UncheckedStepTo:
         return type(self)(ts=self.ts * direction)
 
     def init(
@@ -160,11 +168,20 @@ def integrate(
     *,
     every_step: bool = False,
 ) -> tuple[Array, Array | None, Any]:
-    """Solve `term` through exactly the given sigmas.
+    """Integrate `term` with one step between each two adjacent sigmas.
+
+    Args:
+        term: the differential equation.
+        solver: the solver.
+        y: state at `sigmas[0]`.
+        sigmas: strictly decreasing sigmas.
+        args: run-time arguments of the term.
+        state: the solver's state from a previous call, to continue that solve; None to start one.
+        every_step: whether to return the state after every step.
 
     Returns:
-        the state at the last sigma; the states after every step, if asked for; and the solver's
-        own state. Given back as `state`, the next call goes on as if there had been one.
+        The state at `sigmas[-1]`; the states after every step, [steps, ...] (None unless
+        `every_step`); and the solver's state.
     """
     steps = sigmas.shape[0] - 1
     solution = diffrax.diffeqsolve(
@@ -175,7 +192,7 @@ def integrate(
         dt0=None,
         y0=y,
         args=args,
-        stepsize_controller=_StepTo(ts=sigmas),
+        stepsize_controller=_UncheckedStepTo(ts=sigmas),
         saveat=diffrax.SaveAt(t1=not every_step, steps=every_step, solver_state=True),
         solver_state=state,
         max_steps=steps,

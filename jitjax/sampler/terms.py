@@ -1,7 +1,7 @@
-"""The two differential equations of the method, as diffrax terms.
+"""The two differential equations of the method as diffrax terms.
 
 SAG-ODE, one per stage:              d y / d sigma = Pi_k u(S_k^T y, sigma)
-Micro-flow, for new tokens alone:    d y / d sigma = (y* - y) / (T - sigma)
+Micro-flow, for new tokens only:     d y / d sigma = (y* - y) / (T - sigma)
 """
 
 from __future__ import annotations
@@ -19,51 +19,66 @@ from jitjax.sampler.lifter import Lifter
 
 Velocity = Callable[..., Array]
 """`(tokens [b, m, d], positions [b, m, 3], sigma [], valid [b, m] or None, args) ->
-velocities [b, m, d]`: any transformer. `valid` is None when no slot is padding."""
+velocities [b, m, d]`: any network. `valid` is False in padded slots, and None if there are none;
+the velocities of valid tokens must not depend on padded slots. `args` is passed through by
+`jit_solve`."""
 
 
 class SagArgs(NamedTuple):
-    """Run-time arguments of the SAG-ODE. `lifter` is None when all tokens run."""
+    """Run-time arguments of the SAG-ODE.
+
+    Attributes:
+        lifter: the stage's lifter; None if the network runs on all tokens.
+        velocity_args: the last argument of the velocity function.
+    """
 
     lifter: Lifter | None
     velocity_args: Any
 
 
 def sag_ode(velocity: Velocity, grid: Grid, budget: int) -> diffrax.ODETerm:
-    """The spatially approximated generative ODE of one stage, on [b, N, d] states.
+    """Build the spatially approximated generative ODE of one stage (paper, SAG-ODE).
 
     Args:
-        velocity: the network.
+        velocity: the velocity function.
         grid: rows and columns of tokens.
-        budget: number of anchors; padded slots beyond it are masked.
+        budget: number of anchors; the slots beyond it are padded and masked.
+
+    Returns:
+        A term over states [b, N, d] with `SagArgs` as its arguments.
     """
     n = grid[0] * grid[1]
-    # diffrax traces a term three times over; under `jit` the network is traced once.
+    # diffrax traces a term three times; `jit` makes it trace the network once.
     velocity = jax.jit(velocity)
 
     def vector_field(sigma: Any, y: Float[Array, "b n d"], args: SagArgs) -> Array:
         if args.lifter is None:
-            everywhere = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
-            return velocity(y, everywhere, sigma, None, args.velocity_args).astype(y.dtype)
+            all_positions = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
+            return velocity(y, all_positions, sigma, None, args.velocity_args).astype(y.dtype)
         anchors = args.lifter.anchors
         valid = anchors.valid if anchors.index.shape[1] > budget else None
-        places = positions(anchors.index, grid)
-        u = velocity(anchors.gather(y), places, sigma, valid, args.velocity_args)
+        anchor_positions = positions(anchors.index, grid)
+        u = velocity(anchors.gather(y), anchor_positions, sigma, valid, args.velocity_args)
         return args.lifter(u.astype(y.dtype))
 
     return diffrax.ODETerm(vector_field)
 
 
 class MicroflowArgs(NamedTuple):
-    """The micro-flow's target y* and the sigma T at which it is reached."""
+    """Run-time arguments of the micro-flow.
+
+    Attributes:
+        target: the target state y* of the new tokens.
+        target_sigma: the sigma T at which they reach it.
+    """
 
     target: Float[Array, "b k d"]
-    horizon: Array
+    target_sigma: Array
 
 
-def _towards_target(sigma: Any, y: Array, args: MicroflowArgs) -> Array:
-    return (args.target - y) / (args.horizon - sigma)
+def _microflow_velocity(sigma: Any, y: Array, args: MicroflowArgs) -> Array:
+    return (args.target - y) / (args.target_sigma - sigma)
 
 
-microflow_ode = diffrax.ODETerm(_towards_target)
-"""The deterministic micro-flow of new tokens, on [b, k, d] states (paper, DMF)."""
+microflow_ode = diffrax.ODETerm(_microflow_velocity)
+"""The deterministic micro-flow of new tokens (paper, DMF): a term over states [b, k, d]."""

@@ -1,4 +1,4 @@
-"""What a run did, for plots, replays and tests."""
+"""The record of a run, for plots, replays and tests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from jitjax.sampler.lifter import Lifter
 
 
 class Transition(NamedTuple):
-    """What happened between two stages.
+    """The record of a transition between two stages.
 
     Attributes:
-        scores: by which new anchors were chosen (the importance, unless the plan says otherwise).
-        lifted: the clean prediction x0 of the old anchors, lifted to all tokens.
-        new: the new anchors, highest score first.
-        target: the state that the micro-flow moves them towards.
-        before, after: states of all tokens.
+        scores: scores by which the new anchors were chosen; the importance by default.
+        lifted: the clean prediction x0 on the old anchors, lifted to all tokens.
+        new: token indices of the new anchors, highest score first.
+        target: target state of the new anchors' micro-flow.
+        before: state of all tokens before the transition.
+        after: state of all tokens after the transition.
     """
 
     scores: Float[Array, "b n"]
@@ -30,15 +31,17 @@ class Transition(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a run did.
+    """The record of a run.
 
     Attributes:
-        states: after each step, before any transition that follows it.
-        anchors: per stage, [b, k]; all tokens in a dense stage.
+        states: state after each step, before any transition that follows the step.
+        anchors: token indices of each stage's anchors; all tokens in a dense stage.
         clean: clean prediction x0 at the end of each stage.
-        transitions: one fewer than stages; None where the next stage has no new anchors.
-        slots: tokens that the network saw per step, padding included, text not.
-        evaluations: how often the network was evaluated; None for a solver of unknown cost.
+        transitions: the transition after each stage but the last; None if it adds no anchors.
+        slots: number of slots that the network ran on in each step, padding included, text
+            excluded.
+        evaluations: number of network evaluations; None if the solver does not tell how many it
+            makes.
     """
 
     states: Float[Array, "steps b n d"]
@@ -59,27 +62,36 @@ class Recorder:
         self.transitions: list[Transition | None] = []
         self.slots: list[int] = []
 
-    def stage(
+    def add_stage(
         self, states: Array | None, anchors: Array | None, clean: Array, lifter: Lifter | None
     ) -> None:
-        """A stage is over; `anchors` and `lifter` are None if all tokens ran."""
+        """Add a completed stage.
+
+        Args:
+            states: state after each step of the stage.
+            anchors: token indices of the stage's anchors; None if all tokens ran.
+            clean: clean prediction at the end of the stage.
+            lifter: the stage's lifter; None if all tokens ran.
+        """
         assert states is not None
         b, n, _ = clean.shape
-        everywhere = jnp.broadcast_to(jnp.arange(n), (b, n))
+        all_tokens = jnp.broadcast_to(jnp.arange(n), (b, n))
         self.states.append(states)
-        self.anchors.append(everywhere if anchors is None else anchors)
+        self.anchors.append(all_tokens if anchors is None else anchors)
         self.clean.append(clean)
         slots = n if lifter is None else lifter.anchors.index.shape[1]
         self.slots += [slots] * states.shape[0]
 
-    def trace(self, evaluations_per_step: int | None) -> Trace:
-        """All of it."""
-        cost = evaluations_per_step
+    def to_trace(self, evaluations_per_step: int | None) -> Trace:
+        """Build the trace of the stages and transitions added so far."""
+        evaluations = None
+        if evaluations_per_step is not None:
+            evaluations = evaluations_per_step * len(self.slots)
         return Trace(
             jnp.concatenate(self.states),
             tuple(self.anchors),
             tuple(self.clean),
             tuple(self.transitions),
             tuple(self.slots),
-            None if cost is None else cost * len(self.slots),
+            evaluations,
         )

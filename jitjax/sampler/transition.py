@@ -1,10 +1,10 @@
-"""Between two stages: take up new anchors and move them to a state fit for the network.
+"""The transition between two stages: activate new anchors and move them to their target state.
 
     last velocity u --> scores --> new anchors Q
     y - sigma u = clean prediction x0 --> lifted --> noised = target y* of the new anchors
     micro-flow: Q y --> y*
 
-Source: paper, importance-guided activation and deterministic micro-flow (DMF).
+Source: paper, importance-guided activation (ITA) and deterministic micro-flow (DMF).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jitjax.sampler.trace import Transition
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="record")
 def transition(
     plan: Plan,
-    known: int,
+    old_budget: int,
     budget: int,
     y: Float[Array, "b n d"],
     u: Float[Array, "b n d"],
-    before: Array,
+    previous_sigma: Array,
     sigma: Array,
     lifter: Lifter,
     noise: Float[Array, "b n d"],
@@ -38,29 +38,43 @@ def transition(
     *,
     record: bool = False,
 ) -> tuple[Float[Array, "b n d"], Int[Array, "b k"], Transition | None]:
-    """Take up `budget - known` new anchors at `sigma`, after a step from sigma `before`.
+    """Activate new anchors and run their micro-flow.
+
+    Args:
+        plan: the plan.
+        old_budget: number of anchors of the stage that ends.
+        budget: number of anchors of the next stage.
+        y: state at `sigma`.
+        u: velocity of the last step.
+        previous_sigma: sigma at the start of the last step, where the micro-flow starts.
+        sigma: sigma at the end of the last step, where the micro-flow ends.
+        lifter: lifter of the stage that ends.
+        noise: noise of the new anchors' targets.
+        random_scores: scores of new anchors for `activation="random"`; otherwise unused.
+        record: whether to return a `Transition`.
 
     Returns:
-        the state, the next stage's anchors, and, with `record`, what happened.
+        The state after the transition, the token indices of the next stage's anchors, and the
+        `Transition` (None unless `record`).
     """
     b, n, _ = y.shape
     anchors, grid = lifter.anchors, lifter.grid
     if plan.activation == "importance":
-        # Which tokens are taken up is piecewise constant in the state: no gradient passes.
+        # The choice of anchors is piecewise constant in the state, so its gradient is zero.
         scores = jax.lax.stop_gradient(local_variance(u, grid))
     elif plan.activation == "grid":
         scores = fixed_grid_scores(b, grid)
     else:
         assert random_scores is not None
         scores = random_scores
-    index, new = activate(anchors, scores, known, budget)
-    fresh = AnchorSet.padded(new, new.shape[1], n)
+    index, new_index = activate(anchors, scores, old_budget, budget)
+    new = AnchorSet.padded(new_index, new_index.shape[1], n)
     clean = y - sigma * u  # Tweedie
-    lifted = lifter.of_clean(anchors.gather(clean))
-    target = fresh.gather((1 - sigma) * lifted + sigma * noise)
-    after = fresh.scatter(y, microflow(plan, fresh.gather(y), target, before, sigma))
-    happened = Transition(scores, lifted, new, target, y, after) if record else None
-    return after, index, happened
+    lifted = lifter.lift_clean(anchors.gather(clean))
+    target = new.gather((1 - sigma) * lifted + sigma * noise)
+    after = new.scatter(y, microflow(plan, new.gather(y), target, previous_sigma, sigma))
+    transition_record = Transition(scores, lifted, new_index, target, y, after) if record else None
+    return after, index, transition_record
 
 
 def microflow(
@@ -70,16 +84,24 @@ def microflow(
     start: Array,
     end: Array,
 ) -> Float[Array, "b k d"]:
-    """Move new tokens towards their targets by the plan's micro-flow, from `start` to `end`.
+    """Move new tokens towards their target by the plan's micro-flow.
 
-    "hit" lets the flow end at `end`: the last of Euler's steps is the whole remaining way, so
-    the target is hit to rounding (paper, DMF). "blend" lets the same flow end `relax` times as
-    far away: any number of Euler steps then goes 1 / relax of the way (the authors' program).
+    "hit" reaches the target at sigma `end` (paper, DMF). The last Euler step covers the whole
+    remaining gap, so the target is exact to rounding for any number of steps. "blend" integrates
+    the same ODE with a target sigma that is `relax` times as far from `start`, so any number of
+    Euler steps covers 1 / relax of the gap (the authors' program). "none" returns `y`.
+
+    Args:
+        plan: the plan.
+        y: states of the new tokens.
+        target: target states of the new tokens.
+        start: sigma at which the micro-flow starts.
+        end: sigma at which it ends, below `start`.
     """
     if plan.microflow == "none":
         return y
-    times = plan.relax if plan.microflow == "blend" else 1.0
-    horizon = start + times * (end - start)
+    factor = plan.relax if plan.microflow == "blend" else 1.0
+    args = MicroflowArgs(target, target_sigma=start + factor * (end - start))
     sigmas = jnp.linspace(start, end, plan.microflow_steps + 1)
-    moved, _, _ = integrate(microflow_ode, Euler(), y, sigmas, MicroflowArgs(target, horizon))
+    moved, _, _ = integrate(microflow_ode, Euler(), y, sigmas, args)
     return moved
