@@ -1,4 +1,4 @@
-"""The sampler once more, in NumPy and SciPy, sample by sample and loop by loop: slow and plain."""
+"""A reference implementation of the sampler in NumPy and SciPy, for one sample at a time."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from scipy.ndimage import gaussian_filter
 
 
 def squared_distances(grid: tuple[int, int], index: np.ndarray) -> np.ndarray:
-    """[tokens, anchors]."""
+    """Squared distance of each token to each anchor, [tokens, anchors]."""
     rows, columns = np.indices(grid).reshape(2, -1)
     return (rows[:, None] - rows[index]) ** 2 + (columns[:, None] - columns[index]) ** 2
 
 
-def blurred(field: np.ndarray, grid: tuple[int, int], width: float) -> np.ndarray:
-    """A Gaussian blur of [tokens, channels]; scipy's "mirror" is torch's "reflect"."""
+def blur(field: np.ndarray, grid: tuple[int, int], width: float) -> np.ndarray:
+    """Blur values [tokens, channels]; the mode "mirror" of SciPy is "reflect" in PyTorch."""
     radius = int(np.ceil(3 * width))
     planes = field.reshape(*grid, -1).astype(np.float64)
-    # scipy reflects a single row on to itself, as it should be.
+    # SciPy reflects a single row onto itself, like `blur_matrix`.
     out = gaussian_filter(planes, (width, width, 0), mode="mirror", radius=(radius, radius, 0))
     return out.reshape(field.shape)
 
 
 def lift(values: np.ndarray, index: np.ndarray, grid: tuple[int, int], kind: str) -> np.ndarray:
-    """Values [anchors, channels] to all tokens."""
+    """Lift values [anchors, channels] to [tokens, channels]."""
     n = grid[0] * grid[1]
     nearest = values[squared_distances(grid, index).argmin(1)].astype(np.float64)
     narrow = 0.4 / np.sqrt(len(index) / n)
     if kind == "blur":
-        out = blurred(nearest, grid, np.clip(narrow, 1, 10))
+        out = blur(nearest, grid, np.clip(narrow, 1, 10))
     elif kind == "narrow":
-        out = blurred(nearest, grid, narrow)
+        out = blur(nearest, grid, narrow)
     elif kind == "linear":
         rows, columns = np.indices(grid).reshape(2, -1)
         squared = squared_distances(grid, index)
         out = np.zeros_like(nearest)
         for token in range(n):
+            # Square roots of the weights, since `lstsq` squares the residuals.
             root = np.exp((squared[token].min() - squared[token]) / (4 * narrow**2))[:, None]
             offsets = rows[index] - rows[token], columns[index] - columns[token]
             plane = np.stack([np.ones(len(index)), *offsets], axis=1)
-            held = np.sqrt(0.02 * squared[token].min()) * np.eye(3)[1:]  # the slopes, towards 0
-            left = np.concatenate([root * plane, held])
-            right = np.concatenate([root * values, np.zeros((2, values.shape[1]))])
-            out[token] = np.linalg.lstsq(left, right, rcond=None)[0][0]
+            ridge = np.sqrt(0.02 * squared[token].min()) * np.eye(3)[1:]  # of the two slopes
+            matrix = np.concatenate([root * plane, ridge])
+            right_side = np.concatenate([root * values, np.zeros((2, values.shape[1]))])
+            out[token] = np.linalg.lstsq(matrix, right_side, rcond=None)[0][0]
     else:
         out = nearest if kind == "nearest" else np.zeros_like(nearest)
     out[index] = values
@@ -52,7 +53,7 @@ def lift(values: np.ndarray, index: np.ndarray, grid: tuple[int, int], kind: str
 
 
 def importance(velocity: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Local variance over 3 x 3 windows with zeros beyond the edge, mean over channels."""
+    """Local variance over 3 x 3 windows, zero beyond the edge, averaged over channels."""
     padded = np.pad(velocity.reshape(*grid, -1), ((1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))
     variance = (windows**2).mean((-1, -2)) - windows.mean((-1, -2)) ** 2
@@ -71,30 +72,29 @@ def solve(
     grid: tuple[int, int],
     kind: str = "blur",
 ) -> np.ndarray:
-    """One sample [tokens, channels] from noise to clean; `relax` 0 sets tokens to the target."""
+    """Solve one sample [tokens, channels]; `relax` 0 sets new tokens to their target ("hit")."""
     y, index, n = noise.astype(np.float64), np.asarray(first), len(noise)
     u = np.zeros_like(y)
-    starts = dict(zip(stage_steps[:-1], densities[1:], strict=True))
-    for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-        if step in starts:
-            score = importance(u, grid)  # u: the velocity of the step before
+    density_from_step = dict(zip(stage_steps[:-1], densities[1:], strict=True))
+    for step, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
+        if step in density_from_step:
+            score = importance(u, grid)  # u is the velocity of the previous step
             others = np.setdiff1d(np.arange(n), index)
             new = others[np.argsort(-score[others], kind="stable")]
-            new = new[: int(n * starts[step]) - len(index)]
+            new = new[: int(n * density_from_step[step]) - len(index)]
             clean = lift((y - sigma * u)[index], index, grid, kind)
             target = ((1 - sigma) * clean + sigma * microflow_noise)[new]
             y[new] = target if relax == 0 else y[new] + (target - y[new]) / relax
             index = np.concatenate([index, new])
-        on_anchors = velocity(y[index], index, sigma)
-        u = (
-            on_anchors[np.argsort(index)]
-            if len(index) == n
-            else lift(on_anchors, index, grid, kind)
-        )
-        y = y + u * (following - sigma)
+        anchor_velocity = velocity(y[index], index, sigma)
+        if len(index) == n:
+            u = anchor_velocity[np.argsort(index)]
+        else:
+            u = lift(anchor_velocity, index, grid, kind)
+        y = y + u * (next_sigma - sigma)
     return y
 
 
-def microflow(y, target, start: float, end: float, horizon: float):
-    """The micro-flow's closed form: the gap to the target shrinks in proportion to T - sigma."""
-    return target + (y - target) * (horizon - end) / (horizon - start)
+def microflow(y, target, start: float, end: float, target_sigma: float):
+    """Closed form of the micro-flow: the gap to the target is proportional to T - sigma."""
+    return target + (y - target) * (target_sigma - end) / (target_sigma - start)

@@ -108,7 +108,7 @@ def test_noise_of_the_micro_flow_may_be_given(small, conditioning, noise):
     initial = run(PLAN)
     np.testing.assert_array_equal(run(PLAN, microflow_noise=noise), initial)
     fresh = PLAN.replace(microflow_noise="fresh")
-    with pytest.raises(ValueError, match="needs one for microflow_noise"):
+    with pytest.raises(ValueError, match="needs for microflow_noise"):
         run(fresh)
     assert float(jnp.abs(run(fresh, key=jax.random.key(0)) - initial).max()) > 1e-4
 
@@ -142,7 +142,7 @@ def test_denoise_traces_under_jit_vmap_and_grad(small, conditioning, noise):
         ({"height": 64.0}, "height is 64.0"),
         ({"prompt": []}, "empty"),
         ({"key": jnp.zeros(3)}, "expected jax.random.key"),
-        ({"key": jax.random.split(jax.random.key(0), 3)}, r"expected one, or \[1\]"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"expected \[\] or \[1\]"),
     ],
 )
 def test_sample_refuses(small, change, message):
@@ -162,19 +162,19 @@ def test_sample_refuses_prompts_that_are_not_strings(small, prompt):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise": jnp.zeros((2, 16, 60))}, r"noise is \[2, 16, 60\]; expected .*64"),
-        ({"noise": jnp.zeros((16, 64))}, "noise is"),
+        ({"noise": jnp.zeros((2, 16, 60))}, r"noise has shape \[2, 16, 60\]; expected .*64"),
+        ({"noise": jnp.zeros((16, 64))}, "noise has shape"),
         ({"noise": jnp.zeros((2, 15, 64))}, "15 tokens"),
         ({"noise": jnp.zeros((3, 16, 64))}, "text has shape"),
         ({"noise": jnp.zeros((2, 16, 64), jnp.bfloat16)}, "expected float32"),
         ({"grid": (3, 5)}, "expected 3 x 5"),
-        ({"guidance": jnp.zeros(3)}, "guidance is"),
-        ({"microflow_noise": jnp.zeros((2, 15, 64))}, "microflow_noise is"),
-        ({"first_anchors": jnp.arange(9)}, r"first_anchors is \[2, 9\]; expected \[2, 8\]"),
-        ({"first_anchors": jnp.arange(8.0)}, "whole numbers"),
+        ({"guidance": jnp.zeros(3)}, "guidance has shape"),
+        ({"microflow_noise": jnp.zeros((2, 15, 64))}, "microflow_noise has shape"),
+        ({"first_anchors": jnp.arange(9)}, r"first_anchors has shape \[2, 9\]; expected \[2, 8\]"),
+        ({"first_anchors": jnp.arange(8.0)}, "expected integers"),
         ({"first_anchors": jnp.arange(9, 17)}, "9 to 16; expected 0 to 15"),
-        ({"first_anchors": jnp.zeros(8, int)}, "more than once"),
-        ({"key": None, "first_anchors": None}, "needs one for first_anchors"),
+        ({"first_anchors": jnp.zeros(8, int)}, "duplicate indices"),
+        ({"key": None, "first_anchors": None}, "needs for first_anchors"),
     ],
 )
 def test_denoise_refuses(small, conditioning, noise, change, message):

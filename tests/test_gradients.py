@@ -1,7 +1,7 @@
-"""Gradients through all stages of `denoise`, against finite differences in float64; their memory.
+"""Gradients through all stages against finite differences in float64, and their memory.
 
-Which tokens are anchors is piecewise constant in everything: no gradient passes through that
-choice, and the finite differences here are too small to change it.
+The choice of anchors is piecewise constant in all inputs, so no gradient passes through it. The
+finite differences here are too small to change it.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ GRID = (4, 5)
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
 
 
-def normal(seed: int, like):
-    """Standard normal numbers in the shapes of `like`."""
+def normal_like(seed: int, tree):
+    """Return a pytree of standard normal arrays in the shapes and dtypes of `tree`."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
 
 
-def check(loss, point) -> None:
-    """Gradients of `loss` at `point`, part by part, along a random direction each."""
-    both = jax.jit(jax.value_and_grad(loss))  # one program for values and gradients
-    _, gradient = both(point)
-    for seed, name in enumerate(point):
-        along = normal(seed, point[name])
-        parts = jax.tree.map(lambda g, d: (g * d).sum(), gradient[name], along)
-        told = float(sum(jax.tree.leaves(parts)))
-        step = jax.tree.map(lambda d: 1e-6 * d, along)
-        ends = [
-            both(point | {name: jax.tree.map(move, point[name], step)})[0]
+def check_gradients(loss, inputs) -> None:
+    """Check the gradient of `loss` for each entry of `inputs`, along one random direction each."""
+    value_and_grad = jax.jit(jax.value_and_grad(loss))  # compiles once for values and gradients
+    _, gradients = value_and_grad(inputs)
+    for seed, name in enumerate(inputs):
+        direction = normal_like(seed, inputs[name])
+        products = jax.tree.map(lambda g, d: (g * d).sum(), gradients[name], direction)
+        derivative = float(sum(jax.tree.leaves(products)))
+        step = jax.tree.map(lambda d: 1e-6 * d, direction)
+        above, below = (
+            value_and_grad(inputs | {name: jax.tree.map(move, inputs[name], step)})[0]
             for move in (jnp.add, jnp.subtract)
-        ]
-        measured = float(ends[0] - ends[1]) / 2e-6
-        assert abs(told) > 1e-3
-        assert told == pytest.approx(measured, rel=1e-5), name
+        )
+        difference = float(above - below) / 2e-6
+        assert abs(derivative) > 1e-3
+        assert derivative == pytest.approx(difference, rel=1e-5), name
 
 
-def test_gradients_of_denoise_agree_with_finite_differences(small):
+def test_gradients_of_denoise_equal_finite_differences(small):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), small)
         shapes = {
@@ -59,14 +59,15 @@ def test_gradients_of_denoise_agree_with_finite_differences(small):
             "noise": (2, 20, 64),
         }
         rng = np.random.default_rng(0)
-        point = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        inputs = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        inputs["transformer"] = params.transformer
         weights = jnp.asarray(rng.normal(size=shapes["noise"]))
 
-        def loss(point):
+        def loss(inputs):
             tokens = denoise(
-                dataclasses.replace(params, transformer=point["transformer"]),
-                Conditioning(point["text"], point["pooled"]),
-                point["noise"],
+                dataclasses.replace(params, transformer=inputs["transformer"]),
+                Conditioning(inputs["text"], inputs["pooled"]),
+                inputs["noise"],
                 plan=PLAN,
                 grid=GRID,
                 key=jax.random.key(0),
@@ -74,44 +75,44 @@ def test_gradients_of_denoise_agree_with_finite_differences(small):
             assert tokens.dtype == jnp.float64
             return (weights * tokens).sum()
 
-        check(loss, point | {"transformer": params.transformer})
+        check_gradients(loss, inputs)
 
 
 def wave(tokens, positions, sigma, valid, args):
-    place = positions[..., 1:].sum(-1, keepdims=True)
-    return jnp.sin(tokens + 0.3 * place) * sigma + jnp.roll(tokens, 1, axis=-1) * args
+    distance = positions[..., 1:].sum(-1, keepdims=True)
+    return jnp.sin(tokens + 0.3 * distance) * sigma + jnp.roll(tokens, 1, axis=-1) * args
 
 
 @pytest.mark.parametrize("lift", ["narrow", "linear"])
-def test_gradients_through_the_other_transitions(lift):
-    """The program's blend with noise of its own, padding, other lifters, a multistep solver."""
+def test_gradients_of_jit_solve_equal_finite_differences(lift):
+    """With "blend", separate micro-flow noise, padding, other lifters and a multistep solver."""
     plan = PLAN.replace(microflow="blend", lift=lift, pad_to=16)
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
-        noise, fresh = rng.normal(size=(2, 1, 20, 5))
+        noise, microflow_noise = rng.normal(size=(2, 1, 20, 5))
         weights = jnp.asarray(rng.normal(size=noise.shape))
         sigmas = jnp.asarray(flux_sigmas(plan, 20, build.SMALL), jnp.float64)
 
-        def loss(point):
+        def loss(inputs):
             tokens = jit_solve(
                 wave,
-                point["noise"],
+                inputs["noise"],
                 sigmas,
                 plan=plan,
                 grid=GRID,
                 first_anchors=jnp.arange(0, 20, 2)[None, : plan.budgets(20)[0]],
-                microflow_noise=point["fresh"],
-                args=point["args"],
+                microflow_noise=inputs["microflow_noise"],
+                args=inputs["args"],
                 solver=AdamsBashforth2(),
             )
             return (weights * tokens).sum()
 
-        point = {"noise": noise, "fresh": fresh, "args": np.array(0.4)}
-        check(loss, {name: jnp.asarray(value) for name, value in point.items()})
+        inputs = {"noise": noise, "microflow_noise": microflow_noise, "args": np.array(0.4)}
+        check_gradients(loss, {name: jnp.asarray(value) for name, value in inputs.items()})
 
 
-def test_memory_of_the_gradient_is_near_that_of_a_checkpointed_scan():
-    """Temporary memory of the compiled gradients, as XLA plans it."""
+def test_gradient_memory_is_close_to_a_checkpointed_scan():
+    """Compares the temporary memory of the compiled gradients, as reported by XLA."""
     config = build.SMALL.transformer
     velocity, plan, n = FluxVelocity(config), Plan(16), 64
     sigmas = jnp.asarray(flux_sigmas(plan, n, build.SMALL))
@@ -120,20 +121,20 @@ def test_memory_of_the_gradient_is_near_that_of_a_checkpointed_scan():
     conditioning = Conditioning(
         jnp.zeros((2, 12, config.joint_attention_dim)), jnp.zeros((2, config.pooled_projection_dim))
     )
-    places = jnp.broadcast_to(positions(jnp.arange(n), (8, 8)), (2, n, 3))
+    all_positions = jnp.broadcast_to(positions(jnp.arange(n), (8, 8)), (2, n, 3))
 
-    def solved(params, conditioning, noise):
+    def solve(params, conditioning, noise):
         args = (params, conditioning, jnp.full((2,), 3.5))
         return jit_solve(velocity, noise, sigmas, plan=plan, grid=(8, 8), args=args).sum()
 
-    def scanned(params, conditioning, noise):
+    def scan(params, conditioning, noise):
         @jax.checkpoint
-        def step(y, ends):
+        def step(y, sigma_pair):
+            sigma, next_sigma = sigma_pair
             args = (params, conditioning, jnp.full((2,), 3.5))
-            return y + velocity(y, places, ends[0], None, args) * (ends[1] - ends[0]), None
+            return y + velocity(y, all_positions, sigma, None, args) * (next_sigma - sigma), None
 
-        pairs = jnp.stack([sigmas[:-1], sigmas[1:]], axis=1)
-        return jax.lax.scan(step, noise, pairs)[0].sum()
+        return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0].sum()
 
     memory = {
         f.__name__: jax.jit(jax.grad(f))
@@ -141,7 +142,7 @@ def test_memory_of_the_gradient_is_near_that_of_a_checkpointed_scan():
         .compile()
         .memory_analysis()
         .temp_size_in_bytes
-        for f in (solved, scanned)
+        for f in (solve, scan)
     }
     print(memory)
-    assert memory["solved"] < 1.5 * memory["scanned"]
+    assert memory["solve"] < 1.5 * memory["scan"]

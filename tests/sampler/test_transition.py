@@ -1,4 +1,4 @@
-"""The micro-flow: it hits, or goes a part of the way, in any number of steps."""
+"""The micro-flow covers the expected part of the gap in any number of steps."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def move(plan: Plan, start: float, end: float) -> np.ndarray:
 
 
 @given(sigmas, st.integers(1, 6))
-def test_hit_hits_the_target_in_any_number_of_steps(ends, steps):
+def test_hit_reaches_the_target_in_any_number_of_steps(ends, steps):
     got = move(Plan(1, microflow="hit", microflow_steps=steps), *ends)
     np.testing.assert_allclose(got, states[1], rtol=1e-5, atol=1e-5)
-    closed = oracles.microflow(*states, *ends, ends[1])
-    np.testing.assert_allclose(got, closed, rtol=1e-5, atol=1e-5)
+    closed_form = oracles.microflow(*states, *ends, ends[1])
+    np.testing.assert_allclose(got, closed_form, rtol=1e-5, atol=1e-5)
 
 
 @given(sigmas, st.integers(1, 6), st.floats(1, 8))
-def test_blend_goes_one_part_of_the_way_in_any_number_of_steps(ends, steps, relax):
+def test_blend_covers_its_fraction_of_the_gap_in_any_number_of_steps(ends, steps, relax):
     got = move(Plan(1, microflow="blend", relax=relax, microflow_steps=steps), *ends)
     y, target = states
     np.testing.assert_allclose(got, y + (target - y) / relax, rtol=1e-4, atol=1e-4)
     start, end = ends
-    closed = oracles.microflow(y, target, start, end, start + relax * (end - start))
-    np.testing.assert_allclose(got, closed, rtol=1e-4, atol=1e-4)
+    closed_form = oracles.microflow(y, target, start, end, start + relax * (end - start))
+    np.testing.assert_allclose(got, closed_form, rtol=1e-4, atol=1e-4)
 
 
-def test_none_leaves_the_tokens_where_they_are():
+def test_none_leaves_tokens_unchanged():
     np.testing.assert_array_equal(move(Plan(1, microflow="none"), 0.7, 0.6), states[0])
