@@ -86,7 +86,7 @@ def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
         config: the model's configuration.
 
     Returns:
-        Sigmas at the ends of the steps, [plan.steps + 1], float32; the last is 0.
+        Sigmas at the step boundaries, [plan.steps + 1], float32; the last is 0.
     """
     shift = Shift(
         dynamic=config.dynamic_shift,

@@ -1,4 +1,4 @@
-"""Anchors: the tokens that the transformer runs on, and the choice of new ones.
+"""Anchors: the tokens that the network runs on, and the choice of new ones.
 
 An anchor set has a static number of slots. The index of a padded slot points past the end of the
 grid, so that gathers fill it and scatters drop it.
@@ -65,7 +65,7 @@ class AnchorSet(eqx.Module):
 def dither(grid: Grid) -> np.ndarray:
     """Compute a dither value in [0, 1) per token.
 
-    The tokens whose value is above any threshold are evenly spread over the grid.
+    For any threshold, the tokens whose value is above it are evenly spread over the grid.
 
     Source: Roberts, "The unreasonable effectiveness of quasirandom sequences" (R2 dither).
     """

@@ -83,7 +83,7 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
         shift: parameters of the "shifted" schedule.
 
     Returns:
-        Sigmas at the ends of the steps, [plan.steps + 1], float32; the last is 0.
+        Sigmas at the step boundaries, [plan.steps + 1], float32; the last is 0.
     """
     if not isinstance(plan.schedule, str):
         starts = np.asarray(plan.schedule)

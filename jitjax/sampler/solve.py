@@ -1,6 +1,8 @@
 """The staged solve for any velocity function: SAG-ODE, transition, SAG-ODE, ...
 
-noise --> [ SAG-ODE on few anchors ] --> transition --> [ SAG-ODE on more ] --> ... --> tokens
+    noise --> [ SAG-ODE on few anchors ] --> transition --> [ SAG-ODE on more ] --> ... --> tokens
+
+Source: paper, algorithm 1.
 """
 
 from __future__ import annotations
@@ -72,13 +74,13 @@ def jit_solve(
             each new function is compiled again, so define it once. With Euler's method it is
             evaluated exactly `plan.steps` times.
         noise: tokens at `sigmas[0]` in row-major order, float32 or float64.
-        sigmas: strictly decreasing sigmas at the ends of the steps, `plan.steps + 1` of them.
+        sigmas: strictly decreasing sigmas at the step boundaries, [plan.steps + 1].
         plan: the settings of the run.
         grid: rows and columns of tokens; rows * columns = n.
         first_anchors: token indices of the first stage's anchors; not needed if the first stage
             is dense.
-        microflow_noise: noise of the new anchors' targets. Required for a plan with
-            `microflow_noise="fresh"`; otherwise the default is `noise`.
+        microflow_noise: noise of the new anchors' targets. Required if the first stage is sparse
+            and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
         args: pytree passed to `velocity`, such as its parameters; differentiable.
         solver: a diffrax solver; Euler's method by default.
@@ -105,7 +107,9 @@ def jit_solve(
     budgets = plan.budgets(n, text_tokens)
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
     if (progress or check_finite) and isinstance(noise, Tracer):
-        raise ValueError("progress or check_finite is set under jit, vmap or grad")
+        raise ValueError(
+            "progress or check_finite is set under jit, vmap or grad; expected neither"
+        )
     solver = with_last_velocity(solver or Euler())
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0

@@ -40,8 +40,7 @@ class Trace(NamedTuple):
         transitions: the transition after each stage but the last; None if it adds no anchors.
         slots: number of slots that the network ran on in each step, padding included, text
             excluded.
-        evaluations: number of network evaluations; None if the solver does not tell how many it
-            makes.
+        evaluations: number of network evaluations; None if it is unknown for the solver.
     """
 
     states: Float[Array, "steps b n d"]
