@@ -163,7 +163,7 @@ def denoise(
         guidance: guidance strength, one number or one per sample; ignored by models without a
             guidance embedding.
         key: one `jax.random` key, or one per sample. It draws the first anchors, the micro-flow
-            noise and the random scores, as far as the plan needs them and they are not given.
+            noise and the random scores if the plan needs them and they are not given.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
         solver: a diffrax solver; Euler's method by default.

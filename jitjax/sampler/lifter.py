@@ -5,7 +5,7 @@ Anchors keep their exact values. The other tokens get one of these interpolators
     "blur"     the nearest anchor's value, then a Gaussian blur of width
                clip(0.4 / sqrt(density), 1, 10) tokens: the authors' program. At the
                densities of its presets the clip makes the width 1.
-    "narrow"   the same without the clip: 0.4 / sqrt(density)
+    "narrow"   the same without the clip: 0.4 / sqrt(density), the intended width
     "linear"   a plane fitted to the surrounding anchors, with Gaussian weights of the width of
                "narrow" (first-order normalised convolution, Knutsson and Westin 1993): exact for
                constants, nearly exact for linear fields
