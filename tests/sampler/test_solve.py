@@ -175,7 +175,7 @@ def wave(tokens, positions, sigma, valid, args):
     st.sampled_from(["blur", "linear"]),
     st.integers(0, 99),
 )
-def test_the_whole_solve_equals_the_numpy_one(grid, sparse, relax, kind, seed):
+def test_solve_equals_numpy_reference(grid, sparse, relax, kind, seed):
     """Any grid, number of stages, `relax` (0 is "hit") and order of the first anchors."""
     n = grid[0] * grid[1]
     densities, stages = (*sparse, 1.0), len(sparse) + 1
