@@ -1,4 +1,4 @@
-"""Loads parameters: bundled ones, checkpoints, and low-rank updates on top."""
+"""Loads parameters from checkpoints, bundled or not, and adds low-rank updates (LoRA)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jitjax.checkpoint import PARTS, FluxParams
-from jitjax.checkpoint.restoring import Sharding, load_folder, placed
+from jitjax.checkpoint.restoring import Sharding, load_folder, place_on_devices
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 
@@ -25,28 +25,32 @@ def load(
     check: bool = True,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
 ) -> FluxParams:
-    """Load parameters.
+    """Load the parameters of a pipeline.
 
     Args:
-        path: the name of a bundled checkpoint ("tiny"), or a folder that `save` or
-            `python -m jitjax.convert` wrote.
-        dtype: floating-point type of the parameters, which is also the one computed in; by
-            default as stored (the bundled checkpoint is stored in float16 and loaded as
-            float32).
-        parts: which of `PARTS` to load; the others are left empty. By default all there are.
-        sharding: where the arrays go: one sharding for all, or a function of a leaf's path (such
-            as "transformer/single_blocks/out/kernel") and shape; by default the first device.
-            Every device reads its own share.
-        check: compare every array with the digest of what was written. It costs a copy of each
-            from its device to the host; arrays that other processes share are not compared.
-        loras: low-rank updates to add, (safetensors file, scale) of each; 1 is the strength that
-            it was trained at. Changed leaves are made in the host's memory, one after another.
+        path: name of a bundled checkpoint ("tiny"), or a folder written by `save` or by
+            `python -m jitjax.convert`.
+        dtype: floating-point dtype of the parameters and of the computation. The default is the
+            stored dtype; the bundled checkpoint is stored in float16 and loaded as float32.
+        parts: names of the parts to load, of `PARTS`; the others stay empty. The default is all
+            parts of the checkpoint.
+        sharding: sharding of all arrays, or a function that returns the sharding of a leaf from its
+            path (such as "transformer/single_blocks/out/kernel") and shape. The default is the
+            first device. Each device reads only its own shards.
+        check: compare every array with the digest stored when it was written. This copies each
+            array from its device to the host. Arrays sharded across processes are not compared.
+        loras: low-rank updates (LoRA) to add, a (safetensors file, scale) pair each. A scale of 1
+            is the strength used in training. Changed leaves are computed in host memory, one after
+            another.
+
+    Returns:
+        the parameters, with the configuration of the checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not a checkpoint of this format and version, not a whole one, or arrays
-            are damaged; or it lacks a part that was asked for; or an update does not fit, and the
-            message lists all of its keys that do not.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder is not a complete checkpoint of this format and version; arrays are
+            damaged; a requested part is missing; or an update does not fit the parameters (the
+            message lists all keys that do not fit).
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import merge_loras  # pyright: ignore[reportMissingImports]
@@ -55,18 +59,20 @@ def load(
     unknown = [part for part in parts if part not in PARTS]
     if unknown or isinstance(parts, str) or not parts:
         raise ValueError(f"parts is {parts!r}; expected some of {PARTS}")
-    place = sharding if callable(sharding) else lambda path, shape: sharding or _first_device()
+    sharding_for = (
+        sharding if callable(sharding) else lambda path, shape: sharding or _first_device()
+    )
     if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
         params = read_folder(BUNDLED / path, dtype=dtype or jnp.float32, parts=parts)
-        params = placed(params, place)
+        params = place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
         if not folder.exists():
             raise FileNotFoundError(
-                f"no checkpoint at {str(folder)!r}; expected a folder that jitjax.save or "
-                f"`python -m jitjax.convert` wrote, or one of {bundled()}"
+                f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
+                f"`python -m jitjax.convert`, or one of {bundled()}"
             )
-        params = load_folder(folder, dtype, parts, place, check)
+        params = load_folder(folder, dtype, parts, sharding_for, check)
     return merge_loras(params, loras) if loras else params
 
 
@@ -75,5 +81,5 @@ def _first_device() -> Sharding:
 
 
 def bundled() -> list[str]:
-    """Names of the checkpoints that come with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/model_index.json"))
+    """Return the names of the checkpoints that the package contains."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/model_index.json"))

@@ -1,19 +1,18 @@
-"""Parameters, and how they are loaded and saved.
+"""Parameters of a pipeline, and the checkpoints that store them.
 
 A checkpoint is a folder:
 
-    jitjax.json            format version, configuration, parts, sources, digests of all arrays
-    tokenizer/             CLIP's, as in a diffusers folder
-    tokenizer_2/           T5's
-    params/transformer/    the arrays of each part, written by orbax
+    jitjax.json            format version, configuration, parts, sources, digest of each array
+    tokenizer/             CLIP's tokenizer, as in a diffusers folder
+    tokenizer_2/           T5's tokenizer
+    params/transformer/    arrays of each part, an orbax checkpoint (see `storage.py`)
     params/t5/ ...
 
-The tokenizers are there if the text encoders are. It is written under a temporary name and renamed
-when complete.
+A checkpoint has the tokenizers if it has a text encoder. It is written under a temporary name and
+renamed when complete.
 """
 
 from jitjax.checkpoint.parameters import (
-    HINT,
     PARTS,
     TEXT_ENCODERS,
     TOKENIZERS,
@@ -25,7 +24,6 @@ from jitjax.checkpoint.saving import FORMAT, METADATA_FILE, checkpoint_writer, r
 
 __all__ = [
     "FORMAT",
-    "HINT",
     "METADATA_FILE",
     "PARTS",
     "TEXT_ENCODERS",

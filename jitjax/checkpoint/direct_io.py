@@ -1,8 +1,8 @@
-"""Writes memory to files past the kernel's own memory of them.
+"""Writes files directly (`O_DIRECT`), bypassing the kernel's page cache.
 
-A checkpoint of gigabytes is written once and not read again soon. What the kernel would keep of it
-costs a copy of every byte into fresh pages, half of all processor time of a conversion. Where a
-system or a file system cannot write directly, files are written as usual.
+A checkpoint of gigabytes is written once and not read again soon. Caching it costs a copy of every
+byte into fresh pages, half of all processor time of a conversion. If the operating system or the
+file system does not support direct writes, files are written through the cache.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from pathlib import Path
 import numpy as np
 
 PAGE = 4096
-"""Direct writes begin at multiples of this, in memory and in the file, and have such sizes."""
+"""Direct writes need addresses, file offsets and sizes that are multiples of this."""
 MIN_DIRECT_BYTES = 2**20
-"""Smaller files are not worth it."""
+"""Smaller data is written through the cache; direct writes are not worth it there."""
 
 
 def aligned_buffer(size: int) -> np.ndarray:
-    """Memory of that many bytes, uint8, that can be written directly."""
+    """Return an uninitialised uint8 array of `size` bytes, aligned for direct writes."""
     memory = np.empty(size + PAGE, np.uint8)
     return memory[-memory.ctypes.data % PAGE :][:size]
 
 
 def write_file(path: Path, data: np.ndarray, size: int) -> None:
-    """Write a new file; its folders are made.
+    """Write a new file and create its parent folders.
 
     Args:
         path: the file.
-        data: what it begins with: bytes, uint8 [at most `size`].
-        size: of the file; zeros follow the data.
+        data: uint8 [at most `size`], the beginning of the file.
+        size: size of the file in bytes; zeros fill the rest.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     flags, done = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0
@@ -43,13 +43,13 @@ def write_file(path: Path, data: np.ndarray, size: int) -> None:
         try:
             done = _write(path, flags | direct, data[: len(data) // PAGE * PAGE], 0)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what file systems say that cannot
+            if error.errno != errno.EINVAL:  # the file system does not support O_DIRECT
                 raise
     _write(path, flags, data[done:], done, size)
 
 
 def _write(path: Path, flags: int, data: np.ndarray, start: int, size: int | None = None) -> int:
-    """Write all of `data` from byte `start` of the file on; returns the byte after it."""
+    """Write `data` at byte `start` of the file; return the position after it."""
     file = os.open(path, flags, 0o666)
     try:
         os.lseek(file, start, os.SEEK_SET)

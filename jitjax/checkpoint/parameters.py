@@ -15,19 +15,18 @@ from jitjax.config import FluxConfig
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = ("t5", "clip")
-HINT = ", or pass a Conditioning computed elsewhere in place of the prompt"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FluxParams:
-    """All parameters of a FLUX pipeline: a pytree of arrays with the configuration attached.
+    """All parameters of a FLUX pipeline: a pytree of arrays, with the configuration as static data.
 
     Attributes:
-        transformer, t5, clip, autoencoder: nested dictionaries of arrays, blocks stacked along
-            the first axis; empty where a part was left out.
-        config: the static facts, of the parts left out too.
-        tokenizer: folder that holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5); empty if there
+        transformer, t5, clip, autoencoder: nested dictionaries of arrays, with the blocks stacked
+            along the first axis; empty if the part is not loaded.
+        config: configuration of all parts, including those that are not loaded.
+        tokenizer: path of the folder with `tokenizer/` (CLIP) and `tokenizer_2/` (T5); "" if there
             is none.
     """
 
@@ -39,19 +38,24 @@ class FluxParams:
     tokenizer: str = dataclasses.field(metadata={"static": True})
 
     def part(self, name: str) -> dict[str, Any]:
-        """The parameters of one of `PARTS`. Raises `ValueError` if it was left out."""
-        found = getattr(self, name)
-        if not found:
-            held = [part for part in PARTS if getattr(self, part)]
+        """Return the parameters of one of `PARTS`.
+
+        Raises:
+            ValueError: the part is not loaded.
+        """
+        params = getattr(self, name)
+        if not params:
+            available = [part for part in PARTS if getattr(self, part)]
+            hint = ", or pass a Conditioning instead of the prompt" if name in TEXT_ENCODERS else ""
             raise ValueError(
-                f"these parameters have no {name}, only {', '.join(held)}; load or convert a "
-                f"checkpoint with it{HINT if name in TEXT_ENCODERS else ''}"
+                f"these parameters have no {name}, only {', '.join(available)}; "
+                f"load or convert a checkpoint that has {name}{hint}"
             )
-        return found
+        return params
 
 
 def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxParams:
-    """Shapes and dtypes of all parameters of `config`, without making any."""
+    """Return the parameters of `config` as `jax.ShapeDtypeStruct`s, without allocating arrays."""
     from jitjax.models import autoencoder, clip, flux, t5
 
     return FluxParams(

@@ -1,4 +1,4 @@
-"""Restores checkpoints, on to any devices, and verifies them."""
+"""Loads checkpoints onto any devices, and verifies them."""
 
 from __future__ import annotations
 
@@ -24,142 +24,161 @@ from jitjax.checkpoint.saving import read_metadata
 from jitjax.config import FluxConfig
 
 Sharding = jax.sharding.Sharding
+ShardingFor = Callable[[str, tuple[int, ...]], Sharding]
+"""Maps the path (such as "t5/token_embedding/embedding") and shape of a leaf to its sharding."""
 
 
 def load_folder(
     folder: Path,
     dtype: DTypeLike | None,
     parts: Sequence[str],
-    place: Callable[[str, tuple[int, ...]], Sharding],
+    sharding_for: ShardingFor,
     check: bool,
 ) -> FluxParams:
-    """The parameters of a checkpoint that is there; see `jitjax.load`."""
-    told = read_metadata(folder)
-    held = told["parts"]
-    wanted = [part for part in held if part in parts]
-    absent = [part for part in parts if part not in held]
-    if absent and tuple(parts) != PARTS:
-        raise ValueError(f"{str(folder)!r} has no {', '.join(absent)}, only {', '.join(held)}")
-    digests = {part: told["digests"][part] if check else None for part in wanted}
-    return _restore(folder, told["config"], digests, dtype, place)
+    """Load the parameters of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        dtype, parts, check: as for `jitjax.load`.
+        sharding_for: returns the sharding of each leaf.
+
+    Raises:
+        ValueError: as `jitjax.load`.
+    """
+    metadata = read_metadata(folder)
+    available = metadata["parts"]
+    requested = [part for part in available if part in parts]
+    missing = [part for part in parts if part not in available]
+    if missing and tuple(parts) != PARTS:
+        raise ValueError(
+            f"{str(folder)!r} has no {', '.join(missing)}, only {', '.join(available)}"
+        )
+    digests = {part: metadata["digests"][part] if check else None for part in requested}
+    return _load_parts(folder, metadata["config"], digests, dtype, sharding_for)
 
 
 def _on_cpu(path: str, shape: tuple[int, ...]) -> Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
-def placed(params: FluxParams, place: Callable[[str, tuple[int, ...]], Sharding]) -> FluxParams:
-    """Every leaf on the devices that it belongs to."""
+def place_on_devices(params: FluxParams, sharding_for: ShardingFor) -> FluxParams:
+    """Put each leaf on the devices of the sharding that `sharding_for` returns for it."""
     trees = {}
-    for part, tree in _trees(params).items():
+    for part, tree in _trees_by_part(params).items():
         flat: dict[str, Any] = flatten_dict(tree, sep="/")
         trees[part] = {
-            name: jax.device_put(leaf, place(f"{part}/{name}", leaf.shape))
+            name: jax.device_put(leaf, sharding_for(f"{part}/{name}", leaf.shape))
             for name, leaf in flat.items()
         }
     trees = {part: unflatten_dict(flat, sep="/") for part, flat in trees.items()}
     return dataclasses.replace(params, **trees)
 
 
-def _restore(
+def _load_parts(
     folder: Path,
     config: FluxConfig,
     digests: Mapping[str, Mapping[str, str] | None],
     dtype: DTypeLike | None,
-    place: Callable[[str, tuple[int, ...]], Sharding],
+    sharding_for: ShardingFor,
 ) -> FluxParams:
+    """Load the parts that `digests` names; a part whose digests are None is not compared."""
     parts = list(digests)
-    speaks = any(part in TEXT_ENCODERS for part in parts)
-    needed = [*(TOKENIZERS if speaks else ()), *(f"params/{part}" for part in parts)]
-    missing = [name for name in needed if not (folder / name).is_dir()]
+    has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
+    subfolders = [
+        *(TOKENIZERS if has_text_encoders else ()),
+        *(f"params/{part}" for part in parts),
+    ]
+    missing = [name for name in subfolders if not (folder / name).is_dir()]
     if missing:
-        raise ValueError(f"{str(folder)!r} lacks {', '.join(missing)}: not a whole checkpoint")
-    abstract = _trees(abstract_params(config))
+        raise ValueError(f"{str(folder)!r} has no {', '.join(missing)}: an incomplete checkpoint")
+    abstract = _trees_by_part(abstract_params(config))
     trees: dict[str, Any] = {part: {} for part in PARTS}
     problems = []
     for part in parts:
-        wanted = _wanted(folder / "params" / part, part, abstract[part], place)
+        path = folder / "params" / part
+        targets = _restore_targets(path, part, abstract[part], sharding_for)
         flat = {}
-        for name, array, problem in storage.read(folder / "params" / part, wanted, digests[part]):
+        for name, array, problem in storage.read_arrays(path, targets, digests[part]):
             flat[name] = array if array is None or dtype is None else array.astype(dtype)
             problems += [f"{part}/{name} {problem}"] if problem else []
         trees[part] = unflatten_dict(flat, sep="/")
     if problems:
-        raise _damaged(folder, problems)
-    tokenizer = str(folder.absolute()) if speaks else ""
+        raise _damage_error(folder, problems)
+    tokenizer = str(folder.absolute()) if has_text_encoders else ""
     return FluxParams(**trees, config=config, tokenizer=tokenizer)
 
 
-def _damaged(folder: Path, problems: Sequence[str]) -> ValueError:
+def _damage_error(folder: Path, problems: Sequence[str]) -> ValueError:
     return ValueError(
         f"{str(folder)!r}: {len(problems)} arrays are damaged; convert it again\n  "
         + "\n  ".join(problems)
     )
 
 
-def _wanted(
-    path: Path, part: str, abstract: Any, place: Callable[[str, tuple[int, ...]], Sharding]
+def _restore_targets(
+    path: Path, part: str, abstract: Any, sharding_for: ShardingFor
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves of a stored part, and where each of them goes.
+    """The shape, dtype and sharding that each leaf of a stored part is read with.
 
     Raises:
-        ValueError: they are not those of the configuration; the message lists every misfit.
+        ValueError: the leaves do not match the configuration; the message lists all mismatches.
     """
-    stored = storage.stored(path)
-    expected: dict[str, Any] = flatten_dict(abstract, sep="/")
-    want = {name: list(leaf.shape) for name, leaf in expected.items()}
-    have = {name: list(leaf.shape) for name, leaf in stored.items()}
-    problems = [f"{name} is missing" for name in want if name not in have]
-    problems += [f"{name} is unknown" for name in have if name not in want]
+    leaves = storage.read_leaf_metadata(path)
+    abstract_leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
+    expected = {name: list(leaf.shape) for name, leaf in abstract_leaves.items()}
+    stored = {name: list(leaf.shape) for name, leaf in leaves.items()}
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is unknown" for name in stored if name not in expected]
     problems += [
-        f"{name} is {have[name]}, expected {shape}"
-        for name, shape in want.items()
-        if name in have and have[name] != shape
+        f"{name} has shape {stored[name]}; expected {shape}"
+        for name, shape in expected.items()
+        if name in stored and stored[name] != shape
     ]
     if problems:
         raise ValueError(
-            f"{str(path)!r}: the arrays are not those of its configuration\n  "
-            + "\n  ".join(problems)
+            f"{str(path)!r}: the arrays do not match the configuration\n  " + "\n  ".join(problems)
         )
     return {
         name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place(f"{part}/{name}", tuple(leaf.shape))
+            leaf.shape, leaf.dtype, sharding=sharding_for(f"{part}/{name}", tuple(leaf.shape))
         )
-        for name, leaf in stored.items()
+        for name, leaf in leaves.items()
     }
 
 
 def verify(
     path: str | os.PathLike[str], progress: Callable[[str], object] = lambda name: None
 ) -> None:
-    """Read a checkpoint again and compare every array with the digest of what was written.
+    """Read a checkpoint and compare every array with the digest stored when it was written.
 
     Args:
-        path: the checkpoint.
-        progress: called with the name of every leaf read.
+        path: the checkpoint folder.
+        progress: function that is called with the path of each leaf after it is read.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no checkpoint, or arrays are damaged; the message lists them all.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder is not a checkpoint, or arrays are damaged; the message lists all of
+            them.
     """
     folder = Path(path)
     if not folder.exists():
-        raise FileNotFoundError(f"no checkpoint at {str(folder)!r}")
-    raw = read_metadata(folder)
-    abstract, problems = _trees(abstract_params(raw["config"])), []
-    for part in raw["parts"]:
-        stored = folder / "params" / part
+        raise FileNotFoundError(f"no checkpoint at {str(folder)!r}; expected a checkpoint folder")
+    metadata = read_metadata(folder)
+    abstract, problems = _trees_by_part(abstract_params(metadata["config"])), []
+    for part in metadata["parts"]:
+        part_folder = folder / "params" / part
         try:
-            wanted = _wanted(stored, part, abstract[part], _on_cpu)
+            targets = _restore_targets(part_folder, part, abstract[part], _on_cpu)
         except ValueError as error:
             problems.append(str(error))
             continue
-        for name, _, problem in storage.read(stored, wanted, raw["digests"][part]):
+        digests = metadata["digests"][part]
+        for name, _, problem in storage.read_arrays(part_folder, targets, digests):
             progress(f"{part}/{name}")
             problems += [f"{part}/{name} {problem}"] if problem else []
     if problems:
-        raise _damaged(folder, problems)
+        raise _damage_error(folder, problems)
 
 
-def _trees(params: FluxParams) -> dict[str, Any]:
+def _trees_by_part(params: FluxParams) -> dict[str, Any]:
     return {part: getattr(params, part) for part in PARTS}

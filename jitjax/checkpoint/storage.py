@@ -1,13 +1,33 @@
-"""Arrays on disk: written piece by piece as they come, read on to any sharding.
+"""Writes and reads the arrays of a checkpoint, in pieces and with a digest of each array.
 
-A part of a checkpoint is one orbax checkpoint, a Zarr array for each leaf. Orbax reads it, and
-writes all but the numbers: it takes whole leaves only, of which the largest of FLUX.1 has 3.6 GB.
-Leaves are cut into chunks of at most `CHUNK` bytes along their first axes: a chunk is one range of
-memory and, as nothing is compressed, one file of the same bytes. No more than `AHEAD` bytes and one
-piece wait in memory to be written, no more than `GROUP` bytes or one leaf to be checked.
+Each part of a checkpoint is one orbax checkpoint with one Zarr array per leaf. Orbax reads it. This
+module writes it by hand, in orbax's layout:
 
-Every leaf has a digest (XXH3, 128 bits: it finds damage at the speed of memory; it is no proof
-against somebody who damages on purpose).
+    params/<part>/                  saved by orbax, with a stub of one element for each leaf
+        state/_METADATA             orbax's, with the `write_shape` of each leaf edited
+        state/<leaf>/zarr.json      replaces the stub's; written by TensorStore
+        state/<leaf>/c/<i>/<j>/...  replaces the stub's; one file per chunk, by `write_file`
+
+Why by hand: orbax's v1 API saves whole leaves only (orbax-checkpoint 0.12.8, on 2026-11-27 the
+newest for Python 3.11 to 3.13). `partial.save` adds leaf after leaf, but never a piece of one, and
+the largest leaf of FLUX.1 has 3.6 GB. With leaves of 0.5 GB, orbax took up to 2.1 GB of memory and
+about four times as long as `cp`; this module took 0.35 GB and about twice as long as `cp` (process
+start included).
+
+Alternative: v1 dropped user-defined leaf handlers in 0.11.40 (May 2026), but the older v0 API still
+has `type_handlers.TypeHandler`. With it orbax would write the metadata, and the result loads with
+equal values. But `write_shape` would be missing, a load without a target would not give
+`jax.Array`, and this module would still write the chunks. It is the way out if editing the metadata
+breaks on a later orbax.
+
+Guard: tests/checkpoint and tests/convert/test_streaming.py read what this module writes through
+orbax's public API. They must also pass with the newest orbax.
+
+Leaves are split into chunks of at most `MAX_CHUNK_BYTES` along their first axes. A chunk is one
+contiguous range of a row-major array and, without compression, one file of the same bytes.
+
+Each leaf has a digest (XXH3, 128 bits). It detects accidental damage at the speed of memory; it is
+not cryptographic and does not detect deliberate changes.
 """
 
 from __future__ import annotations
@@ -33,21 +53,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jitjax.checkpoint.direct_io import write_file
 
-AHEAD = 128 * 2**20
-GROUP = 256 * 2**20
-CHUNK = 128 * 2**20
+MAX_CHUNK_BYTES = 128 * 2**20
+MAX_PENDING_BYTES = 128 * 2**20  # chunks that are still to be written when `Writer.write` returns
+MAX_GROUP_BYTES = 256 * 2**20  # leaves that are read together; a larger leaf is read alone
 
 
 def _orbax() -> Any:
-    # Importing orbax takes a second, which a program that loads no checkpoint need not wait for.
+    # Importing orbax takes a second; a program that loads no checkpoint does not pay for it.
     import orbax.checkpoint.experimental.v1 as ocp
 
     return ocp
 
 
 @contextmanager
-def _context() -> Iterator[None]:
-    """Orbax, told how the arrays are stored; without its warnings that there is no database."""
+def _orbax_context() -> Iterator[None]:
+    """Set orbax's options for this layout, and silence its warnings about the missing OCDBT."""
     context = _orbax().Context()
     context.array.saving.use_zarr3 = True
     context.array.saving.use_ocdbt = False
@@ -62,97 +82,117 @@ def _context() -> Iterator[None]:
 
 
 class Digest:
-    """Of an array's dtype, shape and bytes, which may come in pieces."""
+    """Digest of an array's dtype, shape and bytes, computed piece by piece."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
-        self._found = xxhash.xxh3_128(f"{np.dtype(dtype).name} {tuple(shape)}".encode())
+        self._hash = xxhash.xxh3_128(f"{np.dtype(dtype).name} {tuple(shape)}".encode())
 
     def update(self, piece: np.ndarray) -> None:
-        """Take the next piece along the first axis."""
+        """Add the array's next piece along its first axis."""
         if piece.size:
-            self._found.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            self._hash.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
-    def hex(self) -> str:
-        """The digest of what came so far."""
-        return self._found.hexdigest()
+    def hexdigest(self) -> str:
+        """Return the digest of all pieces added so far, as hexadecimal digits."""
+        return self._hash.hexdigest()
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The largest chunk of at most `CHUNK` bytes that is one range of a row-major array."""
+    """Return the largest chunk of at most `MAX_CHUNK_BYTES` that is contiguous (row-major)."""
     chunk = list(shape)
     for axis in range(len(chunk)):
-        row = max(1, itemsize * math.prod(chunk[axis + 1 :]))
-        chunk[axis] = max(1, min(chunk[axis], CHUNK // row))
-        if row <= CHUNK:
+        row_bytes = max(1, itemsize * math.prod(chunk[axis + 1 :]))
+        chunk[axis] = max(1, min(chunk[axis], MAX_CHUNK_BYTES // row_bytes))
+        if row_bytes <= MAX_CHUNK_BYTES:
             break
     return tuple(chunk)
 
 
-def chunks(
+def split_into_chunks(
     piece: np.ndarray, chunk: tuple[int, ...], start: int
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray, int]]:
-    """The chunks of a leaf that its rows from `start` on fill: index, bytes (uint8), full size.
+    """Split a piece of a leaf into chunks.
 
-    At an array's end a chunk has fewer bytes than its full size. `chunk` is from `chunk_shape`.
+    Args:
+        piece: rows of the leaf from `start` on.
+        chunk: shape of the chunks, from `chunk_shape`.
+        start: first row of the piece within the leaf; a multiple of `chunk[0]`.
+
+    Yields:
+        index of the chunk, its data (uint8), and the bytes of a full chunk. The data of a chunk at
+        the end of an axis is shorter than a full chunk.
+
+    Raises:
+        ValueError: `start` is not a multiple of `chunk[0]`.
     """
     if piece.ndim and start % chunk[0]:
-        raise ValueError(f"rows from {start} on do not begin a chunk of {chunk[0]}")
-    size = piece.itemsize * math.prod(chunk)
+        raise ValueError(f"piece starts at row {start}; expected a multiple of {chunk[0]}")
+    chunk_bytes = piece.itemsize * math.prod(chunk)
     counts = [-(-n // c) for n, c in zip(piece.shape, chunk, strict=True)]
     for index in np.ndindex(*counts):
-        where = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
-        part = np.ascontiguousarray(piece[where or ...]).reshape(-1).view(np.uint8)
-        yield (index[0] + start // chunk[0], *index[1:]) if index else (), part, size
+        slices = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
+        data = np.ascontiguousarray(piece[slices or ...]).reshape(-1).view(np.uint8)
+        leaf_index = (index[0] + start // chunk[0], *index[1:]) if index else ()
+        yield leaf_index, data, chunk_bytes
 
 
 class Writer:
-    """Writes one part; the checkpoint is complete with `finish`."""
+    """Writes the arrays of one part: `write` takes each piece of each leaf, `finish` ends it."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._leaves = path.with_name(f"{path.name}.leaves")
-        self._stores: dict[str, Any] = {}
+        self._leaves_folder = path.with_name(f"{path.name}.leaves")
+        self._arrays: dict[str, Any] = {}  # TensorStore's
         self._digests: dict[str, Digest] = {}
-        self._writing: deque[tuple[Future[None], int]] = deque()
+        self._pending: deque[tuple[Future[None], int]] = deque()
         self._pool = ThreadPoolExecutor(2)
 
-    def add(self, name: str, piece: np.ndarray, start: int, shape: tuple[int, ...]) -> None:
-        """Give a leaf, or its next piece along its first axis.
+    def write(self, name: str, piece: np.ndarray, start: int, shape: tuple[int, ...]) -> None:
+        """Write a leaf, or the next piece of it along its first axis.
+
+        Threads write the data after this method returns, so do not change `piece` afterwards.
 
         Args:
-            name: its path in the tree, parts joined by "/".
-            piece: its rows from `start` on; not to be changed afterwards. All but the last have
-                as many as the first.
-            start: 0, or where the last piece ended.
-            shape: of the whole leaf.
+            name: path of the leaf in the tree, joined by "/".
+            piece: rows of the leaf from `start` on. All pieces but the last have the same shape.
+            start: first row of the piece: 0, or the end of the previous piece.
+            shape: shape of the whole leaf.
 
         Raises:
-            OSError: it cannot be written.
+            ValueError: the leaf is already written.
+            OSError: a file cannot be written.
         """
         if start == 0:
-            if name in self._stores:
-                raise ValueError(f"{name} was written already")
-            self._stores[name] = self._try(lambda: self._open(name, piece, shape))
+            if name in self._arrays:
+                raise ValueError(f"leaf {name} is already written; expected each leaf once")
+            self._arrays[name] = self._wrap_errors(lambda: self._create_array(name, piece, shape))
             self._digests[name] = Digest(shape, piece.dtype)
         self._digests[name].update(piece)
-        folder = self._leaves / _folder(name)
-        for key, part, size in chunks(
-            piece, self._stores[name].chunk_layout.write_chunk.shape, start
-        ):
-            path = folder.joinpath("c", *map(str, key))
-            self._writing.append((self._pool.submit(write_file, path, part, size), size))
-        while sum(size for _, size in self._writing) > AHEAD:
-            self._wait()
+        folder = self._leaves_folder / _leaf_folder(name)
+        chunk = self._arrays[name].chunk_layout.write_chunk.shape or ()  # None for rank 0
+        for index, data, size in split_into_chunks(piece, chunk, start):
+            path = folder.joinpath("c", *map(str, index))
+            self._pending.append((self._pool.submit(write_file, path, data, size), size))
+        while sum(size for _, size in self._pending) > MAX_PENDING_BYTES:
+            self._wait_for_oldest()
 
     def finish(self) -> dict[str, str]:
-        """Make the checkpoint complete. Returns leaf -> digest of what was given to be written."""
-        while self._writing:
-            self._wait()
-        self._pool.shutdown()
-        self._try(self._assemble)
-        return {name: digest.hex() for name, digest in self._digests.items()}
+        """Wait for all writes and complete the part.
 
-    def _open(self, name: str, piece: np.ndarray, shape: tuple[int, ...]) -> Any:
+        Returns:
+            digest of each leaf by name, computed from the arrays that were passed to `write`.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        while self._pending:
+            self._wait_for_oldest()
+        self._pool.shutdown()
+        self._wrap_errors(self._assemble_checkpoint)
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+    def _create_array(self, name: str, piece: np.ndarray, shape: tuple[int, ...]) -> Any:
+        """Write a leaf's `zarr.json`; the first piece determines the chunk shape."""
         import tensorstore
 
         chunk = chunk_shape(piece.shape, piece.dtype.itemsize)
@@ -160,141 +200,148 @@ class Writer:
         codec = {"name": "bytes", "configuration": {"endian": "little"}}
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{self._leaves / _folder(name)}/"},
+            "kvstore": {"driver": "file", "path": f"{self._leaves_folder / _leaf_folder(name)}/"},
             "metadata": {
                 "shape": shape,
                 "data_type": piece.dtype.name,
                 "chunk_grid": grid,
                 "codecs": [codec],  # no compression: weights do not compress
             },
-            "context": {"file_io_sync": False},  # all at the end
+            "context": {"file_io_sync": False},  # `_assemble_checkpoint` syncs all files
         }
         return tensorstore.open(spec, create=True).result()
 
-    def _wait(self) -> None:
-        self._try(self._writing.popleft()[0].result)
+    def _wait_for_oldest(self) -> None:
+        self._wrap_errors(self._pending.popleft()[0].result)
 
-    def _assemble(self) -> None:
-        """Have orbax write a checkpoint of the same tree, and put the arrays into it."""
-        for path in self._leaves.rglob("*"):
+    def _assemble_checkpoint(self) -> None:
+        """Have orbax save a stub for each leaf, then replace the stubs by the arrays."""
+        for path in self._leaves_folder.rglob("*"):
             if path.is_file():
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())
-        shapes = {name: store.shape for name, store in self._stores.items()}
-        stubs = {name: np.zeros(1, store.dtype.numpy_dtype) for name, store in self._stores.items()}
-        with _context():
+        shapes = {name: array.shape for name, array in self._arrays.items()}
+        stubs = {name: np.zeros(1, array.dtype.numpy_dtype) for name, array in self._arrays.items()}
+        with _orbax_context():
             cpu = jax.local_devices(backend="cpu")[0]
             _orbax().save(self.path, unflatten_dict(jax.device_put(stubs, cpu), sep="/"))
-        (metadata,) = self.path.glob("*/_METADATA")
-        told = json.loads(metadata.read_text())
-        for entry in told["tree_metadata"].values():
+        (metadata_file,) = self.path.glob("*/_METADATA")
+        metadata = json.loads(metadata_file.read_text())
+        for entry in metadata["tree_metadata"].values():
             name = "/".join(key["key"] for key in entry["key_metadata"])
             entry["value_metadata"]["write_shape"] = shapes[name]
-        metadata.write_text(json.dumps(told))
+        metadata_file.write_text(json.dumps(metadata))
         for name in shapes:
-            shutil.rmtree(metadata.with_name(_folder(name)))
-            (self._leaves / _folder(name)).rename(metadata.with_name(_folder(name)))
-        self._leaves.rmdir()
+            stub_folder = metadata_file.with_name(_leaf_folder(name))
+            shutil.rmtree(stub_folder)
+            (self._leaves_folder / _leaf_folder(name)).rename(stub_folder)
+        self._leaves_folder.rmdir()
 
-    def _try(self, action: Callable[[], Any]) -> Any:
+    def _wrap_errors(self, action: Callable[[], Any]) -> Any:
+        """Run `action`; raise `OSError` with the part's path for any error in it."""
         try:
             return action()
-        except Exception as error:  # a full disk raises many kinds here
-            raise OSError(f"{str(self.path)!r} cannot be written: {_reason(error)}") from error
+        except Exception as error:  # a full disk raises many types of error here
+            raise OSError(f"{str(self.path)!r} cannot be written: {_root_cause(error)}") from error
 
 
-def _folder(name: str) -> str:
-    """Where orbax keeps a leaf."""
+def _leaf_folder(name: str) -> str:
+    """The name of orbax's folder for a leaf."""
     return name.replace("/", ".")
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what it came from, without tensorstore's long specification."""
+def _root_cause(error: BaseException) -> str:
+    """The first line of the original error, without TensorStore's long specification."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec")[0]
 
 
-def stored(path: Path) -> dict[str, Any]:
-    """Name -> leaf, with `shape` and `dtype`, of a part. Raises `ValueError` if damaged."""
+def read_leaf_metadata(path: Path) -> dict[str, Any]:
+    """Read orbax's metadata of a part: each leaf's `shape` and `dtype` by name.
+
+    Raises:
+        ValueError: the metadata cannot be read.
+    """
     try:
-        with _context():
+        with _orbax_context():
             tree: Any = _orbax().metadata(path.absolute()).metadata
     except Exception as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {_reason(error)}") from error
+        raise ValueError(f"{str(path)!r} cannot be read: {_root_cause(error)}") from error
     if tree is None:
-        raise ValueError(f"{str(path)!r} cannot be read: its list of arrays is damaged")
+        raise ValueError(f"{str(path)!r} cannot be read: the metadata of its arrays is damaged")
     leaves: dict[str, Any] = flatten_dict(tree, sep="/")
     return leaves
 
 
-def read(
-    path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None
+def read_arrays(
+    path: Path, targets: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None
 ) -> Iterator[tuple[str, jax.Array | None, str]]:
-    """The arrays of a part, a group after another.
+    """Read the arrays of a part, in groups of at most `MAX_GROUP_BYTES`.
 
     Args:
-        path: the part.
-        wanted: all its leaves, in the dtype that they are stored in and with a sharding each.
-        digests: to compare with, if given. An array of which other processes hold shares is not
-            compared.
+        path: folder of the part.
+        targets: all leaves of the part by name, with the stored dtype and a sharding each.
+        digests: expected digest of each leaf, or None to skip the comparison. Arrays sharded
+            across processes are not compared.
 
     Yields:
-        name, array, and what is wrong with it, or "".
+        name of a leaf, its array (None if unreadable), and a description of its damage, or "".
     """
-    for group in _groups(wanted):
-        yield from _read(path, wanted, group, digests)
+    for group in _group_by_size(targets):
+        yield from _read_group(path, targets, group, digests)
 
 
-def _read(
+def _read_group(
     path: Path,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
     names: Sequence[str],
     digests: Mapping[str, str] | None,
 ) -> Iterator[tuple[str, jax.Array | None, str]]:
-    """As `read`, of some leaves; where one cannot be read, by halves, to tell which."""
+    """Read some leaves together; if that fails, bisect them to find the unreadable ones."""
     try:
-        arrays = _load(path, wanted, names)
+        arrays = _load_leaves(path, targets, names)
     except Exception as error:
         if len(names) == 1:
-            yield names[0], None, f"cannot be read: {_reason(error)}"
+            yield names[0], None, f"cannot be read: {_root_cause(error)}"
             return
         middle = len(names) // 2
-        yield from _read(path, wanted, names[:middle], digests)
-        yield from _read(path, wanted, names[middle:], digests)
+        yield from _read_group(path, targets, names[:middle], digests)
+        yield from _read_group(path, targets, names[middle:], digests)
         return
     for name in names:
         array = arrays.pop(name)
-        yield name, array, difference(array, name, digests)
+        yield name, array, compare_digest(array, name, digests)
 
 
-def _load(
-    path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], names: Sequence[str]
+def _load_leaves(
+    path: Path, targets: Mapping[str, jax.ShapeDtypeStruct], names: Sequence[str]
 ) -> dict[str, jax.Array]:
-    target: Any = {name: leaf if name in names else ... for name, leaf in wanted.items()}
-    with _context():
+    # Orbax skips the leaves whose target is `...`.
+    target: Any = {name: leaf if name in names else ... for name, leaf in targets.items()}
+    with _orbax_context():
         tree: Any = _orbax().load(path.absolute(), unflatten_dict(target, sep="/"))
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
     return {name: flat[name] for name in names}
 
 
-def difference(array: jax.Array, name: str, digests: Mapping[str, str] | None) -> str:
-    """What is wrong with an array of that name, or ""."""
+def compare_digest(array: jax.Array, name: str, digests: Mapping[str, str] | None) -> str:
+    """Compare an array with the digest of its name; return a description of a mismatch, or ""."""
     if digests is None or not array.is_fully_addressable:
         return ""
-    found = Digest(array.shape, array.dtype)
-    for piece in _on_host(array):
-        found.update(piece)
-    return "" if found.hex() == digests.get(name) else "differs from what was written"
+    digest = Digest(array.shape, array.dtype)
+    for piece in _host_pieces(array):
+        digest.update(piece)
+    return "" if digest.hexdigest() == digests.get(name) else "differs from what was written"
 
 
-def _on_host(array: jax.Array) -> Iterator[np.ndarray]:
-    """An array in pieces along its first axis.
+def _host_pieces(array: jax.Array) -> Iterator[np.ndarray]:
+    """Copy an array to the host in pieces along its first axis.
 
-    JAX keeps what it copies to the host as long as the array is there, so no array is copied as a
-    whole; those of the CPU are not copied.
+    JAX caches the host copy of an array for as long as the array lives, so a device array is never
+    copied as a whole. Arrays on the CPU need no copy.
     """
-    if all(device.platform == "cpu" for device in array.devices()):
+    if not array.ndim or all(device.platform == "cpu" for device in array.devices()):
         yield np.asarray(array)
         return
     rows = chunk_shape(array.shape, array.dtype.itemsize)[0]
@@ -302,31 +349,34 @@ def _on_host(array: jax.Array) -> Iterator[np.ndarray]:
         yield np.asarray(array[start : start + rows])
 
 
-def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-    """Names of leaves of together `GROUP` bytes at most, or of one that is larger."""
+def _group_by_size(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Yield groups of leaf names: at most `MAX_GROUP_BYTES` together, or one larger leaf."""
     group: list[str] = []
-    filled = 0
+    group_bytes = 0
     for name, leaf in leaves.items():
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if group and filled + size > GROUP:
+        if group and group_bytes + size > MAX_GROUP_BYTES:
             yield group
-            group, filled = [], 0
+            group, group_bytes = [], 0
         group.append(name)
-        filled += size
+        group_bytes += size
     if group:
         yield group
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends without an error.
+    """Create a folder beside `path` that replaces it when the block ends without an error.
+
+    Yields:
+        the new folder, empty, under a temporary name. It is deleted if the block raises.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is false.
     """
     path = path.absolute()
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists; give overwrite to replace it")
+        raise FileExistsError(f"{str(path)!r} exists; pass overwrite=True to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     new = work / "new"
@@ -342,7 +392,7 @@ def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 (work / "old").rename(path)
             raise
     finally:
-        for _ in range(100):  # threads of a write that failed may still make files there
+        for _ in range(100):  # threads of a failed write may still create files here
             shutil.rmtree(work, ignore_errors=True)
             if not work.exists():
                 break

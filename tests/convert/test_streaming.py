@@ -70,7 +70,7 @@ def flip(path: Path, at: int, bit: int) -> None:
 def test_pieces_chunks_and_groups_make_no_difference(folder, small, tmp_path, monkeypatch, whole):
     """Sizes that make small leaves go the way of large ones; and orbax reads it without us."""
     monkeypatch.setattr(diffusers_folder, "WHOLE", whole)
-    for name in ("AHEAD", "GROUP", "CHUNK"):
+    for name in ("MAX_PENDING_BYTES", "MAX_GROUP_BYTES", "MAX_CHUNK_BYTES"):
         monkeypatch.setattr(storage, name, 2000)
     made = tmp_path / "made"
     assert main([str(folder), "--dtype", "auto", "--out", str(made)]) == 0
@@ -94,7 +94,7 @@ def _assert_described(stored, expected) -> None:
 @given(shape=st.lists(st.integers(1, 60), min_size=1, max_size=4).map(tuple), itemsize=st.just(2))
 def test_a_chunk_is_one_range_of_memory(shape, itemsize):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "CHUNK", 500)
+        patch.setattr(storage, "MAX_CHUNK_BYTES", 500)
         chunk = storage.chunk_shape(shape, itemsize)
     assert itemsize * np.prod(chunk) <= 500
     numbers = np.arange(np.prod(shape)).reshape(shape)[tuple(slice(n) for n in chunk)]
@@ -126,7 +126,7 @@ def test_memory_is_recycled_when_nothing_looks_at_it_any_more():
 
 def test_a_device_array_is_compared_in_pieces(unchecked, monkeypatch):
     """As one of a GPU would be: no slice is larger than a chunk, and the digest is the same."""
-    monkeypatch.setattr(storage, "CHUNK", 500)
+    monkeypatch.setattr(storage, "MAX_CHUNK_BYTES", 500)
     taken = []
 
     class OnDevice(np.ndarray):
@@ -142,9 +142,9 @@ def test_a_device_array_is_compared_in_pieces(unchecked, monkeypatch):
     numbers = np.arange(7 * 50, dtype=np.float32).reshape(7, 50)
     whole = storage.Digest(numbers.shape, numbers.dtype)
     whole.update(numbers)
-    assert not storage.difference(numbers.view(OnDevice), "a", {"a": whole.hex()})
+    assert not storage.compare_digest(numbers.view(OnDevice), "a", {"a": whole.hexdigest()})
     assert taken == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    assert storage.difference(numbers.view(OnDevice), "a", {"a": "0"}) == (
+    assert storage.compare_digest(numbers.view(OnDevice), "a", {"a": "0"}) == (
         "differs from what was written"
     )
 
