@@ -1,4 +1,4 @@
-"""Shape checks on, no silent rank promotion; a small random pipeline for tests that need one."""
+"""Settings of all tests (shape checks, no implicit rank promotion) and shared fixtures."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples in every run; no deadline, since an example may have to compile.
+# Derandomised for reproducible runs; no deadline, because an example may include compilation.
 settings.register_profile("jitjax", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("jitjax")
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
-    """A randomly initialised pipeline with tokenizers, a few thousand parameters."""
+    """A randomly initialised pipeline with tokenizers and about 64 000 parameters."""
     return build.small_params(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the tests' type checks: as a user has it, and sees our own messages."""
+    """Turn off the tests' type checks, so that jitjax raises its own errors as for users."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,4 +1,4 @@
-"""Which module may import which: the wings know nothing of what is built on them."""
+"""Which module may import which: a subpackage never imports what is built on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config")
 TABLES, SOURCES = "jitjax.convert.tables", "jitjax.convert.sources"
 COMPONENTS, LORA = "jitjax.convert.components", "jitjax.convert.lora"
 
-# A module or package -> what it may import of jitjax beside itself. The longest name counts.
+# Module or package -> what it may import from jitjax, besides itself. The longest name that contains
+# a module applies.
 ALLOWED = {
     "jitjax.config": (),
     "jitjax.sampler": (),
@@ -26,63 +27,66 @@ ALLOWED = {
     "jitjax.convert.sources": (COMPONENTS, TABLES, *BASE),
     "jitjax.convert.lora": (SOURCES, COMPONENTS, TABLES, *BASE),
     "jitjax.convert.targets": (LORA, SOURCES, COMPONENTS, TABLES, *BASE),
-    # The command alone is above `jitjax.loading`: `--to-diffusers` takes bundled names too.
+    # Only the command may import `jitjax.loading`: `--to-diffusers` also takes bundled names.
     "jitjax.convert.__main__": ("jitjax.convert", "jitjax.loading", *BASE),
     "jitjax": ("jitjax",),
 }
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the installed package by its name; a package is its `__init__`."""
-    found = {}
+    """Return the path of each module of jitjax by name; a package maps to its `__init__.py`."""
+    paths = {}
     for folder, package in (("jitjax", "jitjax"), ("convert", "jitjax.convert")):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
+            paths[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return paths
 
 
 MODULES = modules()
 
 
-def within(name: str, package: str) -> bool:
-    """Whether `name` is `package` or in it."""
+def is_within(name: str, package: str) -> bool:
+    """Whether the module `name` is `package` or is contained in it."""
     return f"{name}.".startswith(f"{package}.")
 
 
 def imports(module: str, path: Path) -> set[str]:
-    """Modules of jitjax that one names in its imports, also within functions."""
+    """Return the modules of jitjax that a module imports, including imports in functions."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            full = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else base for name in full}
-    found = {name for name in found if within(name, "jitjax")}
-    assert found <= MODULES.keys(), f"{module} imports what is not there"
-    return found
+            parents = package.split(".")
+            parents = parents[: len(parents) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            imported = {f"{base}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else base for name in imported}
+    names = {name for name in names if is_within(name, "jitjax")}
+    unknown = names - MODULES.keys()
+    assert not unknown, f"{module} imports {unknown}; expected modules of jitjax"
+    return names
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_only_what_it_may(module):
-    wing = max((name for name in ALLOWED if within(module, name)), key=len)
-    allowed = (wing, *ALLOWED[wing])
-    found = imports(module, MODULES[module])
-    assert not [name for name in found if not any(within(name, one) for one in allowed)]
+def test_module_imports_only_allowed_modules(module):
+    rule = max((name for name in ALLOWED if is_within(module, name)), key=len)
+    allowed = (rule, *ALLOWED[rule])
+    names = imports(module, MODULES[module])
+    assert not [name for name in names if not any(is_within(name, other) for other in allowed)]
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_no_import_cycles():
     graph = {}
     for module, path in MODULES.items():
-        graph[module] = found = imports(module, path)
-        # The packages that a module is in run first, unless the importing one is in them as well.
-        around = {name for name in MODULES for one in found if within(one, name)}
-        graph[module] = found | {name for name in around if not within(module, name)}
+        names = imports(module, path)
+        # Importing a module runs the packages that contain it first, except those that also contain
+        # the importing module.
+        packages = {package for package in MODULES for name in names if is_within(name, package)}
+        graph[module] = names | {name for name in packages if not is_within(module, name)}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")

@@ -1,4 +1,4 @@
-"""Saving and loading: round trips, what is refused, and what a killed run leaves."""
+"""Saving and loading: round trips, errors, interrupted saves and shardings."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def test_round_trip_is_exact(small, saved):
     )
 
 
-def test_zeros_are_numbers_too(small, tmp_path):
-    """A chunk of zeros is written: one that is not there is damage."""
+def test_arrays_of_zeros_are_written(small, tmp_path):
+    """Zarr may omit a chunk of zeros. Here a missing chunk means damage, so each one is written."""
     zeros = dataclasses.replace(small, clip=jax.tree.map(jnp.zeros_like, small.clip))
     jitjax.save(zeros, tmp_path / "zeros")
     jax.tree.map(np.testing.assert_array_equal, jitjax.load(tmp_path / "zeros").clip, zeros.clip)
 
 
-def test_the_dtype_may_be_chosen(saved):
+def test_load_converts_to_the_requested_dtype(saved):
     loaded = jitjax.load(saved, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_overwriting_must_be_asked_for(small, copy):
+def test_save_replaces_a_checkpoint_only_with_overwrite(small, copy):
     with pytest.raises(FileExistsError, match="overwrite"):
         jitjax.save(small, copy)
     jitjax.save(small, copy, overwrite=True)
@@ -66,15 +66,15 @@ def test_overwriting_must_be_asked_for(small, copy):
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
-def test_something_else_is_never_overwritten(small, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    for target in (tmp_path, tmp_path / "letter.txt"):
+def test_save_never_replaces_other_files(small, tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    for target in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(FileExistsError, match="no jitjax checkpoint"):
             jitjax.save(small, target, overwrite=True)
-    assert (tmp_path / "letter.txt").read_text() == "dear"
+    assert (tmp_path / "notes.txt").read_text() == "text"
 
 
-def test_the_bundled_checkpoint_fits_its_configuration():
+def test_bundled_checkpoint_matches_its_configuration():
     params = jitjax.load("tiny")
     shapes = abstract_params(params.config)
     for part in ("transformer", "t5", "clip", "autoencoder"):
@@ -84,7 +84,7 @@ def test_the_bundled_checkpoint_fits_its_configuration():
     assert params.config.image_size == 512
 
 
-def test_missing_and_foreign_paths_are_refused(tmp_path):
+def test_load_rejects_paths_without_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*'tiny'"):
         jitjax.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no checkpoint at 'tinny'"):
@@ -100,50 +100,54 @@ def test_missing_and_foreign_paths_are_refused(tmp_path):
         jitjax.load(tmp_path / "empty")
 
 
-def _edit(folder: Path, change) -> None:
+def _edit_metadata(folder: Path, edit) -> None:
     path = folder / "jitjax.json"
-    raw = json.loads(path.read_text())
-    change(raw)
-    path.write_text(json.dumps(raw))
+    metadata = json.loads(path.read_text())
+    edit(metadata)
+    path.write_text(json.dumps(metadata))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("edit", "message"),
     [
-        (lambda raw: raw.update(format=99), "has format 99"),
-        (lambda raw: raw.pop("format"), "cannot be read"),
-        (lambda raw: raw.pop("config"), "not a FLUX configuration"),
-        (lambda raw: raw["config"].update(mystery=1), "not a FLUX configuration"),
-        (lambda raw: raw["config"]["transformer"].update(num_layers=3), "double_blocks.*expected"),
-        (lambda raw: raw["config"]["transformer"].update(guidance_embeds=False), "is unknown"),
+        (lambda metadata: metadata.update(format=99), "has format 99"),
+        (lambda metadata: metadata.pop("format"), "cannot be read"),
+        (lambda metadata: metadata.pop("config"), "not a FLUX configuration"),
+        (lambda metadata: metadata["config"].update(mystery=1), "not a FLUX configuration"),
+        (
+            lambda metadata: metadata["config"]["transformer"].update(num_layers=3),
+            "double_blocks.*expected",
+        ),
+        (
+            lambda metadata: metadata["config"]["transformer"].update(guidance_embeds=False),
+            "is unknown",
+        ),
     ],
 )
-def test_descriptions_that_do_not_fit_are_refused(copy, change, message):
-    _edit(copy, change)
+def test_load_rejects_invalid_metadata(copy, edit, message):
+    _edit_metadata(copy, edit)
     with pytest.raises(ValueError, match=message):
         jitjax.load(copy)
 
 
-@pytest.mark.parametrize("part", ["params", "tokenizer", "tokenizer_2", "jitjax.json"])
-def test_a_checkpoint_with_a_part_missing_is_refused(copy, part):
-    target = copy / part
-    shutil.rmtree(target) if target.is_dir() else target.unlink()
-    with pytest.raises(ValueError, match=r"not a whole|lacks"):
+@pytest.mark.parametrize("name", ["params", "tokenizer", "tokenizer_2", "jitjax.json"])
+def test_load_rejects_an_incomplete_checkpoint(copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=r"has no .*incomplete"):
         jitjax.load(copy)
 
 
-def test_truncated_files_are_refused(copy):
-    files = sorted(
-        (p for p in (copy / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
-    biggest = files[-1]
-    biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
+def test_load_rejects_a_truncated_file(copy):
+    files = [path for path in (copy / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"damaged|cannot be read"):
         jitjax.load(copy)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
-def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(small, copy, delay):
+def test_killed_save_leaves_the_old_or_the_new_checkpoint(small, copy, delay):
     code = (
         "import sys, jitjax\n"
         "params = jitjax.load(sys.argv[1])\n"
@@ -159,38 +163,40 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(small, copy, del
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    if copy.exists():  # between the two renames there is none
+    if copy.exists():  # it does not exist between the two renames
         assert jitjax.load(copy).config == small.config
 
 
-def test_a_failed_save_leaves_nothing(small, tmp_path):
-    broken = build.small_params(tmp_path / "gone")
-    shutil.rmtree(tmp_path / "gone")
+def test_failed_save_leaves_no_files(small, tmp_path):
+    params = build.small_params(tmp_path / "tokenizers")
+    shutil.rmtree(tmp_path / "tokenizers")
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
-        jitjax.save(broken, tmp_path / "new")
+        jitjax.save(params, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_arrays_are_restored_on_to_the_sharding_asked_for(saved):
+def test_load_places_arrays_on_the_requested_sharding(saved):
     code = (
         "import sys, jax, numpy as np, jitjax\n"
         "from jax.sharding import Mesh, NamedSharding, PartitionSpec as P\n"
         "mesh = Mesh(np.array(jax.devices()), ('x',))\n"
-        "def place(path, shape):\n"
+        "def sharding_for(path, shape):\n"
         "    assert path.split('/')[0] == 'transformer', path\n"
-        "    split = len(shape) > 1 and shape[-1] % 4 == 0\n"
-        "    return NamedSharding(mesh, P(*[None] * (len(shape) - 1), 'x') if split else P())\n"
-        "plain = jitjax.load(sys.argv[1])\n"
-        "split = jitjax.load(sys.argv[1], parts=('transformer',), sharding=place)\n"
-        "everywhere = jitjax.load('tiny', sharding=NamedSharding(mesh, P()))\n"
-        "halves = 0\n"
-        "for one, two in zip(*map(jax.tree.leaves, (plain.transformer, split.transformer))):\n"
-        "    np.testing.assert_array_equal(one, two)\n"
-        "    assert len(two.sharding.device_set) == 4\n"
-        "    halves += two.addressable_shards[0].data.size * 4 == two.size\n"
-        "assert halves > 10, halves\n"
-        "assert not split.t5 and plain.t5\n"
-        "assert len(jax.tree.leaves(everywhere)[0].sharding.device_set) == 4\n"
+        "    divisible = len(shape) > 1 and shape[-1] % 4 == 0\n"
+        "    spec = P(*[None] * (len(shape) - 1), 'x') if divisible else P()\n"
+        "    return NamedSharding(mesh, spec)\n"
+        "single = jitjax.load(sys.argv[1])\n"
+        "sharded = jitjax.load(sys.argv[1], parts=('transformer',), sharding=sharding_for)\n"
+        "replicated = jitjax.load('tiny', sharding=NamedSharding(mesh, P()))\n"
+        "count = 0\n"
+        "pairs = zip(*map(jax.tree.leaves, (sharded.transformer, single.transformer)))\n"
+        "for leaf, expected in pairs:\n"
+        "    np.testing.assert_array_equal(leaf, expected)\n"
+        "    assert len(leaf.sharding.device_set) == 4\n"
+        "    count += leaf.addressable_shards[0].data.size * 4 == leaf.size\n"
+        "assert count > 10, count\n"
+        "assert not sharded.t5 and single.t5\n"
+        "assert len(jax.tree.leaves(replicated)[0].sharding.device_set) == 4\n"
     )
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", code, str(saved)], check=True, env=os.environ | flags)

@@ -1,4 +1,4 @@
-"""Small random pipelines, for tests; and where the recordings of the authors' program are."""
+"""Small random pipelines for tests, and paths of the recordings of the authors' program."""
 
 from __future__ import annotations
 
@@ -73,7 +73,11 @@ SMALL = FluxConfig(
 
 
 def random_tree(shapes: Any, seed: int) -> Any:
-    """Random arrays of the given shapes, scaled so that activations stay of order one."""
+    """Draw random arrays for a tree of `jax.ShapeDtypeStruct`s.
+
+    Their standard deviation is 1/sqrt(input width), and 1/2 for vectors, so that activations have
+    magnitudes near 1.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -84,23 +88,23 @@ def random_tree(shapes: Any, seed: int) -> Any:
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Word tokenizers of both encoders, in the layout of a diffusers folder."""
+    """Write a word tokenizer for each text encoder, in the layout of a diffusers folder."""
     for name, special in (("tokenizer", ["<|startoftext|>", "<|endoftext|>"]),
                           ("tokenizer_2", ["<pad>", "</s>"])):  # fmt: skip
-        vocabulary = {w: i for i, w in enumerate([*special, "<unk>", *WORDS])}
+        vocabulary = {word: i for i, word in enumerate([*special, "<unk>", *WORDS])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        clip = name == "tokenizer"
+        is_clip = name == "tokenizer"
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{special[0]} $A {special[1]}" if clip else f"$A {special[1]}",
-            special_tokens=[(s, i) for i, s in enumerate(special)],
+            single=f"{special[0]} $A {special[1]}" if is_clip else f"$A {special[1]}",
+            special_tokens=[(token, i) for i, token in enumerate(special)],
         )
         (folder / name).mkdir(parents=True)
         tokenizer.save(str(folder / name / "tokenizer.json"))
         settings = {
-            "tokenizer_class": "CLIPTokenizer" if clip else "T5Tokenizer",
-            "model_max_length": 16 if clip else 12,
-            "pad_token": special[1] if clip else special[0],
+            "tokenizer_class": "CLIPTokenizer" if is_clip else "T5Tokenizer",
+            "model_max_length": 16 if is_clip else 12,
+            "pad_token": special[1] if is_clip else special[0],
             "eos_token": special[1],
             "unk_token": "<unk>",
         }
@@ -108,7 +112,7 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def small_params(folder: Path, seed: int = 0) -> FluxParams:
-    """A whole random pipeline of configuration `SMALL`; its tokenizers are written to `folder`."""
+    """Return a random pipeline with configuration `SMALL`; write its tokenizers to `folder`."""
     write_tokenizers(folder)
     shapes = abstract_params(SMALL)
     random = random_tree(shapes, seed)

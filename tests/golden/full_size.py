@@ -2,9 +2,10 @@
 
     python tests/golden/full_size.py        needs torch and diffusers; no weights
 
-diffusers' and transformers' names come from their own classes, built without memory from the
-published configurations below. The original release's names are written here from its description
-and share nothing with `convert/tables/original.py`. Numbered names are folded into patterns.
+The names of diffusers and transformers come from their own classes, instantiated on torch's meta
+device from the published configurations below. The names of the original release are written here
+from its description, independently of `convert/tables/original.py`. Names that differ only in a
+layer's number are folded into one pattern.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ VAE = {
 }  # fmt: skip
 
 
-def by_classes() -> dict[str, tuple[str, dict[str, list[int]]]]:
-    """dtype and shapes of the files in the diffusers folders."""
+def diffusers_files() -> dict[str, tuple[str, dict[str, list[int]]]]:
+    """Return the dtype and the shapes of each file in the diffusers folders, by title."""
     import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -50,107 +51,111 @@ def by_classes() -> dict[str, tuple[str, dict[str, list[int]]]]:
             "T5 encoder": T5EncoderModel(T5Config(**T5)),
             "CLIP text model": CLIPTextModel(CLIPTextConfig(**CLIP)),
         }
-    found = {}
+    files = {}
     for title, model in models.items():
         shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         if title.startswith("CLIP"):  # the published file's prefix, which transformers 5 drops
-            shapes = {f"text_model.{n.removeprefix('text_model.')}": s for n, s in shapes.items()}
-        if title.startswith("T5"):  # the published file holds one of the two tied names
-            shapes = {n: s for n, s in shapes.items() if n != "encoder.embed_tokens.weight"}
-        found[title] = ("BF16", shapes)
-    return found
+            shapes = {
+                f"text_model.{name.removeprefix('text_model.')}": shape
+                for name, shape in shapes.items()
+            }
+        if title.startswith("T5"):  # the published file has one of the two tied names
+            del shapes["encoder.embed_tokens.weight"]
+        files[title] = ("BF16", shapes)
+    return files
 
 
-def layer(name: str, out: int, into: int) -> dict[str, list[int]]:
-    return {f"{name}.weight": [out, into], f"{name}.bias": [out]}
+def linear(name: str, out_features: int, in_features: int) -> dict[str, list[int]]:
+    return {f"{name}.weight": [out_features, in_features], f"{name}.bias": [out_features]}
 
 
 def original_transformer(guidance: bool) -> dict[str, list[int]]:
-    """flux1-dev.safetensors and flux1-schnell.safetensors."""
-    h, found = 3072, {}
+    """Return the shapes in flux1-dev.safetensors (with guidance) or flux1-schnell.safetensors."""
+    h, shapes = 3072, {}
     for name, width in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
         if guidance or name != "guidance_in":
-            found |= layer(f"{name}.in_layer", h, width) | layer(f"{name}.out_layer", h, h)
-    found |= layer("img_in", h, 64) | layer("txt_in", h, 4096)
+            shapes |= linear(f"{name}.in_layer", h, width) | linear(f"{name}.out_layer", h, h)
+    shapes |= linear("img_in", h, 64) | linear("txt_in", h, 4096)
     for i in range(19):
         for stream in ("img", "txt"):
             block = f"double_blocks.{i}.{stream}"
-            found |= layer(f"{block}_mod.lin", 6 * h, h) | layer(f"{block}_attn.qkv", 3 * h, h)
+            shapes |= linear(f"{block}_mod.lin", 6 * h, h) | linear(f"{block}_attn.qkv", 3 * h, h)
             for norm in ("query_norm", "key_norm"):
-                found[f"{block}_attn.norm.{norm}.scale"] = [128]
-            found |= layer(f"{block}_attn.proj", h, h) | layer(f"{block}_mlp.0", 4 * h, h)
-            found |= layer(f"{block}_mlp.2", h, 4 * h)
+                shapes[f"{block}_attn.norm.{norm}.scale"] = [128]
+            shapes |= linear(f"{block}_attn.proj", h, h) | linear(f"{block}_mlp.0", 4 * h, h)
+            shapes |= linear(f"{block}_mlp.2", h, 4 * h)
     for i in range(38):
         block = f"single_blocks.{i}"
-        found |= layer(f"{block}.linear1", 7 * h, h) | layer(f"{block}.linear2", h, 5 * h)
-        found |= layer(f"{block}.modulation.lin", 3 * h, h)
+        shapes |= linear(f"{block}.linear1", 7 * h, h) | linear(f"{block}.linear2", h, 5 * h)
+        shapes |= linear(f"{block}.modulation.lin", 3 * h, h)
         for norm in ("query_norm", "key_norm"):
-            found[f"{block}.norm.{norm}.scale"] = [128]
+            shapes[f"{block}.norm.{norm}.scale"] = [128]
     return (
-        found
-        | layer("final_layer.adaLN_modulation.1", 2 * h, h)
-        | layer("final_layer.linear", 64, h)
+        shapes
+        | linear("final_layer.adaLN_modulation.1", 2 * h, h)
+        | linear("final_layer.linear", 64, h)
     )
 
 
 def original_autoencoder() -> dict[str, list[int]]:
-    """ae.safetensors."""
-    found: dict[str, list[int]] = {}
+    """Return the shapes in ae.safetensors."""
+    shapes: dict[str, list[int]] = {}
 
-    def conv(name: str, out: int, into: int, side: int = 3) -> None:
-        found[f"{name}.weight"], found[f"{name}.bias"] = [out, into, side, side], [out]
+    def conv(name: str, out_channels: int, in_channels: int, side: int = 3) -> None:
+        shapes[f"{name}.weight"] = [out_channels, in_channels, side, side]
+        shapes[f"{name}.bias"] = [out_channels]
 
-    def norm(name: str, width: int) -> None:
-        found[f"{name}.weight"] = found[f"{name}.bias"] = [width]
+    def norm(name: str, channels: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = [channels]
 
-    def resnet(name: str, into: int, out: int) -> None:
-        norm(f"{name}.norm1", into)
-        conv(f"{name}.conv1", out, into)
-        norm(f"{name}.norm2", out)
-        conv(f"{name}.conv2", out, out)
-        if into != out:
-            conv(f"{name}.nin_shortcut", out, into, 1)
+    def resnet(name: str, in_channels: int, out_channels: int) -> None:
+        norm(f"{name}.norm1", in_channels)
+        conv(f"{name}.conv1", out_channels, in_channels)
+        norm(f"{name}.norm2", out_channels)
+        conv(f"{name}.conv2", out_channels, out_channels)
+        if in_channels != out_channels:
+            conv(f"{name}.nin_shortcut", out_channels, in_channels, 1)
 
     widths = (128, 256, 512, 512)
-    for half in ("encoder", "decoder"):
+    for model in ("encoder", "decoder"):
         for block in ("block_1", "block_2"):
-            resnet(f"{half}.mid.{block}", 512, 512)
-        norm(f"{half}.mid.attn_1.norm", 512)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{half}.mid.attn_1.{part}", 512, 512, 1)
-        norm(f"{half}.norm_out", 512 if half == "encoder" else 128)
+            resnet(f"{model}.mid.{block}", 512, 512)
+        norm(f"{model}.mid.attn_1.norm", 512)
+        for layer in ("q", "k", "v", "proj_out"):
+            conv(f"{model}.mid.attn_1.{layer}", 512, 512, 1)
+        norm(f"{model}.norm_out", 512 if model == "encoder" else 128)
     conv("encoder.conv_in", 128, 3)
     conv("encoder.conv_out", 32, 512)
     conv("decoder.conv_in", 512, 16)
     conv("decoder.conv_out", 3, 128)
-    into = 128
+    channels = 128
     for i, width in enumerate(widths):
         for j in range(2):
-            resnet(f"encoder.down.{i}.block.{j}", into, width)
-            into = width
+            resnet(f"encoder.down.{i}.block.{j}", channels, width)
+            channels = width
         if i < 3:
             conv(f"encoder.down.{i}.downsample.conv", width, width)
     for i, width in reversed(list(enumerate(widths))):
         for j in range(3):
-            resnet(f"decoder.up.{i}.block.{j}", into, width)
-            into = width
+            resnet(f"decoder.up.{i}.block.{j}", channels, width)
+            channels = width
         if i > 0:
             conv(f"decoder.up.{i}.upsample.conv", width, width)
-    return found
+    return shapes
 
 
 def fold(shapes: dict[str, list[int]]) -> dict[str, dict[str, list]]:
-    """Names with their first number as {i}: {pattern: {shape: numbers}}."""
-    found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    """Replace the first number of each name by "{i}": {pattern: {shape: numbers}}."""
+    folded: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for name, shape in shapes.items():
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        pattern = name if number is None else name[: number.start()] + "{i}" + name[number.end() :]
-        found[pattern][str(shape)].append(None if number is None else int(number[0]))
-    return {pattern: dict(by_shape) for pattern, by_shape in found.items()}
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if match is None else name[: match.start()] + "{i}" + name[match.end() :]
+        folded[pattern][str(shape)].append(None if match is None else int(match[0]))
+    return {pattern: dict(by_shape) for pattern, by_shape in folded.items()}
 
 
 def unfold(folded: dict[str, dict[str, list]]) -> dict[str, tuple[int, ...]]:
-    """The inverse of `fold`."""
+    """Invert `fold`: return the shape of each name."""
     return {
         pattern if number is None else pattern.replace("{i}", str(number)): tuple(json.loads(shape))
         for pattern, by_shape in folded.items()
@@ -160,17 +165,18 @@ def unfold(folded: dict[str, dict[str, list]]) -> dict[str, tuple[int, ...]]:
 
 
 def main() -> None:
-    lists = by_classes() | {
+    files = diffusers_files() | {
         "dev original transformer": ("BF16", original_transformer(True)),
         "schnell original transformer": ("BF16", original_transformer(False)),
         "original autoencoder": ("F32", original_autoencoder()),
     }
-    out = {}
-    for title, (dtype, shapes) in lists.items():
-        out[title] = {"dtype": dtype, "tensors": fold(shapes)}
-        assert unfold(out[title]["tensors"]) == {n: tuple(s) for n, s in shapes.items()}, title
+    content = {}
+    for title, (dtype, shapes) in files.items():
+        tensors = fold(shapes)
+        assert unfold(tensors) == {name: tuple(shape) for name, shape in shapes.items()}, title
+        content[title] = {"dtype": dtype, "tensors": tensors}
     path = Path(__file__).with_name("full_size.json")
-    path.write_text(json.dumps(out, separators=(",", ":"), sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, separators=(",", ":"), sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
