@@ -14,8 +14,8 @@ BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config")
 TABLES, SOURCES = "jitjax.convert.tables", "jitjax.convert.sources"
 COMPONENTS, LORA = "jitjax.convert.components", "jitjax.convert.lora"
 
-# Module or package -> what it may import from jitjax, besides itself. The longest name that contains
-# a module applies.
+# Module or package -> what it may import from jitjax, besides itself. For each module the longest
+# name that contains it applies.
 ALLOWED = {
     "jitjax.config": (),
     "jitjax.sampler": (),
@@ -82,8 +82,8 @@ def test_no_import_cycles():
     graph = {}
     for module, path in MODULES.items():
         names = imports(module, path)
-        # Importing a module runs the packages that contain it first, except those that also contain
-        # the importing module.
+        # Importing a module first runs the packages that contain it. Those that also contain the
+        # importing module are running already.
         packages = {package for package in MODULES for name in names if is_within(name, package)}
         graph[module] = names | {name for name in packages if not is_within(module, name)}
     try:

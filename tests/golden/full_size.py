@@ -60,7 +60,7 @@ def diffusers_files() -> dict[str, tuple[str, dict[str, list[int]]]]:
                 for name, shape in shapes.items()
             }
         if title.startswith("T5"):  # the published file has one of the two tied names
-            del shapes["encoder.embed_tokens.weight"]
+            shapes.pop("encoder.embed_tokens.weight", None)
         files[title] = ("BF16", shapes)
     return files
 
