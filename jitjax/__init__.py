@@ -1,4 +1,4 @@
-"""jitjax: Just-in-Time spatial acceleration of FLUX diffusion transformers, in functional JAX.
+"""Just-in-Time spatial acceleration of FLUX diffusion transformers, in functional JAX.
 
 params = jitjax.load("tiny")
 images = jitjax.sample(params, "a large red circle", key=jax.random.key(0))

@@ -1,8 +1,8 @@
-"""Frozen, hashable configurations: every static fact about a model or a plan, validated here.
+"""Frozen, hashable, validated configurations of the models.
 
-A config never holds arrays. `from_diffusers` reads the JSON dictionaries of a diffusers folder; a
-setting that this project does not implement raises instead of being passed over, because a
-silently ignored setting is a wrong picture.
+A config holds no arrays. `from_diffusers` reads the dictionary of a JSON file in a diffusers
+folder. It raises for a setting that is not implemented, since ignoring one would give a wrong
+image.
 """
 
 from __future__ import annotations
@@ -13,36 +13,45 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 PATCH = 2
-"""Latent pixels per side of a token (FLUX packs 2 x 2 latent pixels into one token)."""
+"""Latent pixels per side of a patch: FLUX packs 2 x 2 latent pixels into one token."""
 
 
-def _positive(owner: object, *names: str) -> None:
+def _check_positive(config: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
+        value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"{type(owner).__name__}.{name} is {value!r}; expected a positive integer"
+                f"{type(config).__name__}.{name} is {value!r}; expected a positive integer"
             )
 
 
-C = TypeVar("C")
+ConfigT = TypeVar("ConfigT")
 
 
 def _from_mapping(
-    cls: type[C], raw: Mapping[str, Any], renames: Mapping[str, str], fixed: Mapping[str, Any]
-) -> C:
-    """Build `cls` from a diffusers/transformers dictionary.
+    cls: type[ConfigT],
+    raw: Mapping[str, Any],
+    renames: Mapping[str, str],
+    supported: Mapping[str, Any],
+) -> ConfigT:
+    """Build `cls` from the dictionary of a diffusers or transformers JSON file.
 
-    `renames` maps their names to ours; `fixed` gives settings with the only value implemented
-    here. All settings that differ from it are reported in one error.
+    Args:
+        cls: a config dataclass. Keys that are no fields of it are ignored.
+        raw: the dictionary.
+        renames: keys of `raw` -> fields of `cls`, where they differ.
+        supported: keys of `raw` -> the only value implemented.
+
+    Raises:
+        ValueError: values other than the supported ones; all of them in one message.
     """
-    wrong = [
+    unsupported = [
         f"{key} is {raw[key]!r}, only {value!r} is implemented"
-        for key, value in fixed.items()
+        for key, value in supported.items()
         if key in raw and raw[key] != value
     ]
-    if wrong:
-        raise ValueError(f"{cls.__name__}: " + "; ".join(wrong))
+    if unsupported:
+        raise ValueError(f"{cls.__name__}: " + "; ".join(unsupported))
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in raw.items():
@@ -54,7 +63,10 @@ def _from_mapping(
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """FLUX transformer; the defaults are FLUX.1-dev (diffusers `transformer/config.json`)."""
+    """The FLUX transformer; the defaults are those of FLUX.1-dev.
+
+    Field names are those of diffusers' `transformer/config.json`.
+    """
 
     in_channels: int = 64
     num_layers: int = 19
@@ -67,8 +79,8 @@ class TransformerConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
-        _positive(self, "in_channels", "num_layers", "num_single_layers", "attention_head_dim")
-        _positive(self, "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+        _check_positive(self, "in_channels", "num_layers", "num_single_layers", "attention_head_dim")
+        _check_positive(self, "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
         if len(self.axes_dims_rope) != 3 or any(d < 0 or d % 2 for d in self.axes_dims_rope):
             raise ValueError(
                 f"TransformerConfig.axes_dims_rope is {self.axes_dims_rope}; expected 3 even widths"
@@ -81,25 +93,28 @@ class TransformerConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the residual stream."""
+        """Channels of the residual stream."""
         return self.attention_head_dim * self.num_attention_heads
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> TransformerConfig:
-        """Read `transformer/config.json`. Raises `ValueError` for what is not implemented."""
+        """Build from `transformer/config.json`; unsupported settings raise `ValueError`."""
         out = raw.get("out_channels")
         if out is not None and out != raw.get("in_channels", 64):
             raise ValueError(
-                f"TransformerConfig: out_channels is {out}, expected in_channels "
+                f"TransformerConfig: out_channels is {out}; expected in_channels "
                 f"({raw.get('in_channels', 64)})"
             )
-        # diffusers' own default for a setting that the file leaves out differs from FLUX.1-dev's.
+        # If the file leaves out guidance_embeds, diffusers takes False; FLUX.1-dev has True.
         return _from_mapping(cls, {"guidance_embeds": False, **raw}, {}, {"patch_size": 1})
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """T5 encoder; the defaults are T5 v1.1 XXL (`text_encoder_2/config.json`)."""
+    """The T5 encoder; the defaults are those of T5 v1.1 XXL.
+
+    Field names are those of transformers' `text_encoder_2/config.json`.
+    """
 
     vocab_size: int = 32128
     d_model: int = 4096
@@ -112,21 +127,22 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        _positive(self, "relative_attention_num_buckets", "relative_attention_max_distance")
+        _check_positive(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        _check_positive(self, "relative_attention_num_buckets", "relative_attention_max_distance")
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> T5Config:
-        """Read `text_encoder_2/config.json`. Raises `ValueError` for what is not implemented."""
+        """Build from `text_encoder_2/config.json`; unsupported settings raise `ValueError`."""
         return _from_mapping(cls, raw, {}, {"feed_forward_proj": "gated-gelu"})
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """CLIP text encoder; the defaults are CLIP ViT-L/14 (`text_encoder/config.json`).
+    """The CLIP text encoder; the defaults are those of CLIP ViT-L/14.
 
-    `eos_token_id` 2 is the value that old configs carry by mistake; transformers then takes the
-    highest token id as the end of text, and so does this project.
+    Field names are those of transformers' `text_encoder/config.json`. Older files have 2 as
+    `eos_token_id` by mistake. For this value the highest token id is the end of text, as in
+    transformers.
     """
 
     vocab_size: int = 49408
@@ -140,11 +156,11 @@ class CLIPConfig:
     hidden_act: str = "quick_gelu"
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _positive(self, "num_attention_heads", "max_position_embeddings")
+        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_positive(self, "num_attention_heads", "max_position_embeddings")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"CLIPConfig.hidden_size {self.hidden_size} is not a multiple of "
+                f"CLIPConfig.hidden_size is {self.hidden_size}; expected a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.hidden_act not in ("quick_gelu", "gelu"):
@@ -154,15 +170,16 @@ class CLIPConfig:
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> CLIPConfig:
-        """Read `text_encoder/config.json`. Raises `ValueError` for what is not implemented."""
+        """Build from `text_encoder/config.json`; unsupported settings raise `ValueError`."""
         return _from_mapping(cls, raw, {}, {})
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """KL autoencoder; the defaults are FLUX's (`vae/config.json`).
+    """The KL autoencoder; the defaults are FLUX's.
 
-    Model latents are `(z - shift_factor) * scaling_factor`.
+    Field names are those of diffusers' `vae/config.json`. The transformer's latents are
+    `(mean - shift_factor) * scaling_factor`.
     """
 
     in_channels: int = 3
@@ -175,14 +192,14 @@ class AutoencoderConfig:
     shift_factor: float = 0.1159
 
     def __post_init__(self) -> None:
-        _positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block")
-        _positive(self, "norm_num_groups")
+        _check_positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block")
+        _check_positive(self, "norm_num_groups")
         if not self.block_out_channels:
-            raise ValueError("AutoencoderConfig.block_out_channels is empty; expected widths")
+            raise ValueError("AutoencoderConfig.block_out_channels is empty; expected channels")
         bad = [w for w in self.block_out_channels if w < 1 or w % self.norm_num_groups]
         if bad:
             raise ValueError(
-                f"AutoencoderConfig.block_out_channels has {bad}, not a multiple of "
+                f"AutoencoderConfig.block_out_channels has {bad}; expected positive multiples of "
                 f"norm_num_groups {self.norm_num_groups}"
             )
         if not self.scaling_factor > 0:
@@ -197,9 +214,9 @@ class AutoencoderConfig:
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> AutoencoderConfig:
-        """Read `vae/config.json`. Raises `ValueError` for what is not implemented."""
+        """Build from `vae/config.json`; unsupported settings raise `ValueError`."""
         levels = len(raw.get("block_out_channels", (0,) * 4))
-        fixed = {
+        supported = {
             "act_fn": "silu",
             "use_quant_conv": False,
             "use_post_quant_conv": False,
@@ -207,17 +224,25 @@ class AutoencoderConfig:
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
-        return _from_mapping(cls, raw, {}, fixed)
+        return _from_mapping(cls, raw, {}, supported)
 
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """All static facts of one FLUX pipeline. The defaults are FLUX.1-dev.
+    """Configuration of a FLUX pipeline; the defaults are those of FLUX.1-dev.
 
-    `text_length` is the number of T5 tokens every prompt is padded to; `image_size` the side, in
-    pixels, of a picture whose size nobody said. `shift` holds the
-    resolution-dependent time shift of dense plans (`scheduler/scheduler_config.json`):
-    `base_shift` at `base_seq` image tokens to `max_shift` at `max_seq`, linear between.
+    The last six fields are the time shift of the "shifted" schedule, from
+    `scheduler/scheduler_config.json`; see `jitjax.sampler.schedule.Shift`.
+
+    Attributes:
+        transformer, t5, clip, autoencoder: configurations of the models.
+        text_length: number of T5 tokens that every prompt is cut and padded to.
+        image_size: default height and width of an image, in pixels.
+        dynamic_shift: whether the shift depends on the number of image tokens.
+        base_shift, max_shift: dynamic shift at `base_seq` and at `max_seq` image tokens, linear in
+            their number.
+        base_seq, max_seq: numbers of image tokens.
+        shift: shift if `dynamic_shift` is False.
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -234,7 +259,7 @@ class FluxConfig:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        _positive(self, "text_length", "image_size", "base_seq", "max_seq")
+        _check_positive(self, "text_length", "image_size", "base_seq", "max_seq")
         pairs = (
             ("transformer.joint_attention_dim", self.transformer.joint_attention_dim, "t5.d_model",
              self.t5.d_model),
@@ -245,10 +270,10 @@ class FluxConfig:
         )  # fmt: skip
         for name, got, other, expected in pairs:
             if got != expected:
-                raise ValueError(f"FluxConfig: {name} is {got}, expected {other} = {expected}")
+                raise ValueError(f"FluxConfig: {name} is {got}; expected {other} = {expected}")
         if self.max_seq <= self.base_seq:
             raise ValueError(
-                f"FluxConfig.max_seq {self.max_seq} must be above base_seq {self.base_seq}"
+                f"FluxConfig.max_seq is {self.max_seq}; expected more than base_seq {self.base_seq}"
             )
 
     @property

@@ -1,1 +1,1 @@
-"""The FLUX networks as Flax modules."""
+"""The FLUX networks as Flax modules: transformer, text encoders and autoencoder."""

@@ -1,10 +1,10 @@
-"""FLUX's KL autoencoder: images to latents of 8 x 8 times fewer pixels and back. NHWC throughout.
+"""FLUX's KL autoencoder: images to latents with 8 times fewer pixels per side, and back. NHWC.
 
-    encode:  conv -> level 0 .. n-1 (resnets, then halve) -> mid -> norm, conv -> mean, logvar
-    decode:  conv -> mid -> level n-1 .. 0 (resnets, then double) -> norm, conv -> image
+    encode:  conv -> level 0 .. n-1 (resnets, downsample) -> mid -> norm, conv -> mean, logvar
+    decode:  conv -> mid -> level n-1 .. 0 (resnets, upsample) -> norm, conv -> image
 
-Rombach et al., 2021 (arXiv 2112.10752). The numbers are those of diffusers' `AutoencoderKL` with
-the settings of FLUX: no convolutions around the latents.
+Source: Rombach et al., 2021 (arXiv 2112.10752). Reference: diffusers `AutoencoderKL` with FLUX's
+settings, which have no quantisation convolutions before and after the latents.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ from jaxtyping import Array, Float
 from jitjax.config import AutoencoderConfig
 from jitjax.models.attention import attend
 
-Image = Float[Array, "b _ _ _"]  # NHWC; sizes and widths change on the way
+Image = Float[Array, "b _ _ _"]
+"""Activations [b, height, width, channels] of any resolution and any number of channels."""
 
 
-def norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm:
-    """Group norm with the two-pass variance: E[x^2] - E[x]^2 loses digits if the mean is large."""
+def group_norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm:
+    """Group norm with a two-pass variance; E[x^2] - E[x]^2 cancels if the mean is large."""
     return nn.GroupNorm(
         config.norm_num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name
     )
 
 
-def conv(width: int, dtype: Any, name: str) -> nn.Conv:
-    """3 x 3, the size kept."""
+def conv3x3(width: int, dtype: Any, name: str) -> nn.Conv:
+    """3 x 3 convolution to `width` channels that keeps the resolution."""
     return nn.Conv(width, (3, 3), padding=1, dtype=dtype, name=name)
 
 
 class Resnet(nn.Module):
-    """Norm, silu, conv, twice, added to the input; a 1 x 1 conv on it where the widths differ."""
+    """Residual block: (norm, silu, conv) twice, added to the input.
+
+    The input passes through a 1 x 1 convolution if its channels differ from `width`.
+    """
 
     config: AutoencoderConfig
     width: int
@@ -43,12 +47,10 @@ class Resnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
-        y = conv(self.width, self.dtype, "conv1")(
-            nn.silu(norm(self.config, self.dtype, "norm1")(x))
-        )
-        y = conv(self.width, self.dtype, "conv2")(
-            nn.silu(norm(self.config, self.dtype, "norm2")(y))
-        )
+        y = nn.silu(group_norm(self.config, self.dtype, "norm1")(x))
+        y = conv3x3(self.width, self.dtype, "conv1")(y)
+        y = nn.silu(group_norm(self.config, self.dtype, "norm2")(y))
+        y = conv3x3(self.width, self.dtype, "conv2")(y)
         if x.shape[-1] != self.width:
             x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="shortcut")(x)
         return x + y
@@ -63,14 +65,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         b, h, w, c = x.shape
-        pixels = norm(self.config, self.dtype, "norm")(x).reshape(b, h * w, c)
+        pixels = group_norm(self.config, self.dtype, "norm")(x).reshape(b, h * w, c)
         qkv = nn.DenseGeneral((3, c), dtype=self.dtype, name="qkv")(pixels)
-        q, k, v = jnp.moveaxis(qkv[:, :, :, None], 2, 0)  # each [b, pixels, one head, c]
+        q, k, v = jnp.moveaxis(qkv[:, :, :, None], 2, 0)  # each [b, pixels, 1, c]
         y = attend(q, k, v)
         return x + nn.Dense(c, dtype=self.dtype, name="out")(y.reshape(b, h, w, c))
 
 
-class Mid(nn.Module):
+class MidBlock(nn.Module):
     """Resnet, attention, resnet at the lowest resolution."""
 
     config: AutoencoderConfig
@@ -85,43 +87,43 @@ class Mid(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Resnets of one width; then, if `halve`, a convolution of stride 2."""
+    """`layers_per_block` resnets; then, if `add_downsample`, a convolution of stride 2."""
 
     config: AutoencoderConfig
     width: int
-    halve: bool
+    add_downsample: bool
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
         for i in range(self.config.layers_per_block):
             x = Resnet(self.config, self.width, self.dtype, name=f"resnet_{i}")(x)
-        if self.halve:
-            # Padded at the bottom and the right only, as the model was trained.
-            pad = ((0, 1), (0, 1))
-            x = nn.Conv(self.width, (3, 3), 2, pad, dtype=self.dtype, name="downsample")(x)
+        if self.add_downsample:
+            padding = ((0, 1), (0, 1))  # The model was trained with bottom and right padding only.
+            x = nn.Conv(self.width, (3, 3), 2, padding, dtype=self.dtype, name="downsample")(x)
         return x
 
 
 class UpLevel(nn.Module):
-    """Resnets of one width, one more than on the way down; if `double`, nearest and a conv."""
+    """`layers_per_block + 1` resnets; then, if `add_upsample`, nearest upsampling and a conv."""
 
     config: AutoencoderConfig
     width: int
-    double: bool
+    add_upsample: bool
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
         for i in range(self.config.layers_per_block + 1):
             x = Resnet(self.config, self.width, self.dtype, name=f"resnet_{i}")(x)
-        if self.double:
-            x = conv(self.width, self.dtype, "upsample")(x.repeat(2, axis=1).repeat(2, axis=2))
+        if self.add_upsample:
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
+            x = conv3x3(self.width, self.dtype, "upsample")(x)
         return x
 
 
 class Encoder(nn.Module):
-    """Images to the two halves of the latent distribution, one after the other in the channels."""
+    """Images to the mean and log variance of the latents, concatenated along the channels."""
 
     config: AutoencoderConfig
     dtype: Any = jnp.float32
@@ -130,17 +132,17 @@ class Encoder(nn.Module):
     def __call__(self, x: Image) -> Image:
         c = self.config
         widths = c.block_out_channels
-        x = conv(widths[0], self.dtype, "conv_in")(x)
+        x = conv3x3(widths[0], self.dtype, "conv_in")(x)
         for i, width in enumerate(widths):
-            halve = i + 1 < len(widths)
-            x = DownLevel(c, width, halve, self.dtype, name=f"down_{i}")(x)
-        x = Mid(c, self.dtype, name="mid")(x)
-        x = nn.silu(norm(c, self.dtype, "norm_out")(x))
-        return conv(2 * c.latent_channels, self.dtype, "conv_out")(x)
+            add_downsample = i + 1 < len(widths)
+            x = DownLevel(c, width, add_downsample, self.dtype, name=f"down_{i}")(x)
+        x = MidBlock(c, self.dtype, name="mid")(x)
+        x = nn.silu(group_norm(c, self.dtype, "norm_out")(x))
+        return conv3x3(2 * c.latent_channels, self.dtype, "conv_out")(x)
 
 
 class Decoder(nn.Module):
-    """Latents to images. `up_0` has the lowest resolution."""
+    """Latents to images. The submodule `up_0` has the lowest resolution."""
 
     config: AutoencoderConfig
     dtype: Any = jnp.float32
@@ -149,21 +151,21 @@ class Decoder(nn.Module):
     def __call__(self, x: Image) -> Image:
         c = self.config
         widths = c.block_out_channels[::-1]
-        x = conv(widths[0], self.dtype, "conv_in")(x)
-        x = Mid(c, self.dtype, name="mid")(x)
+        x = conv3x3(widths[0], self.dtype, "conv_in")(x)
+        x = MidBlock(c, self.dtype, name="mid")(x)
         for i, width in enumerate(widths):
-            double = i + 1 < len(widths)
-            x = UpLevel(c, width, double, self.dtype, name=f"up_{i}")(x)
-        x = nn.silu(norm(c, self.dtype, "norm_out")(x))
-        return conv(c.out_channels, self.dtype, "conv_out")(x)
+            add_upsample = i + 1 < len(widths)
+            x = UpLevel(c, width, add_upsample, self.dtype, name=f"up_{i}")(x)
+        x = nn.silu(group_norm(c, self.dtype, "norm_out")(x))
+        return conv3x3(c.out_channels, self.dtype, "conv_out")(x)
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder; call by `apply(variables, x, method="encode")` or `"decode"`.
+    """FLUX's autoencoder; use `apply(variables, x, method="encode")` or `method="decode"`.
 
     Attributes:
         config: sizes.
-        dtype: dtype of the computation; norms and softmax are float32 in any case.
+        dtype: dtype of the computation; norms and softmax are float32 for every dtype.
     """
 
     config: AutoencoderConfig
@@ -176,61 +178,63 @@ class Autoencoder(nn.Module):
     def encode(
         self, images: Float[Array, "b height width channels"]
     ) -> tuple[Float[Array, "b h w latent"], Float[Array, "b h w latent"]]:
-        """Mean and log variance of the latents, not yet scaled: see `to_latents`.
+        """Encode images to the mean and log variance of their latents.
 
         Args:
-            images: [b, height, width, in_channels] in [-1, 1]; both sides multiples of
+            images: [b, height, width, in_channels] in [-1, 1]; height and width are multiples of
                 `config.factor`.
 
         Returns:
-            mean, logvar: each [b, height / factor, width / factor, latent_channels].
+            mean, logvar: each [b, height / factor, width / factor, latent_channels]. The mean is
+                unscaled; `to_latents` scales it. `logvar` is clipped to [-30, 20].
 
         Raises:
-            ValueError: a side that is not a multiple of the factor (the rest would be cut off).
+            ValueError: the height or width is not a multiple of `config.factor`.
         """
         factor = self.config.factor
         if images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(
-                f"Autoencoder.encode: images of {images.shape[1]} x {images.shape[2]}, "
+                f"Autoencoder.encode: images are {images.shape[1]} x {images.shape[2]} pixels; "
                 f"expected multiples of {factor}"
             )
         mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Float[Array, "b h w latent"]) -> Float[Array, "b height width out"]:
-        """Images in about [-1, 1], not clipped, from latents as `encode` gives them.
+        """Decode latents to images.
 
         Args:
-            latents: [b, h, w, latent_channels], unscaled: see `from_latents`.
+            latents: [b, h, w, latent_channels], unscaled, as `encode` and `from_latents` return
+                them.
 
         Returns:
-            [b, h * factor, w * factor, out_channels].
+            [b, h * factor, w * factor, out_channels], nominally in [-1, 1], not clipped.
         """
         return self.decoder(latents)
 
     def __call__(
         self, images: Float[Array, "b height width channels"]
     ) -> Float[Array, "b height width out"]:
-        """Through the mean and back; it is here so that `init` makes all parameters."""
+        """Decode the encoded mean. `init` calls this to create the parameters of both halves."""
         return self.decode(self.encode(images)[0])
 
 
 def to_latents(
     mean: Float[Array, "b h w latent"], config: AutoencoderConfig
 ) -> Float[Array, "b h w latent"]:
-    """What the autoencoder encodes, in the units the transformer works in."""
+    """Scale the mean that `Autoencoder.encode` returns to the transformer's latents."""
     return (mean - config.shift_factor) * config.scaling_factor
 
 
 def from_latents(
     latents: Float[Array, "b h w latent"], config: AutoencoderConfig
 ) -> Float[Array, "b h w latent"]:
-    """The inverse of `to_latents`."""
+    """Undo `to_latents`: unscale the transformer's latents for `Autoencoder.decode`."""
     return latents / config.scaling_factor + config.shift_factor
 
 
 def abstract_params(config: AutoencoderConfig, dtype: Any = jnp.float32) -> Any:
-    """The parameter tree as `jax.ShapeDtypeStruct`s of `dtype`; nothing is allocated."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
     shape = (1, config.factor, config.factor, config.in_channels)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     tree = jax.eval_shape(Autoencoder(config).init, jax.random.key(0), images)["params"]

@@ -1,9 +1,9 @@
-"""The CLIP text encoder, which gives FLUX one vector per prompt.
+"""The CLIP text encoder, from which FLUX takes one pooled vector per prompt.
 
     ids [b, l] -> embedding + positions -> causal blocks x layers -> layer norm -> hidden [b, l, d]
                                                           at the end-of-text token -> pooled [b, d]
 
-Radford et al., 2021 (arXiv 2103.00020). The numbers are those of `CLIPTextModel` in transformers 5.
+Source: Radford et al., 2021 (arXiv 2103.00020). Reference: transformers 5 `CLIPTextModel`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jitjax.config import CLIPConfig
 
 
 def activation(x: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
-    """`"quick_gelu"`: x sigmoid(1.702 x), CLIP's own; `"gelu"`: the exact one."""
+    """Apply `"quick_gelu"`, CLIP's approximation x sigmoid(1.702 x), or the exact `"gelu"`."""
     return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, False)
 
 
 def layer_norm(config: CLIPConfig, dtype: Any, name: str) -> nn.LayerNorm:
-    """Layer norm with the two-pass variance: E[x^2] - E[x]^2 loses digits if the mean is large."""
+    """Layer norm with a two-pass variance; E[x^2] - E[x]^2 cancels if the mean is large."""
     return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention, with biases."""
+    """Causal multi-head attention; the projections have biases."""
 
     config: CLIPConfig
     dtype: Any = jnp.float32
@@ -37,8 +37,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        heads = (3, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        qkv = nn.DenseGeneral(heads, dtype=self.dtype, name="qkv")(x)
+        features = (3, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         x = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
         x = x.reshape(*x.shape[:2], c.hidden_size)
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with the config's activation between."""
+    """Two linear layers, `up` and `down`, with `config.hidden_act` between them."""
 
     config: CLIPConfig
     dtype: Any = jnp.float32
@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each on a normed copy, each added to the stream."""
+    """Pre-norm transformer block: attention, then the MLP, each added to the residual stream."""
 
     config: CLIPConfig
     dtype: Any = jnp.float32
@@ -72,25 +72,32 @@ class Block(nn.Module):
         x = x + SelfAttention(c, self.dtype, name="attention")(normed)
         normed = layer_norm(c, self.dtype, "mlp_norm")(x)
         x = x + MLP(c, self.dtype, name="mlp")(normed)
-        return x, None  # (carry, output) as `nn.scan` wants it
+        return x, None  # `nn.scan` expects (carry, output).
 
 
 def end_of_text(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
-    """Position of the token that stands for the whole text.
+    """Return the index of the token whose hidden state is the pooled output.
 
-    The first `eos_token_id`, or the first token if there is none. The id 2 is what old configs
-    hold by mistake (FLUX's among them): it means the highest id, which is the end of text in CLIP's
-    own vocabulary.
+    It is the first `eos_token_id`, or token 0 if there is none. Older configs, FLUX's among them,
+    have 2 as `eos_token_id` by mistake. For them it is the highest id of the text, which is the
+    end-of-text token in CLIP's vocabulary.
+
+    Args:
+        ids: [b, l] token ids.
+        eos_token_id: `CLIPConfig.eos_token_id`.
+
+    Returns:
+        [b] indices into the l tokens.
     """
     return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
 
 
 class CLIPText(nn.Module):
-    """The text tower, without projection.
+    """CLIP's text encoder, without the text projection.
 
     Attributes:
         config: sizes, activation and the end-of-text id.
-        dtype: dtype of the computation; norms and softmax are float32 in any case.
+        dtype: dtype of the computation; norms and softmax are float32 for every dtype.
     """
 
     config: CLIPConfig
@@ -105,38 +112,40 @@ class CLIPText(nn.Module):
 
         Returns:
             hidden: [b, l, hidden_size], after the final norm.
-            pooled: [b, hidden_size], `hidden` at the end of text.
+            pooled: [b, hidden_size], `hidden` at the end-of-text token.
 
         Raises:
-            ValueError: more ids than there are positions.
+            ValueError: l is above `max_position_embeddings`.
         """
         c = self.config
         length = ids.shape[1]
         if length > c.max_position_embeddings:
             raise ValueError(
-                f"CLIPText: {length} ids per text, expected at most "
+                f"CLIPText: ids has {length} tokens per prompt; expected at most "
                 f"max_position_embeddings = {c.max_position_embeddings}"
             )
-        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="token_embedding")
-        position = nn.Embed(
+        embed_token = nn.Embed(
+            c.vocab_size, c.hidden_size, dtype=self.dtype, name="token_embedding"
+        )
+        embed_position = nn.Embed(
             c.max_position_embeddings, c.hidden_size, dtype=self.dtype, name="position_embedding"
         )
-        x = embed(ids) + position(jnp.arange(length))[None]
-        stack = nn.scan(
+        x = embed_token(ids) + embed_position(jnp.arange(length))[None]
+        blocks = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_hidden_layers,
         )
-        x, _ = stack(c, self.dtype, name="blocks")(x)
+        x, _ = blocks(c, self.dtype, name="blocks")(x)
         hidden = layer_norm(c, self.dtype, "final_norm")(x)
-        at = end_of_text(ids, c.eos_token_id)
-        pooled = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+        end = end_of_text(ids, c.eos_token_id)
+        pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
         return hidden, pooled
 
 
 def abstract_params(config: CLIPConfig, dtype: Any = jnp.float32) -> Any:
-    """The parameter tree as `jax.ShapeDtypeStruct`s of `dtype`; nothing is allocated."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(CLIPText(config).init, jax.random.key(0), ids)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

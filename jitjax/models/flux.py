@@ -1,4 +1,4 @@
-"""The FLUX transformer: velocities of image tokens from noisy tokens, a prompt and sigma.
+"""The FLUX transformer: velocities of image tokens, given noisy tokens, a prompt and sigma.
 
     tokens    [b, n, c] -- image_in --+                            +-- image --> image_out
     text      [b, t, d] -- text_in ---+- double blocks - single ---+             [b, n, c]
@@ -7,11 +7,10 @@
     guidance  [b] -----+
     positions [b, n, 3] -- rotations of queries and keys
 
-Both kinds of block are scanned: parameters of all blocks lie stacked on a leading axis, and one
-block of each kind is compiled, however many there are.
+Both kinds of block are scanned: the parameters of all blocks are stacked along a leading axis, so
+that each kind is compiled once for any number of blocks.
 
-The architecture is Black Forest Labs' FLUX.1; the reference for every detail is diffusers'
-`FluxTransformer2DModel`.
+The architecture is Black Forest Labs' FLUX.1. Reference: diffusers `FluxTransformer2DModel`.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from jitjax.models.layers import (
 )
 
 EMBEDDING_SCALE = 1000.0
-"""FLUX embeds sigma and guidance times this."""
+"""Factor by which FLUX multiplies sigma and guidance before embedding them."""
 
 
-def _mix(
+def _rotary_attention(
     query: Array, key: Array, value: Array, rotation: Rotary, mask: Array | None, attention: str
 ) -> Array:
-    """Attention with rotated queries and keys; heads are joined in the result, [b, s, hidden]."""
+    """Rotate queries and keys, attend, and join the heads: [b, s, hidden]."""
     query, key = (apply_rotary(x, rotation).astype(value.dtype) for x in (query, key))
     out = attend(query, key, value, mask, attention)
     return out.reshape(*out.shape[:2], -1)
 
 
 class DoubleBlock(nn.Module):
-    """Image and text streams with weights of their own, meeting in one joint attention.
+    """Separate weights for the image and the text stream, with joint attention over both.
 
     Reference: diffusers `FluxTransformerBlock`.
     """
@@ -71,10 +70,10 @@ class DoubleBlock(nn.Module):
     ) -> tuple[tuple[Array, Array], None]:
         config, dtype = self.config, self.dtype
         names = ("text", "image")
-        parts = [modulation_vectors(conditioning, 6, dtype, f"{n}_modulation") for n in names]
+        modulations = [modulation_vectors(conditioning, 6, dtype, f"{n}_modulation") for n in names]
 
         projected = []
-        for name, x, (shift, scale, *_) in zip(names, streams, parts, strict=True):
+        for name, x, (shift, scale, *_) in zip(names, streams, modulations, strict=True):
             project = QKVProjection(
                 config.num_attention_heads,
                 config.attention_head_dim,
@@ -82,13 +81,13 @@ class DoubleBlock(nn.Module):
                 name=f"{name}_attention",
             )
             projected.append(project(modulate(x, shift, scale)))
-        query, key, value = (jnp.concatenate(both, axis=1) for both in zip(*projected, strict=True))
-        joint = _mix(query, key, value, rotation, mask, self.attention)
+        query, key, value = (jnp.concatenate(pair, axis=1) for pair in zip(*projected, strict=True))
+        joint = _rotary_attention(query, key, value, rotation, mask, self.attention)
 
         out = []
-        mixed = jnp.split(joint, [streams[0].shape[1]], axis=1)
-        for name, x, y, part in zip(names, streams, mixed, parts, strict=True):
-            _, _, gate, mlp_shift, mlp_scale, mlp_gate = part
+        attended = jnp.split(joint, [streams[0].shape[1]], axis=1)
+        for name, x, y, modulation in zip(names, streams, attended, modulations, strict=True):
+            _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
             y = nn.Dense(config.hidden, dtype=dtype, name=f"{name}_attention_out")(y)
             x = x + gate[:, None, :] * y
             mlp = MLP(4 * config.hidden, config.hidden, dtype=dtype, name=f"{name}_mlp")
@@ -98,7 +97,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Text and image as one stream; attention and MLP side by side, joined by one output layer.
+    """Text and image as one stream, with attention and MLP in parallel and one output layer.
 
     Reference: diffusers `FluxSingleTransformerBlock`.
     """
@@ -117,25 +116,25 @@ class SingleBlock(nn.Module):
     ) -> tuple[Float[Array, "b s h"], None]:
         config, dtype = self.config, self.dtype
         shift, scale, gate = modulation_vectors(conditioning, 3, dtype, "modulation")
-        normal = modulate(x, shift, scale)
+        normed = modulate(x, shift, scale)
         project = QKVProjection(
             config.num_attention_heads, config.attention_head_dim, dtype, name="attention"
         )
-        mixed = _mix(*project(normal), rotation, mask, self.attention)
-        mlp = nn.gelu(nn.Dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normal), True)
-        both = jnp.concatenate([mixed, mlp], axis=-1)
-        y = nn.Dense(config.hidden, dtype=dtype, name="out")(both)
+        attended = _rotary_attention(*project(normed), rotation, mask, self.attention)
+        mlp = nn.gelu(nn.Dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normed), True)
+        joined = jnp.concatenate([attended, mlp], axis=-1)
+        y = nn.Dense(config.hidden, dtype=dtype, name="out")(joined)
         return clip_float16(x + gate[:, None, :] * y), None
 
 
-def _stack(block: type[nn.Module], length: int) -> Any:
-    """`length` blocks, each fed the result of the one before; parameters `[length, ...]`."""
-    shared: Any = (nn.broadcast, nn.broadcast, nn.broadcast)
+def _scan_blocks(block: type[nn.Module], length: int) -> Any:
+    """Chain `length` blocks, with their parameters stacked along a leading axis."""
+    in_axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast)
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=shared,
+        in_axes=in_axes,
         length=length,
     )
 
@@ -145,10 +144,10 @@ class FluxTransformer(nn.Module):
 
     Attributes:
         config: sizes.
-        dtype: of the matrix products and the residual stream. Parameters may be stored in another
-            dtype; they are cast block by block.
-        attention: how attention is computed, see `jitjax.models.attention.attend`. With "cudnn",
-            padding must stand last.
+        dtype: dtype of the matrix products and the residual stream. Parameters of another dtype
+            are cast block by block.
+        attention: "xla" or "cudnn", the `implementation` of `jitjax.models.attention.attend`.
+            "cudnn" needs padding to follow all valid tokens.
     """
 
     config: TransformerConfig
@@ -166,71 +165,78 @@ class FluxTransformer(nn.Module):
         guidance: Float[Array, " b"] | Float[Array, ""] | float | None = None,
         valid: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b n c"]:
-        """Velocities dy/dsigma of the tokens, float32 (float64 where `dtype` is).
+        """Compute the velocities dy/dsigma of the tokens.
 
         Args:
-            tokens: noisy latents, 2 x 2 latent pixels per token. Any subset of the grid's tokens,
-                in any order: their places are in `positions`.
-            positions: (0, row, column) of each token, in tokens.
-            text: T5 embedding of the prompt; its tokens all have position (0, 0, 0).
-            pooled: CLIP embedding of the prompt.
-            sigma: noise level, 1 (noise) to 0 (image); one per sample, or one for all.
-            guidance: guidance scale (3.5, say), for models that take one; others ignore it.
-            valid: False for padding. No token attends to padding, whatever it holds (NaN, too),
-                and its velocities are 0. None if there is none: then no mask is made at all.
+            tokens: [b, n, c] noisy latents, 2 x 2 latent pixels per token. They may be any subset
+                of the grid's tokens in any order.
+            positions: [b, n, 3] position (0, row, column) of each token, in tokens.
+            text: [b, t, d] T5 embeddings of the prompt. All have the position (0, 0, 0).
+            pooled: [b, p] CLIP embedding of the prompt.
+            sigma: noise level from 1 (noise) to 0 (image); a scalar or one per sample.
+            guidance: guidance scale, such as 3.5; a scalar or one per sample. Models without
+                guidance embeddings ignore it.
+            valid: [b, n], False for padding tokens. No token attends to padding, which may hold
+                any values, NaN included. None if there is no padding; no mask is built then.
+
+        Returns:
+            Velocities [b, n, c], 0 for padding, in float32, or float64 if `dtype` is float64.
 
         Raises:
-            ValueError: a shape does not fit, or `guidance` is missing.
+            ValueError: a shape or dtype does not fit, or the model needs `guidance` and it is None.
         """
         config, dtype = self.config, self.dtype
-        _check(config, tokens, positions, text, pooled, sigma, guidance, valid)
+        _check_inputs(config, tokens, positions, text, pooled, sigma, guidance, valid)
         batch, _, channels = tokens.shape
-        length = text.shape[1]
+        text_length = text.shape[1]
 
         mask = None
         if valid is not None:
             tokens = jnp.where(valid[:, :, None], tokens, 0)
             positions = jnp.where(valid[:, :, None], positions, 0)
-            keys = jnp.concatenate([jnp.ones((batch, length), bool), valid], axis=1)
-            mask = keys[:, None, None, :]
+            key_mask = jnp.concatenate([jnp.ones((batch, text_length), bool), valid], axis=1)
+            mask = key_mask[:, None, None, :]
 
-        def scalar(name: str, value: Any) -> Array:
+        def embed_scalar(name: str, value: Any) -> Array:
             value = jnp.asarray(value, jnp.float32)
             value = jnp.broadcast_to(value.reshape(-1), (batch,))
-            return vector(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
+            return embed_vector(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
 
-        def vector(name: str, value: Array) -> Array:
-            # Small, and everything downstream hangs on it: never narrower than float32.
+        def embed_vector(name: str, value: Array) -> Array:
+            # At least float32: it costs little, and it modulates every block.
             hidden = config.hidden
             return MLP(hidden, hidden, "silu", dtype=at_least_float32(dtype), name=name)(value)
 
-        conditioning = scalar("sigma_in", sigma) + vector("pooled_in", pooled)
+        conditioning = embed_scalar("sigma_in", sigma) + embed_vector("pooled_in", pooled)
         if config.guidance_embeds:
-            conditioning = conditioning + scalar("guidance_in", guidance)
+            conditioning = conditioning + embed_scalar("guidance_in", guidance)
         conditioning = nn.silu(conditioning).astype(dtype)
 
-        image_ids = positions.astype(jnp.float32)
-        ids = jnp.concatenate([jnp.zeros((batch, length, 3), jnp.float32), image_ids], axis=1)
-        rotation = rotary_embedding(ids, config.axes_dims_rope)
+        text_positions = jnp.zeros((batch, text_length, 3), jnp.float32)
+        positions = jnp.concatenate([text_positions, positions.astype(jnp.float32)], axis=1)
+        rotation = rotary_embedding(positions, config.axes_dims_rope)
 
-        image = nn.Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
-        words = nn.Dense(config.hidden, dtype=dtype, name="text_in")(text)
+        image_stream = nn.Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
+        text_stream = nn.Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
-        facts = (config, dtype, self.attention)
-        double = _stack(DoubleBlock, config.num_layers)(*facts, name="double_blocks")
-        (words, image), _ = double((words, image), conditioning, rotation, mask)
-        single = _stack(SingleBlock, config.num_single_layers)(*facts, name="single_blocks")
-        x, _ = single(jnp.concatenate([words, image], axis=1), conditioning, rotation, mask)
+        block_args = (config, dtype, self.attention)
+        double = _scan_blocks(DoubleBlock, config.num_layers)(*block_args, name="double_blocks")
+        streams, _ = double((text_stream, image_stream), conditioning, rotation, mask)
+        single = _scan_blocks(SingleBlock, config.num_single_layers)(
+            *block_args, name="single_blocks"
+        )
+        x, _ = single(jnp.concatenate(streams, axis=1), conditioning, rotation, mask)
 
-        image = x[:, length:]
-        # Here the reference has the scale first, unlike in its blocks.
+        image_stream = x[:, text_length:]
+        # The reference has the scale first here, but the shift first in its blocks.
         scale, shift = modulation_vectors(conditioning, 2, dtype, "final_modulation")
-        out = nn.Dense(channels, dtype=dtype, name="image_out")(modulate(image, shift, scale))
+        normed = modulate(image_stream, shift, scale)
+        out = nn.Dense(channels, dtype=dtype, name="image_out")(normed)
         out = out.astype(at_least_float32(dtype))
         return out if valid is None else jnp.where(valid[:, :, None], out, 0)
 
 
-def _check(
+def _check_inputs(
     config: TransformerConfig,
     tokens: Array,
     positions: Array,
@@ -240,26 +246,26 @@ def _check(
     guidance: Any,
     valid: Array | None,
 ) -> None:
-    """Raise one `ValueError` that names every argument that does not fit."""
+    """Raise one `ValueError` that lists every argument whose shape or dtype does not fit."""
     batch, count = tokens.shape[:2] if tokens.ndim >= 2 else ("b", "n")
     length = text.shape[1] if text.ndim >= 2 else "t"
-    expected = {
+    shapes = {
         "tokens": (tokens.shape, (batch, count, config.in_channels)),
         "positions": (positions.shape, (batch, count, 3)),
         "text": (text.shape, (batch, length, config.joint_attention_dim)),
         "pooled": (pooled.shape, (batch, config.pooled_projection_dim)),
     }
     if valid is not None:
-        expected["valid"] = (valid.shape, (batch, count))
+        shapes["valid"] = (valid.shape, (batch, count))
     problems = [
-        f"{name} has shape {got}, expected {wanted}"
-        for name, (got, wanted) in expected.items()
-        if got != wanted
+        f"{name} has shape {got}, expected {expected}"
+        for name, (got, expected) in shapes.items()
+        if got != expected
     ]
     if valid is not None and valid.dtype != jnp.bool_:
         problems.append(f"valid has dtype {valid.dtype}, expected bool")
     if config.guidance_embeds and guidance is None:
-        problems.append("guidance is None, but this model was trained with guidance embeddings")
+        problems.append("guidance is None, expected a scale: the model has guidance embeddings")
     scalars = {"sigma": sigma, "guidance": guidance if config.guidance_embeds else None}
     for name, value in scalars.items():
         if value is not None and jnp.shape(value) not in ((), (1,), (batch,)):
@@ -269,7 +275,7 @@ def _check(
 
 
 def abstract_params(config: TransformerConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The parameter tree as `jax.ShapeDtypeStruct`s of `dtype`: no memory, no computation."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
 
     def init() -> Any:
         tokens, positions = jnp.zeros((1, 1, config.in_channels)), jnp.zeros((1, 1, 3))

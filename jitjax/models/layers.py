@@ -1,7 +1,8 @@
-"""Pieces of the FLUX transformer: embeddings of scalars, rotary positions, projections, MLP.
+"""Layers of the FLUX transformer: sinusoidal and rotary embeddings, modulation, projections, MLP.
 
-Whatever the `dtype` of the network, sinusoids, rotations and normalisations are computed in
-float32 (float64 for a float64 network): they are cheap, and the first to suffer from rounding.
+Sinusoids, rotations and normalisations are computed in float32, even if the network's `dtype` is
+narrower (rotations and normalisations of a float64 network in float64): they cost little and are
+sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -16,30 +17,38 @@ import numpy as np
 from jaxtyping import Array, Float
 
 EPSILON = 1e-6
-"""Of every normalisation in FLUX."""
+"""Epsilon of every normalisation in FLUX."""
 SCALAR_WIDTH = 256
 """Width of the sinusoidal embedding of sigma and of the guidance scale."""
 THETA = 10_000.0
 """Base of the rotary frequencies, one for all position axes."""
 
 Rotary = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
+"""Cosines and sines of the rotation angle of every channel pair, from `rotary_embedding`."""
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """float32, or float64 where `dtype` is."""
+    """Return float64 if `dtype` is float64, else float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def sinusoidal_embedding(
     values: Float[Array, " b"], width: int = SCALAR_WIDTH
 ) -> Float[Array, "b width"]:
-    """Cosines, then sines, of `values` at geometrically falling frequencies from 1 to 1/10000.
+    """Embed scalars as cosines, then sines, at frequencies that fall geometrically from 1.
 
-    float32. Reference: diffusers `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`.
+    Reference: diffusers `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`.
+
+    Args:
+        values: [b] scalars: sigma or guidance times `EMBEDDING_SCALE`.
+        width: number of channels, even; frequency i of width / 2 is 10000 ** (-2 i / width).
+
+    Returns:
+        float32 [b, width].
     """
     half = width // 2
-    # Values reach thousands, so the last bit of a frequency shows in the phase (by 5e-4). The
-    # exponent is rounded to float32 as in the reference, and its exponential correctly rounded.
+    # Values reach thousands, so the last bit of a frequency changes the phase by 5e-4. Round the
+    # exponent to float32 as the reference does, and its exponential correctly.
     exponents = np.float32(-math.log(10_000.0)) * np.arange(half, dtype=np.float32)
     exponents = (exponents / np.float32(half)).astype(np.float64)
     frequencies = np.exp(exponents).astype(np.float32)
@@ -48,74 +57,96 @@ def sinusoidal_embedding(
 
 
 def rotary_embedding(positions: Float[Array, "b s axes"], widths: tuple[int, ...]) -> Rotary:
-    """Cosines and sines by which pairs of query and key channels turn, float32.
-
-    Args:
-        positions: position ids, one column per axis (0, row, column).
-        widths: channels per axis; they sum to the head width.
+    """Return the cosines and sines by which `apply_rotary` rotates queries and keys.
 
     Reference: diffusers `FluxPosEmbed`.
+
+    Args:
+        positions: [b, s, 3] position ids (0, row, column).
+        widths: even number of channels per axis; they sum to the head width.
+
+    Returns:
+        cosines, sines: float32 [b, s, 1, head width / 2].
     """
     phases = []
     for axis, width in enumerate(widths):
         frequencies = THETA ** -(np.arange(0, width, 2, dtype=np.float64) / max(width, 1))
-        one_axis = positions.astype(jnp.float32)[:, :, axis, None]
-        phases.append(one_axis * frequencies.astype(np.float32)[None, None, :])
-    angle = jnp.concatenate(phases, axis=-1)[:, :, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+        coordinates = positions.astype(jnp.float32)[:, :, axis, None]
+        phases.append(coordinates * frequencies.astype(np.float32)[None, None, :])
+    angles = jnp.concatenate(phases, axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rotary(x: Float[Array, "b s heads width"], rotation: Rotary) -> Float[Array, ...]:
-    """Turn neighbouring channel pairs of `x` by their angles, in float32 or wider."""
+    """Rotate neighbouring channel pairs of `x` by their angles; the result is float32 or wider."""
     cos, sin = rotation
     pairs = x.astype(at_least_float32(x.dtype)).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape(x.shape)
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return rotated.reshape(x.shape)
 
 
 def modulate(
     x: Float[Array, "b s h"], shift: Float[Array, "b h"], scale: Float[Array, "b h"]
 ) -> Float[Array, "b s h"]:
-    """LayerNorm without weights, then `x * (1 + scale) + shift`; float32 inside, or wider."""
-    inner = x.astype(at_least_float32(x.dtype))
-    centred = inner - inner.mean(axis=-1, keepdims=True)
+    """Normalise `x` over its channels, then scale by `1 + scale` and add `shift`.
+
+    This is a layer norm without weights. It computes in float32 or wider and returns the dtype of
+    `x`. Reference: the norm and the modulation of diffusers `AdaLayerNormZero`.
+    """
+    wide = x.astype(at_least_float32(x.dtype))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(variance + EPSILON)
-    scale, shift = (v.astype(inner.dtype)[:, None, :] for v in (scale, shift))
-    return (normal * (1 + scale) + shift).astype(x.dtype)
+    normed = centred * jax.lax.rsqrt(variance + EPSILON)
+    scale, shift = (v.astype(wide.dtype)[:, None, :] for v in (scale, shift))
+    return (normed * (1 + scale) + shift).astype(x.dtype)
 
 
 def clip_float16(x: Float[Array, ...]) -> Float[Array, ...]:
-    """Clip a float16 residual stream to what float16 can hold, as diffusers does."""
+    """Clip infinities of a float16 residual stream to the range of float16, as diffusers does."""
     return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
 
 
 class MLP(nn.Module):
-    """Two linear layers, `up` and `down`, with an activation between.
+    """Two linear layers, `up` and `down`, with an activation between them.
 
-    Reference: diffusers `FeedForward("gelu-approximate")`, and with `silu` `TimestepEmbedding` and
-    `PixArtAlphaTextProjection`.
+    Reference: diffusers `FeedForward("gelu-approximate")`; with "silu", diffusers
+    `TimestepEmbedding` and `PixArtAlphaTextProjection`.
+
+    Attributes:
+        hidden_features: width between the two layers.
+        out_features: width of the output.
+        activation: "gelu" (its tanh approximation) or "silu".
+        dtype: dtype of the computation.
     """
 
-    inner: int
-    outer: int
+    hidden_features: int
+    out_features: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... outer"]:
-        x = nn.Dense(self.inner, dtype=self.dtype, name="up")(x)
+        x = nn.Dense(self.hidden_features, dtype=self.dtype, name="up")(x)
         x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
-        return nn.Dense(self.outer, dtype=self.dtype, name="down")(x)
+        return nn.Dense(self.out_features, dtype=self.dtype, name="down")(x)
 
 
 def modulation_vectors(
     conditioning: Float[Array, "b h"], parts: int, dtype: Any, name: str
 ) -> list[Float[Array, "b h"]]:
-    """`parts` vectors per sample, by a linear layer `name` of the calling module.
+    """Project the conditioning to `parts` modulation vectors per sample.
 
-    Reference: the `linear` of diffusers `AdaLayerNormZero`, and its order of the parts.
+    Reference: the `linear` of diffusers `AdaLayerNormZero`, with its order of the parts.
+
+    Args:
+        conditioning: [b, h].
+        parts: number of vectors.
+        dtype: dtype of the projection.
+        name: name of the linear layer within the calling module.
+
+    Returns:
+        `parts` arrays [b, h].
     """
     features = (parts, conditioning.shape[-1])
     out = nn.DenseGeneral(features, dtype=dtype, name=name)(conditioning)
@@ -123,9 +154,14 @@ def modulation_vectors(
 
 
 class QKVProjection(nn.Module):
-    """Queries, keys and values of one stream, from one matrix product; queries and keys normed.
+    """Queries, keys and values from one matrix product, with RMS norm on queries and keys.
 
-    Queries and keys are float32 or wider, because the rotation follows.
+    Queries and keys are float32 or wider, for the rotation that follows.
+
+    Attributes:
+        heads: number of heads.
+        width: channels per head.
+        dtype: dtype of the product and of the values.
     """
 
     heads: int

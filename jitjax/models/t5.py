@@ -1,11 +1,11 @@
-"""The T5 encoder (v1.1), which turns token ids into the text sequence of FLUX.
+"""The T5 encoder (v1.1), from which FLUX takes one vector per prompt token.
 
     ids [b, l] -> embedding -> blocks x layers -> RMS norm -> text [b, l, d]
                                   ^
           relative bias [1, heads, l, l], one table for all blocks
 
-Raffel et al., 2019 (arXiv 1910.10683); gated GELU after Shazeer, 2020 (arXiv 2002.05202). The
-numbers are those of `T5EncoderModel` in transformers 5.
+Source: Raffel et al., 2019 (arXiv 1910.10683); gated GELU: Shazeer, 2020 (arXiv 2002.05202).
+Reference: transformers 5 `T5EncoderModel`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jitjax.config import T5Config
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm: a scale, no mean, no bias; computed in float32."""
+    """Root mean square norm in float32, multiplied by a learned scale in `dtype`."""
 
     epsilon: float
     dtype: Any = jnp.float32
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention over the whole sequence. T5 adds a bias to the scores and does not scale them."""
+    """Bidirectional multi-head attention. T5 adds a bias to the logits and does not scale them."""
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -51,8 +51,8 @@ class SelfAttention(nn.Module):
         mask: Bool[Array, "b 1 1 l"] | None,
     ) -> Float[Array, "b l d"]:
         c = self.config
-        heads = (3, c.num_heads, c.d_kv)
-        qkv = nn.DenseGeneral(heads, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        features = (3, c.num_heads, c.d_kv)
+        qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         x = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0, implementation="xla")
         x = x.reshape(*x.shape[:2], c.num_heads * c.d_kv)
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(gelu(gate(x)) * up(x))`, gate and up in one kernel."""
+    """`down(gelu(gate(x)) * up(x))`, with gate and up in one kernel."""
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -68,13 +68,13 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        both = nn.DenseGeneral((2, c.d_ff), use_bias=False, dtype=self.dtype, name="gate_up")(x)
-        x = jax.nn.gelu(both[..., 0, :], approximate=True) * both[..., 1, :]
+        gate_up = nn.DenseGeneral((2, c.d_ff), use_bias=False, dtype=self.dtype, name="gate_up")(x)
+        x = jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
         return nn.Dense(c.d_model, use_bias=False, dtype=self.dtype, name="down")(x)
 
 
 class Block(nn.Module):
-    """Attention, then the gated MLP; each on a normed copy, each added to the stream."""
+    """Pre-norm transformer block: attention, then the gated MLP, each added to the stream."""
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -91,31 +91,34 @@ class Block(nn.Module):
         x = x + SelfAttention(c, self.dtype, name="attention")(normed, bias, mask)
         normed = RMSNorm(c.layer_norm_epsilon, self.dtype, name="mlp_norm")(x)
         x = x + GatedMLP(c, self.dtype, name="mlp")(normed)
-        return x, None  # (carry, output) as `nn.scan` wants it
+        return x, None  # `nn.scan` expects (carry, output).
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of every (query, key) pair: half of the buckets for keys before, half for keys after.
+    """Return the bucket of the relative position of every (query, key) pair.
 
-    Within a half, the first buckets hold one distance each, the others hold distances on a
-    logarithmic scale up to `max_distance`; all beyond share the last one.
+    One half of the buckets is for keys up to the query, the other for keys after it. In each half,
+    the first half of the buckets holds one distance each. The others cover distances up to
+    `max_distance` on a logarithmic scale, and the last one also holds all larger distances.
 
-    Computed on the host: the lengths are static, and the float32 logarithm must round as the
-    original's does, or the boundary distances change buckets.
+    This runs on the host with NumPy: lengths are static, and the float32 logarithm has to round as
+    the reference's does, or distances at a bucket's boundary would change buckets.
+
+    Reference: transformers `T5Attention._relative_position_bucket`.
 
     Args:
-        length: sequence length, of queries and keys.
-        buckets: number of buckets in all.
-        max_distance: where the last bucket begins.
+        length: sequence length of queries and keys.
+        buckets: total number of buckets.
+        max_distance: distances from here on share the last bucket.
 
     Returns:
-        int32 [length, length], query by key.
+        int32 [length, length], indexed by query and key.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = buckets // 2
     exact = half // 2
     distance = np.abs(offset)
-    # Distances below `exact` do not use the logarithm; 1 keeps it finite there.
+    # Distances below `exact` do not use the logarithm; the maximum keeps it finite for them.
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     scale = np.float32(math.log(max_distance / exact))
     log_bucket = exact + (np.log(ratio) / scale * np.float32(half - exact)).astype(np.int64)
@@ -124,11 +127,11 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class T5Encoder(nn.Module):
-    """The encoder stack.
+    """T5's encoder.
 
     Attributes:
         config: sizes.
-        dtype: dtype of the computation; norms and softmax are float32 in any case.
+        dtype: dtype of the computation; norms and softmax are float32 for every dtype.
     """
 
     config: T5Config
@@ -142,35 +145,35 @@ class T5Encoder(nn.Module):
 
         Args:
             ids: [b, l] token ids.
-            mask: [b, l], True where a token may be attended to. None attends everywhere, padding
-                included, as FLUX does.
+            mask: [b, l], True for tokens that may be attended to. None attends to all tokens,
+                padding included, as FLUX does.
 
         Returns:
-            [b, l, d_model] in `dtype`.
+            Hidden states after the final norm, [b, l, d_model] in `dtype`.
         """
         c = self.config
         x = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="token_embedding")(ids)
         buckets = relative_buckets(
             ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
         )
-        table = nn.Embed(
+        relative_bias = nn.Embed(
             c.relative_attention_num_buckets, c.num_heads, dtype=self.dtype, name="relative_bias"
         )
-        bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
-        keys = None if mask is None else mask[:, None, None, :]
-        stack = nn.scan(
+        bias = relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+        key_mask = None if mask is None else mask[:, None, None, :]
+        blocks = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=c.num_layers,
         )
-        x, _ = stack(c, self.dtype, name="blocks")(x, bias, keys)
+        x, _ = blocks(c, self.dtype, name="blocks")(x, bias, key_mask)
         return RMSNorm(c.layer_norm_epsilon, self.dtype, name="final_norm")(x)
 
 
 def abstract_params(config: T5Config, dtype: Any = jnp.float32) -> Any:
-    """The parameter tree as `jax.ShapeDtypeStruct`s of `dtype`; nothing is allocated."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
