@@ -79,8 +79,9 @@ class TransformerConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "in_channels", "num_layers", "num_single_layers", "attention_head_dim")
-        _check_positive(self, "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+        _check_positive(self, "in_channels", "num_layers", "num_single_layers")
+        _check_positive(self, "attention_head_dim", "num_attention_heads")
+        _check_positive(self, "joint_attention_dim", "pooled_projection_dim")
         if len(self.axes_dims_rope) != 3 or any(d < 0 or d % 2 for d in self.axes_dims_rope):
             raise ValueError(
                 f"TransformerConfig.axes_dims_rope is {self.axes_dims_rope}; expected 3 even widths"

@@ -1,4 +1,4 @@
-"""`sample` = encode the prompt, denoise, decode."""
+"""`sample`, which encodes the prompt, denoises and decodes; and `decode`."""
 
 from __future__ import annotations
 
@@ -31,21 +31,28 @@ def sample(
     guidance: float = 3.5,
     progress: bool = False,
 ) -> Float[Array, "b height width 3"]:
-    """Pictures of what `prompt` says, float32 in [0, 1].
+    """Generate images from prompts.
 
     Args:
-        params: what `load` returns.
-        prompt: a string, a list of strings (one picture each) or a `Conditioning`.
-        key: one `jax.random` key, or one per picture. The same key makes the same picture,
-            also in a larger batch (`batch_keys` says which key picture i is made from).
-        height, width: pixels, multiples of 16; by default the size the model was trained for.
-        plan: "4x", "7x", "dense" (see `PLANS`) or a `Plan`.
-        guidance: how closely to follow the prompt; ignored by models without guidance.
-        progress: show a bar of the steps on standard error.
+        params: parameters, from `load`.
+        prompt: a string, a sequence of strings for one image each, or a `Conditioning`.
+        key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
+            one key per image. The same key gives the same image in any batch.
+        height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
+        plan: a name in `PLANS` ("4x", "7x" or "dense") or a `Plan`.
+        guidance: guidance scale; larger values follow the prompt more closely. Models without
+            guidance embeddings ignore it.
+        progress: show a progress bar of the steps on standard error.
+
+    Returns:
+        Images, float32 [b, height, width, 3] in [0, 1].
 
     Raises:
-        ValueError, TypeError: a plan, size, prompt or key that no picture could be made from;
-            said before any long work.
+        ValueError: the plan is unknown, the height or width is not supported, there are no prompts,
+            or the key or the conditioning does not fit (all raised before denoising starts); or
+            `params` has no parameters for a model that is needed.
+        TypeError: a prompt is not a string.
+        FileNotFoundError: a tokenizer is missing.
     """
     config = params.config
     plan = get_plan(plan)
@@ -72,20 +79,25 @@ def sample(
 def decode(
     params: FluxParams, tokens: Float[Array, "b n d"], *, grid: Grid
 ) -> Float[Array, "b height width 3"]:
-    """Clean tokens to pictures, float32 in [0, 1], by the autoencoder.
+    """Decode clean tokens to images with the autoencoder.
 
     Args:
         params: parameters; only the autoencoder's are used.
-        tokens: what `denoise` returns.
-        grid: rows and columns of tokens.
+        tokens: [b, n, d] clean tokens, from `denoise`.
+        grid: rows and columns of tokens; n is their product.
+
+    Returns:
+        Images, float32 [b, height, width, 3] in [0, 1]; 16 pixels per token and side.
 
     Raises:
-        ValueError: `tokens` do not fit the grid or the autoencoder, or `params` has none.
+        ValueError: the shape of `tokens` does not fit, or `params` has no autoencoder.
     """
     expected = (grid[0] * grid[1], params.config.transformer.in_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
-        raise ValueError(f"tokens is {list(tokens.shape)}; expected [batch, {expected[0]}, "
-                         f"{expected[1]}] for a token grid of {grid[0]} x {grid[1]}")  # fmt: skip
+        raise ValueError(
+            f"tokens has shape {list(tokens.shape)}; expected [batch, {expected[0]}, "
+            f"{expected[1]}] for a grid of {grid[0]} x {grid[1]} tokens"
+        )
     return _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
 
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids to conditioning.
+"""Tokenization and text encoding: prompts to token ids to conditioning.
 
 prompts --tokenizer_2--> ids [b, T]  --T5-->   text   [b, T, D]
         --tokenizer----> ids [b, 77] --CLIP--> pooled [b, P]
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
     from jitjax.checkpoint import FluxParams
 
 CLIP_LENGTH = 77
-"""Ids per prompt that CLIP was trained on."""
+"""Token ids per prompt that CLIP was trained with."""
 
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
-"""Subfolder -> the padding token if its files name none (CLIP pads with the end of text)."""
+"""Subfolder -> padding token if the tokenizer's files name none."""
 
 
 class Conditioning(eqx.Module):
-    """What the transformer is told about the prompts; from `encode_prompt` or from elsewhere.
+    """Prompt embeddings for the transformer, from `encode_prompt` or computed elsewhere.
 
     Attributes:
-        text: T5's output, one vector per token, padding included.
-        pooled: CLIP's output, one vector per prompt.
+        text: [b, t, d] T5 embeddings, one per token, padding included.
+        pooled: [b, p] CLIP embeddings, one per prompt.
     """
 
     text: Float[Array, "b t d"]
     pooled: Float[Array, "b p"]
 
     def check(self, config: FluxConfig, batch: int | None = None) -> None:
-        """Raise `ValueError` unless the shapes fit `config` (and `batch`, if given)."""
+        """Raise `ValueError` unless the shapes fit `config` and, if it is given, `batch`."""
         t5_width, clip_width = config.t5.d_model, config.clip.hidden_size
         b = "batch" if batch is None else batch
         for name, value, expected in (
@@ -56,36 +56,38 @@ class Conditioning(eqx.Module):
         ):
             shape = tuple(jnp.shape(value))
             fits = len(shape) == len(expected) and all(
-                isinstance(want, str) or got == want
-                for got, want in zip(shape, expected, strict=True)
+                isinstance(size, str) or actual == size
+                for actual, size in zip(shape, expected, strict=True)
             )
             if not fits:
-                wanted = ", ".join(map(str, expected))
-                raise ValueError(
-                    f"Conditioning.{name} has shape {list(shape)}, expected [{wanted}]"
-                )
+                sizes = ", ".join(map(str, expected))
+                raise ValueError(f"Conditioning.{name} has shape {list(shape)}; expected [{sizes}]")
         if self.text.shape[0] != self.pooled.shape[0]:
             raise ValueError(
-                f"Conditioning.pooled has a batch of {self.pooled.shape[0]}, expected that of "
-                f"Conditioning.text, {self.text.shape[0]}"
+                f"Conditioning.pooled has batch size {self.pooled.shape[0]}; expected "
+                f"{self.text.shape[0]}, the batch size of Conditioning.text"
             )
 
 
 def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioning:
-    """The conditioning of one prompt or of several.
+    """Encode one prompt or a batch of prompts.
+
+    The encoders run in the dtype of their parameters (in float32 for float16, in which T5
+    overflows).
 
     Args:
-        params: parameters; only the text encoders' and the tokenizers' folder are used.
-        prompt: a string, which is a batch of one, or a sequence of strings. The empty string is
-            allowed; it stands for no prompt.
+        params: parameters; only the text encoders and the tokenizers are used.
+        prompt: a string, for a batch of one, or a sequence of strings. The empty string is the
+            empty prompt.
 
     Returns:
-        float32 arrays; the encoders run in the dtype of their parameters.
+        float32 embeddings.
 
     Raises:
-        ValueError: no text encoders, no prompts, or ids that the encoders do not have.
-        TypeError: a prompt that is no string.
-        FileNotFoundError: no tokenizer.
+        ValueError: `params` has no text encoders, there are no prompts, or a token id is outside
+            an encoder's vocabulary.
+        TypeError: a prompt is not a string.
+        FileNotFoundError: a tokenizer is missing.
     """
     t5, clip = params.part("t5"), params.part("clip")
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -101,121 +103,142 @@ def encode_ids(
     clip_ids: Int[Array, "b l"],
     config: FluxConfig,
 ) -> Conditioning:
-    """Both encoders on token ids; T5 attends to the padding too, as in FLUX."""
-    text: Any = T5Encoder(config.t5, _dtype(t5)).apply({"params": t5}, t5_ids)
-    pooled: Any = CLIPText(config.clip, _dtype(clip)).apply({"params": clip}, clip_ids)[1]
+    """Run both text encoders on token ids. T5 also attends to padding, as in FLUX.
+
+    Args:
+        t5, clip: parameters of the encoders.
+        t5_ids: [b, t] token ids for T5.
+        clip_ids: [b, l] token ids for CLIP.
+        config: gives the sizes of the encoders.
+
+    Returns:
+        float32 embeddings.
+    """
+    text: Any = T5Encoder(config.t5, _compute_dtype(t5)).apply({"params": t5}, t5_ids)
+    pooled: Any = CLIPText(config.clip, _compute_dtype(clip)).apply({"params": clip}, clip_ids)[1]
     return Conditioning(text.astype(jnp.float32), pooled.astype(jnp.float32))
 
 
-def _dtype(params: Any) -> Any:
-    """The dtype of the parameters; float32 for float16, in which T5 overflows."""
+def _compute_dtype(params: Any) -> Any:
+    """Return the dtype of the parameters, or float32 for float16, in which T5 overflows."""
     return jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.bfloat16)
 
 
 def tokenize(
     tokenizer_folder: str | Path, prompts: Sequence[str], config: FluxConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids as diffusers' `FluxPipeline` makes them: cut to length, padded to length.
+    """Tokenize prompts, truncated and padded to a fixed length.
 
-    A prompt that is longer than an encoder takes is cut, with a `UserWarning` that says what was.
+    A prompt that is too long for an encoder gives a `UserWarning` that quotes the truncated text.
+    The ids are those of diffusers' `FluxPipeline`.
 
     Args:
-        tokenizer_folder: holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5).
-        prompts: at least one.
-        config: gives the lengths and the sizes of the vocabularies.
+        tokenizer_folder: folder with the subfolders `tokenizer` (CLIP) and `tokenizer_2` (T5).
+        prompts: b strings, at least one.
+        config: gives the lengths and the vocabulary sizes.
 
     Returns:
-        t5_ids, clip_ids: int32 [b, text_length] and [b, 77] (or what CLIP has positions for).
+        t5_ids: int32 [b, text_length].
+        clip_ids: int32 [b, l], where l is the least of 77, CLIP's positions and the tokenizer's
+            `model_max_length`.
 
     Raises:
-        ValueError: no prompts, or ids that the encoders do not have.
-        TypeError: a prompt that is no string.
+        ValueError: there are no prompts, a token id is outside an encoder's vocabulary, or the
+            padding token is outside the tokenizer's.
+        TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer or one of its files is missing.
     """
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)):
-        raise TypeError(f"prompts are {type(prompts).__name__}, expected a sequence of strings")
+        raise TypeError(f"prompts is {type(prompts).__name__}; expected a sequence of strings")
     if len(prompts) == 0:
-        raise ValueError("prompts are empty, expected at least one string")
+        raise ValueError("prompts is empty; expected at least one string")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"prompt[{i}] is {type(prompt).__name__}, expected a string")
+            raise TypeError(f"prompt[{i}] is {type(prompt).__name__}; expected a string")
     folder = Path(tokenizer_folder)
-    length = min(_max_length(folder / "tokenizer") or CLIP_LENGTH, CLIP_LENGTH)
-    length = min(length, config.clip.max_position_embeddings)
-    t5 = _ids(folder / "tokenizer_2", "T5", prompts, config.text_length, config.t5.vocab_size)
-    clip = _ids(folder / "tokenizer", "CLIP", prompts, length, config.clip.vocab_size)
-    return t5, clip
+    clip_length = min(
+        _read_settings(folder / "tokenizer").get("model_max_length") or CLIP_LENGTH,
+        CLIP_LENGTH,
+        config.clip.max_position_embeddings,
+    )
+    t5_ids = _encode(
+        folder / "tokenizer_2", "T5", prompts, config.text_length, config.t5.vocab_size
+    )
+    clip_ids = _encode(folder / "tokenizer", "CLIP", prompts, clip_length, config.clip.vocab_size)
+    return t5_ids, clip_ids
 
 
-def _ids(folder: Path, name: str, prompts: Sequence[str], length: int, vocab: int) -> np.ndarray:
-    encodings = _load(str(folder), length).encode_batch(list(prompts))
+def _encode(
+    folder: Path, encoder: str, prompts: Sequence[str], length: int, vocab_size: int
+) -> np.ndarray:
+    """Token ids [b, length] by the tokenizer in `folder`, for the text encoder named `encoder`."""
+    encodings = _load_tokenizer(str(folder), length).encode_batch(list(prompts))
     for i, (prompt, encoding) in enumerate(zip(prompts, encodings, strict=True)):
         if encoding.overflowing:
-            rest = encoding.overflowing[0]
-            marks = zip(rest.offsets, rest.special_tokens_mask, strict=True)
-            start = next(offset[0] for offset, special in marks if not special)
+            overflow = encoding.overflowing[0]
+            tokens = zip(overflow.offsets, overflow.special_tokens_mask, strict=True)
+            start = next(offset[0] for offset, is_special in tokens if not is_special)
             warnings.warn(
-                f"{name} takes {length} tokens and prompt[{i}] has more: {name} does not see "
+                f"prompt[{i}] has more than {length} {encoder} tokens; {encoder} does not see "
                 f"{prompt[start:].strip()!r}",
                 UserWarning,
                 stacklevel=4,
             )
     ids = np.array([encoding.ids for encoding in encodings], np.int32)
-    if ids.max() >= vocab:
+    if ids.max() >= vocab_size:
         raise ValueError(
-            f"{folder} gives the id {ids.max()}, expected ids below {vocab}, the vocabulary of "
-            f"{name}: the tokenizer is another model's"
+            f"{folder} gives token id {ids.max()}; expected ids below {vocab_size}, the vocabulary "
+            f"size of {encoder}: the tokenizer belongs to another model"
         )
     return ids
 
 
 @lru_cache(maxsize=16)
-def _load(folder: str, length: int) -> Tokenizer:
-    """The tokenizer of one folder, set to cut and pad to `length`.
+def _load_tokenizer(folder: str, length: int) -> Tokenizer:
+    """Load the tokenizer of one folder, with truncation and padding to `length`.
 
-    `tokenizer.json` is read by `tokenizers` alone, which takes 10 ms to import and gives the same
-    ids; `transformers` takes a second. Folders in older formats (FLUX.1-dev's CLIP has only
-    `vocab.json` and `merges.txt`) are read by `transformers`: by the two classes by name, since
-    `AutoTokenizer` would import torch where it is installed.
+    The `tokenizers` package reads `tokenizer.json`, gives the same ids as `transformers` and
+    imports in 10 ms instead of a second. Only `transformers` reads the older formats; FLUX.1-dev's
+    CLIP has `vocab.json` and `merges.txt` only. They are read by the tokenizer's own class,
+    because `AutoTokenizer` imports torch if it is installed.
     """
     path = Path(folder)
-    kind = path.name
-    older = ("vocab.json", "merges.txt") if kind == "tokenizer" else ("spiece.model",)
+    is_clip = path.name == "tokenizer"
+    older_files = ("vocab.json", "merges.txt") if is_clip else ("spiece.model",)
     if (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    elif all((path / file).is_file() for file in older):
+    elif all((path / file).is_file() for file in older_files):
         from transformers import CLIPTokenizer, T5Tokenizer
 
-        cls = CLIPTokenizer if kind == "tokenizer" else T5Tokenizer
+        cls = CLIPTokenizer if is_clip else T5Tokenizer
         tokenizer = cls.from_pretrained(folder, local_files_only=True).backend_tokenizer
     else:
-        wanted = f"tokenizer.json or {' and '.join(older)}"
+        expected = f"tokenizer.json or {' and '.join(older_files)}"
         raise FileNotFoundError(
-            f"no tokenizer in {path}: expected {wanted}"
+            f"no tokenizer in {path}; expected {expected}"
             if path.is_dir()
-            else f"no tokenizer: there is no folder {path}, expected one with {wanted}"
+            else f"no tokenizer: {path} does not exist; expected a folder with {expected}"
         )
-    pad = _settings(path).get("pad_token") or PAD_TOKENS[kind]
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    pad_id = tokenizer.token_to_id(pad)
+    pad_token = _read_settings(path).get("pad_token") or PAD_TOKENS[path.name]
+    if isinstance(pad_token, dict):
+        pad_token = pad_token["content"]
+    pad_id = tokenizer.token_to_id(pad_token)
     if pad_id is None:
-        raise ValueError(f"{path}: the padding token {pad!r} is not in the vocabulary")
+        raise ValueError(
+            f"{path} has the padding token {pad_token!r}; expected a token of its vocabulary"
+        )
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)
     return tokenizer
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What the side files say; `tokenizer_config.json` has the last word."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Merge the tokenizer's settings files; those of `tokenizer_config.json` take precedence."""
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            read = json.loads((path / name).read_text(encoding="utf-8"))
-            merged |= {key: value for key, value in read.items() if value is not None}
+            settings = json.loads((path / name).read_text(encoding="utf-8"))
+            merged |= {key: value for key, value in settings.items() if value is not None}
     return merged
-
-
-def _max_length(path: Path) -> int | None:
-    return _settings(path).get("model_max_length")
