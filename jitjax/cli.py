@@ -32,8 +32,9 @@ examples:
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
 
 The prompt and the settings are stored in the text chunks of the PNG file. Compiled programs are
-cached in {cache}
-(set JAX_COMPILATION_CACHE_DIR for another folder), so later images of the same size start faster.
+cached, so that later images of the same size start faster, in
+{cache}
+or in the folder that JAX_COMPILATION_CACHE_DIR names.
 """
 
 
@@ -143,7 +144,7 @@ def _output_paths(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--out is {str(out)!r}; expected a name that ends in .png")
     if not out.parent.is_dir():
         raise FileNotFoundError(
-            f"--out is {str(out)!r}; expected an existing folder instead of {str(out.parent)!r}"
+            f"--out is {str(out)!r}; expected the folder {str(out.parent)!r} to exist"
         )
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; expected at least 1")

@@ -1,4 +1,4 @@
-"""`sample`, `denoise`, `decode`: keys, batches, shapes, and what they refuse."""
+"""`sample`, `denoise` and `decode`: keys, batches, transformations and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def noise():
     return jax.random.normal(jax.random.key(0), (2, 16, 64))
 
 
-def test_a_picture_is_float32_between_0_and_1(small):
+def test_images_are_float32_in_0_to_1(small):
     image = jitjax.sample(small, PROMPT, key=jax.random.key(0), height=64, width=96, plan=PLAN)
     assert image.shape == (1, 64, 96, 3)
     assert image.dtype == jnp.float32
@@ -44,24 +44,24 @@ def test_a_picture_is_float32_between_0_and_1(small):
         PLAN,
         PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
     ],
-    ids=["dense", "sparse", "all that is drawn"],
+    ids=["dense", "sparse", "random choices"],
 )
-def test_the_same_key_gives_the_same_picture_in_any_batch_and_padding(small, plan):
+def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
     key = jax.random.key(3)
     prompts = [PROMPT, "a small blue square", PROMPT]
     batch = jitjax.sample(small, prompts, key=key, plan=plan)
     again = jitjax.sample(small, prompts, key=key, plan=plan)
     np.testing.assert_array_equal(batch, again)
-    assert float(jnp.abs(batch[0] - batch[2]).max()) > 1e-3  # keys differ within a batch
+    assert float(jnp.abs(batch[0] - batch[2]).max()) > 1e-3  # Same prompt, different keys.
     keys = batch_keys(key, 3)
-    alone = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan)
-    # Another batch size is another program: equal to rounding.
-    np.testing.assert_allclose(alone[0], batch[1], atol=1e-4)
+    single = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan)
+    # Each batch size compiles to its own program, which rounds differently.
+    np.testing.assert_allclose(single[0], batch[1], atol=1e-4)
     padded = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan.replace(pad_to=32))
     np.testing.assert_allclose(padded[0], batch[1], atol=1e-4)
 
 
-def test_one_key_begins_a_larger_batch_with_the_same_pictures():
+def test_larger_batches_begin_with_the_keys_of_smaller_ones():
     keys = [jax.random.key_data(batch_keys(jax.random.key(3), b)) for b in (2, 5)]
     np.testing.assert_array_equal(keys[0], keys[1][:2])
     assert len(np.unique(keys[1], axis=0)) == 5
@@ -69,41 +69,43 @@ def test_one_key_begins_a_larger_batch_with_the_same_pictures():
 
 def test_sample_is_encode_denoise_decode(small):
     key = jax.random.key(5)
-    whole = jitjax.sample(small, PROMPT, key=key, plan=PLAN)
-    noise_key, run_key = jax.random.split(batch_keys(key, 1)[0])
+    image = jitjax.sample(small, PROMPT, key=key, plan=PLAN)
+    noise_key, denoise_key = jax.random.split(batch_keys(key, 1)[0])
     noise = jax.random.normal(noise_key, (1, 16, 64))
     tokens = jitjax.denoise(
-        small, jitjax.encode_prompt(small, PROMPT), noise, plan=PLAN, key=run_key[None]
+        small, jitjax.encode_prompt(small, PROMPT), noise, plan=PLAN, key=denoise_key[None]
     )
-    np.testing.assert_array_equal(whole, jitjax.decode(small, tokens, grid=(4, 4)))
+    np.testing.assert_array_equal(image, jitjax.decode(small, tokens, grid=(4, 4)))
 
 
-def test_progress_changes_nothing(small, capsys):
-    args = (small, PROMPT)
-    plain = jitjax.sample(*args, key=jax.random.key(0), plan=PLAN)
-    shown = jitjax.sample(*args, key=jax.random.key(0), plan=PLAN, progress=True)
-    np.testing.assert_allclose(plain, shown, atol=1e-4)
+def test_progress_does_not_change_the_image(small, capsys):
+    arguments = {"key": jax.random.key(0), "plan": PLAN}
+    expected = jitjax.sample(small, PROMPT, **arguments)
+    got = jitjax.sample(small, PROMPT, **arguments, progress=True)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
     assert "3/3" in capsys.readouterr().err
 
 
-def test_old_style_keys_are_taken(small):
-    new = jitjax.sample(small, PROMPT, key=jax.random.key(1), plan=Plan(1))
-    old = jitjax.sample(small, PROMPT, key=jax.random.PRNGKey(1), plan=Plan(1))
-    np.testing.assert_array_equal(new, old)
+def test_legacy_keys_are_accepted(small):
+    expected = jitjax.sample(small, PROMPT, key=jax.random.key(1), plan=Plan(1))
+    got = jitjax.sample(small, PROMPT, key=jax.random.PRNGKey(1), plan=Plan(1))
+    np.testing.assert_array_equal(got, expected)
 
 
-def test_a_conditioning_stands_for_a_prompt(small, conditioning):
+def test_sample_accepts_a_conditioning(small, conditioning):
     key = jax.random.key(0)
-    by_prompt = jitjax.sample(small, [PROMPT, "a small blue square"], key=key, plan=Plan(1))
-    by_embedding = jitjax.sample(small, conditioning, key=key, plan=Plan(1))
-    np.testing.assert_array_equal(by_prompt, by_embedding)
+    from_prompts = jitjax.sample(small, [PROMPT, "a small blue square"], key=key, plan=Plan(1))
+    from_embeddings = jitjax.sample(small, conditioning, key=key, plan=Plan(1))
+    np.testing.assert_array_equal(from_prompts, from_embeddings)
 
 
-def test_noise_of_the_micro_flow_may_be_given(small, conditioning, noise):
-    first = jnp.arange(8)
+def test_microflow_noise_argument(small, conditioning, noise):
+    anchors = jnp.arange(8)
 
-    def run(plan, **more):
-        return jitjax.denoise(small, conditioning, noise, plan=plan, first_anchors=first, **more)
+    def run(plan, **arguments):
+        return jitjax.denoise(
+            small, conditioning, noise, plan=plan, first_anchors=anchors, **arguments
+        )
 
     initial = run(PLAN)
     np.testing.assert_array_equal(run(PLAN, microflow_noise=noise), initial)
@@ -113,21 +115,21 @@ def test_noise_of_the_micro_flow_may_be_given(small, conditioning, noise):
     assert float(jnp.abs(run(fresh, key=jax.random.key(0)) - initial).max()) > 1e-4
 
 
-def test_denoise_traces_under_jit_vmap_and_grad(small, conditioning, noise):
+def test_denoise_under_jit_vmap_and_grad(small, conditioning, noise):
     def run(params, noise, key):
         return jitjax.denoise(params, conditioning, noise, plan=PLAN, key=key)
 
-    plain = run(small, noise, jax.random.key(1))
+    expected = run(small, noise, jax.random.key(1))
     jitted = jax.jit(run)(small, noise, jax.random.key(1))
-    np.testing.assert_allclose(jitted, plain, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jitted, expected, rtol=1e-4, atol=1e-4)
     keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
     mapped = jax.vmap(lambda key: run(small, noise, key))(keys)
-    np.testing.assert_allclose(mapped[0], plain, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mapped[0], expected, rtol=1e-4, atol=1e-4)
     gradient = jax.grad(lambda p: (run(p, noise, jax.random.key(1)) ** 2).mean())(small)
-    sizes = [float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient.transformer)]
-    assert np.isfinite(sizes).all()
-    assert max(sizes) > 0
-    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(gradient.autoencoder))
+    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient.transformer)]
+    assert np.isfinite(largest).all()
+    assert max(largest) > 0
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient.autoencoder))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -145,7 +147,7 @@ def test_denoise_traces_under_jit_vmap_and_grad(small, conditioning, noise):
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"expected \[\] or \[1\]"),
     ],
 )
-def test_sample_refuses(small, change, message):
+def test_sample_rejects_invalid_arguments(small, change, message):
     arguments = {"prompt": PROMPT, "key": jax.random.key(0), "plan": "4x"} | change
     with pytest.raises(ValueError, match=message):
         jitjax.sample(small, arguments.pop("prompt"), **arguments)
@@ -153,7 +155,7 @@ def test_sample_refuses(small, change, message):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("prompt", [[PROMPT, 3], 7, None])
-def test_sample_refuses_prompts_that_are_not_strings(small, prompt):
+def test_sample_rejects_prompts_that_are_not_strings(small, prompt):
     with pytest.raises(TypeError, match="expected a"):
         jitjax.sample(small, prompt, key=jax.random.key(0))
 
@@ -177,25 +179,25 @@ def test_sample_refuses_prompts_that_are_not_strings(small, prompt):
         ({"key": None, "first_anchors": None}, "needs for first_anchors"),
     ],
 )
-def test_denoise_refuses(small, conditioning, noise, change, message):
+def test_denoise_rejects_invalid_arguments(small, conditioning, noise, change, message):
     arguments = {"noise": noise, "key": jax.random.key(0), "plan": PLAN} | change
     with pytest.raises(ValueError, match=message):
         jitjax.denoise(small, conditioning, arguments.pop("noise"), **arguments)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_decode_refuses_tokens_that_do_not_fit(small):
-    with pytest.raises(ValueError, match=r"expected \[batch, 6, 64\]"):
+def test_decode_rejects_tokens_that_do_not_fit_the_grid(small):
+    with pytest.raises(ValueError, match=r"has shape \[1, 4, 64\]; expected \[batch, 6, 64\]"):
         jitjax.decode(small, jnp.zeros((1, 4, 64)), grid=(2, 3))
 
 
 def test_torch_is_never_imported():
-    code = (
+    program = (
         "import sys, jax, jitjax, jitjax.cli\n"
         "params = jitjax.load('tiny')\n"
         "jitjax.sample(params, 'a circle', key=jax.random.key(0), height=32, width=32,"
         " plan=jitjax.Plan(1))\n"
         "assert not {'torch', 'diffusers'} & set(sys.modules), 'torch was imported'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -59,7 +59,7 @@ def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
         (("--seed", "-1"), "--seed is -1"),
         (("--checkpoint", "nowhere"), "no checkpoint at 'nowhere'"),
         (("-o", "image.jpg"), "ends in .png"),
-        (("-o", "nowhere/image.png"), "expected an existing folder instead of 'nowhere'"),
+        (("-o", "nowhere/image.png"), "expected the folder 'nowhere' to exist"),
     ],
 )
 def test_errors_print_one_line_and_exit_with_status_2(

@@ -1,4 +1,4 @@
-"""Prompts to ids to conditioning, with small tokenizers made here as FLUX folders hold them."""
+"""Tokenization and text encoding, with small tokenizers in the file formats of FLUX folders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIG = FluxConfig(
 
 
 def write_t5(folder: Path, **settings) -> None:
-    """`tokenizer_2/` as T5's: Unigram over pieces that begin with a space, </s> at the end."""
+    """Write a T5 `tokenizer_2` folder: a Unigram model that appends </s>."""
     folder.mkdir(parents=True)
     scores = [-2.0 if len(piece) > 1 else -9.0 for piece in T5_VOCAB]
     tokenizer = Tokenizer(models.Unigram(list(zip(T5_VOCAB, scores, strict=True)), unk_id=2))
@@ -63,7 +63,7 @@ def write_t5(folder: Path, **settings) -> None:
 
 
 def write_clip(folder: Path, **settings) -> None:
-    """`tokenizer/` as FLUX.1-dev's: `vocab.json` and `merges.txt` only."""
+    """Write a CLIP `tokenizer` folder as in FLUX.1-dev, with `vocab.json` and `merges.txt` only."""
     folder.mkdir(parents=True)
     vocab = {token: i for i, token in enumerate([*CLIP_VOCAB, "<|startoftext|>", "<|endoftext|>"])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -73,7 +73,7 @@ def write_clip(folder: Path, **settings) -> None:
 
 
 def write_clip_json(folder: Path, **settings) -> None:
-    """`tokenizer/` as newer folders have it: `tokenizer.json`."""
+    """Write a CLIP `tokenizer` folder in the newer format, with `tokenizer.json`."""
     folder.mkdir(parents=True)
     vocab = {token: i for i, token in enumerate([*CLIP_VOCAB, "<|startoftext|>", "<|endoftext|>"])}
     merges = [tuple(merge.split()) for merge in CLIP_MERGES]
@@ -113,20 +113,22 @@ def folder(tmp_path_factory) -> str:
 def params(folder):
     rng = np.random.default_rng(0)
 
-    def random(tree):
-        return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), tree)
+    def random_tree(tree):
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), tree
+        )
 
     return FluxParams(
         transformer={},
-        t5=random(t5.abstract_params(CONFIG.t5)),
-        clip=random(clip.abstract_params(CONFIG.clip)),
+        t5=random_tree(t5.abstract_params(CONFIG.t5)),
+        clip=random_tree(clip.abstract_params(CONFIG.clip)),
         autoencoder={},
         config=CONFIG,
         tokenizer=folder,
     )
 
 
-def test_ids(folder):
+def test_token_ids(folder):
     t5_ids, clip_ids = tokenize(folder, ["red ab", "", "Red"], CONFIG)
     assert t5_ids.dtype == clip_ids.dtype == np.int32
     a = LETTERS.index("a")
@@ -136,8 +138,8 @@ def test_ids(folder):
     expected = [START, red, a, 26 + LETTERS.index("b"), END, END, END, END]
     np.testing.assert_array_equal(clip_ids[0], expected)
     np.testing.assert_array_equal(clip_ids[1], [START] + [END] * 7)
-    assert t5_ids[2, 0] == 3  # T5 knows upper case: the capital is unknown
-    assert clip_ids[2, 1] == red  # CLIP does not
+    assert t5_ids[2, 0] == 3  # T5 keeps the case, and the vocabulary has no capitals.
+    assert clip_ids[2, 1] == red  # CLIP lowercases.
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_ids(folder):
         ({"model_max_length": 99}, 4, 4),
     ],
 )
-def test_clip_length(tmp_path, settings, positions: int, expected: int):
+def test_clip_length_is_the_least_limit(tmp_path, settings, positions: int, expected: int):
     write_clip_json(tmp_path / "tokenizer", **settings)
     write_t5(tmp_path / "tokenizer_2")
     clip_config = CLIPConfig(
@@ -161,7 +163,7 @@ def test_clip_length(tmp_path, settings, positions: int, expected: int):
 
 
 def test_older_formats_give_the_same_ids(folder, tmp_path):
-    """`vocab.json` and `merges.txt` go through transformers, `tokenizer.json` does not."""
+    """transformers reads `vocab.json` and `merges.txt`; `tokenizers` reads `tokenizer.json`."""
     write_clip(tmp_path / "tokenizer", model_max_length=8)
     write_t5(tmp_path / "tokenizer_2")
     prompts = ["red abc", "", "Red red", "a b"]
@@ -171,16 +173,16 @@ def test_older_formats_give_the_same_ids(folder, tmp_path):
 
 
 def test_same_ids_as_transformers(folder):
-    """The direct reading of `tokenizer.json` against the call that diffusers' pipeline makes."""
+    """`tokenize` gives the ids of the transformers call in diffusers' pipeline."""
     from transformers import CLIPTokenizer, T5Tokenizer
 
     prompts = ["red ab", "", "blue circle", "  two   spaces ", "é zz</s> red", "red, red!"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        got = tokenize(folder, prompts, CONFIG)
+        t5_ids, clip_ids = tokenize(folder, prompts, CONFIG)
     t5_tokenizer = T5Tokenizer.from_pretrained(f"{folder}/tokenizer_2")
     clip_tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")
-    for tokenizer, ids in ((t5_tokenizer, got[0]), (clip_tokenizer, got[1])):
+    for tokenizer, ids in ((t5_tokenizer, t5_ids), (clip_tokenizer, clip_ids)):
         expected = tokenizer(
             prompts, padding="max_length", max_length=ids.shape[1], truncation=True
         ).input_ids
@@ -188,7 +190,7 @@ def test_same_ids_as_transformers(folder):
 
 
 def test_sentencepiece_file(tmp_path):
-    """A folder that holds `spiece.model` and no `tokenizer.json`."""
+    """A folder with `spiece.model` and no `tokenizer.json`."""
     import sentencepiece
 
     write_clip_json(tmp_path / "tokenizer")
@@ -210,19 +212,19 @@ def test_sentencepiece_file(tmp_path):
     np.testing.assert_array_equal(t5_ids[0], expected)
 
 
-def test_warning_names_the_text_that_is_cut(folder):
-    with pytest.warns(UserWarning, match="does not see") as caught:
+def test_warning_quotes_the_truncated_text(folder):
+    with pytest.warns(UserWarning, match="does not see") as warned:
         t5_ids, clip_ids = tokenize(folder, ["red", "red red red red red Blue circle red"], CONFIG)
-    messages = [str(warning.message) for warning in caught]
+    messages = [str(warning.message) for warning in warned]
     assert messages == [
-        "T5 takes 6 tokens and prompt[1] has more: T5 does not see 'Blue circle red'",
-        "CLIP takes 8 tokens and prompt[1] has more: CLIP does not see 'lue circle red'",
+        "prompt[1] has more than 6 T5 tokens; T5 does not see 'Blue circle red'",
+        "prompt[1] has more than 8 CLIP tokens; CLIP does not see 'lue circle red'",
     ]
-    assert t5_ids[1, -1] == 1  # the end is kept
+    assert t5_ids[1, -1] == 1  # Truncation keeps the end-of-text token.
     assert clip_ids[1, -1] == END
 
 
-def test_no_warning_at_the_exact_length(folder):
+def test_no_warning_for_a_prompt_of_exactly_the_length(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         t5_ids, clip_ids = tokenize(folder, ["red red red red red"], CONFIG)
@@ -231,33 +233,33 @@ def test_no_warning_at_the_exact_length(folder):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_bad_prompts(params):
-    with pytest.raises(ValueError, match=r"prompts are empty, expected at least one"):
+def test_invalid_prompts(params):
+    with pytest.raises(ValueError, match=r"prompts is empty; expected at least one"):
         encode_prompt(params, [])
-    with pytest.raises(TypeError, match=r"prompt\[1\] is int, expected a string"):
+    with pytest.raises(TypeError, match=r"prompt\[1\] is int; expected a string"):
         encode_prompt(params, ["red", 3])
-    with pytest.raises(TypeError, match=r"prompt\[0\] is NoneType, expected a string"):
+    with pytest.raises(TypeError, match=r"prompt\[0\] is NoneType; expected a string"):
         encode_prompt(params, [None])
     for prompts in (None, 3, b"red", {"red": 1}):
-        with pytest.raises(TypeError, match=rf"prompts are {type(prompts).__name__}"):
+        with pytest.raises(TypeError, match=rf"prompts is {type(prompts).__name__}"):
             encode_prompt(params, prompts)
 
 
 def test_missing_tokenizer(tmp_path, params):
     with pytest.raises(
-        FileNotFoundError, match=r"no folder .*tokenizer_2.* tokenizer\.json or spiece"
+        FileNotFoundError, match=r"tokenizer_2 does not exist; .* tokenizer\.json or spiece"
     ):
         tokenize(tmp_path, ["red"], CONFIG)
     write_t5(tmp_path / "tokenizer_2")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match=r"tokenizer: expected .* vocab\.json and merges\.txt"
+        FileNotFoundError, match=r"tokenizer; expected .* vocab\.json and merges\.txt"
     ):
         tokenize(tmp_path, ["red"], CONFIG)
-    without = dataclasses.replace(params, clip={})
+    without_clip = dataclasses.replace(params, clip={})
     with pytest.raises(ValueError, match=r"have no clip, only t5; .* pass a Conditioning"):
-        encode_prompt(without, "red")
+        encode_prompt(without_clip, "red")
 
 
 def test_tokenizer_of_another_model(tmp_path, folder):
@@ -266,72 +268,76 @@ def test_tokenizer_of_another_model(tmp_path, folder):
         t5=T5Config(vocab_size=5, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2),
         clip=CONFIG.clip,
     )
-    with pytest.raises(ValueError, match=r"tokenizer_2 gives the id 6, expected ids below 5"):
+    with pytest.raises(ValueError, match=r"tokenizer_2 gives token id 6; expected ids below 5"):
         tokenize(folder, ["circle"], config)
     write_clip_json(tmp_path / "tokenizer", pad_token="<none>")
     write_t5(tmp_path / "tokenizer_2")
-    with pytest.raises(ValueError, match=r"padding token '<none>' is not in the vocabulary"):
+    with pytest.raises(ValueError, match=r"padding token '<none>'; expected a token of its vocab"):
         tokenize(tmp_path, ["red"], CONFIG)
 
 
 def test_encode_prompt(params):
-    one = encode_prompt(params, "red ab")
-    assert one.text.shape == (1, 6, 8)
-    assert one.pooled.shape == (1, 6)
-    assert one.text.dtype == one.pooled.dtype == jnp.float32
-    several = encode_prompt(params, ("", "red ab", "blue"))
-    np.testing.assert_allclose(several.text[1], one.text[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(several.pooled[1], one.pooled[0], rtol=1e-5, atol=1e-6)
-    assert np.abs(several.text[0] - several.text[1]).max() > 1e-3
+    single = encode_prompt(params, "red ab")
+    assert single.text.shape == (1, 6, 8)
+    assert single.pooled.shape == (1, 6)
+    assert single.text.dtype == single.pooled.dtype == jnp.float32
+    batch = encode_prompt(params, ("", "red ab", "blue"))
+    np.testing.assert_allclose(batch.text[1], single.text[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch.pooled[1], single.pooled[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(batch.text[0] - batch.text[1]).max() > 1e-3
 
     t5_ids, clip_ids = tokenize(params.tokenizer, ["red ab"], CONFIG)
     encode, pool = jax.jit(T5Encoder(CONFIG.t5).apply), jax.jit(CLIPText(CONFIG.clip).apply)
-    text = encode({"params": params.t5}, jnp.asarray(t5_ids))  # no mask, as FLUX
+    text = encode({"params": params.t5}, jnp.asarray(t5_ids))  # FLUX does not mask padding.
     _, pooled = pool({"params": params.clip}, jnp.asarray(clip_ids))
-    np.testing.assert_allclose(one.text, text, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(one.pooled, pooled, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(single.text, text, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(single.pooled, pooled, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_encode_prompt_in_the_parameters_dtype(params, dtype):
-    cast = {
+    narrow = {
         name: jax.tree.map(lambda x: x.astype(dtype), vars(params)[name]) for name in ("t5", "clip")
     }
-    got = encode_prompt(dataclasses.replace(params, **cast), "red")
+    got = encode_prompt(dataclasses.replace(params, **narrow), "red")
     exact = encode_prompt(params, "red")
     assert got.text.dtype == got.pooled.dtype == jnp.float32
     difference = float(np.abs(got.text - exact.text).max() / np.abs(exact.text).max())
-    # float16 parameters are computed on in float32, bfloat16 ones in bfloat16
+    # The encoders compute in float32 for float16 parameters, in bfloat16 for bfloat16 ones.
     assert 0 < difference < (0.1 if dtype == jnp.bfloat16 else 0.005)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_conditioning_check():
-    good = Conditioning(jnp.zeros((2, 5, 8)), jnp.zeros((2, 6)))
-    good.check(CONFIG)
-    good.check(CONFIG, batch=2)
-    jax.eval_shape(lambda c: c.check(CONFIG), good)
+    valid = Conditioning(jnp.zeros((2, 5, 8)), jnp.zeros((2, 6)))
+    valid.check(CONFIG)
+    valid.check(CONFIG, batch=2)
+    jax.eval_shape(lambda c: c.check(CONFIG), valid)
     for text, pooled, message in (
-        ((5, 8), (2, 6), r"text has shape \[5, 8\], expected \[batch, tokens, 8\]"),
-        ((2, 5, 9), (2, 6), r"text has shape \[2, 5, 9\], expected \[batch, tokens, 8\]"),
-        ((2, 5, 8), (2, 1, 6), r"pooled has shape \[2, 1, 6\], expected \[batch, 6\]"),
-        ((2, 5, 8), (2, 7), r"pooled has shape \[2, 7\], expected \[batch, 6\]"),
-        ((2, 5, 8), (3, 6), r"pooled has a batch of 3, expected that of Conditioning.text, 2"),
+        ((5, 8), (2, 6), r"text has shape \[5, 8\]; expected \[batch, tokens, 8\]"),
+        ((2, 5, 9), (2, 6), r"text has shape \[2, 5, 9\]; expected \[batch, tokens, 8\]"),
+        ((2, 5, 8), (2, 1, 6), r"pooled has shape \[2, 1, 6\]; expected \[batch, 6\]"),
+        ((2, 5, 8), (2, 7), r"pooled has shape \[2, 7\]; expected \[batch, 6\]"),
+        (
+            (2, 5, 8),
+            (3, 6),
+            r"pooled has batch size 3; expected 2",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Conditioning(jnp.zeros(text), jnp.zeros(pooled)).check(CONFIG)
     with pytest.raises(ValueError, match=r"expected \[3, tokens, 8\]"):
-        good.check(CONFIG, batch=3)
+        valid.check(CONFIG, batch=3)
 
 
 def test_conditioning_is_a_pytree():
-    value = Conditioning(jnp.zeros((2, 5, 8)), jnp.ones((2, 6)))
-    doubled = jax.jit(lambda c: jax.tree.map(lambda x: 2 * x, c))(value)
+    conditioning = Conditioning(jnp.zeros((2, 5, 8)), jnp.ones((2, 6)))
+    doubled = jax.jit(lambda c: jax.tree.map(lambda x: 2 * x, c))(conditioning)
     np.testing.assert_array_equal(doubled.pooled, 2)
 
 
 def test_torch_is_not_imported(folder, tmp_path):
-    """Whether torch is installed or not, and for both ways of reading a tokenizer."""
+    """Reading a tokenizer of either format does not import torch, even if it is installed."""
     write_clip(tmp_path / "tokenizer", model_max_length=8)
     write_t5(tmp_path / "tokenizer_2")
     program = f"""
@@ -345,5 +351,5 @@ assert not {{"transformers", "torch"}} & set(sys.modules)
 tokenize({str(tmp_path)!r}, ["red"], config)
 assert "transformers" in sys.modules and "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

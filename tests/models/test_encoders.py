@@ -1,6 +1,6 @@
-"""The text encoders and the autoencoder by themselves: sizes, shapes, dtypes, what must not matter.
+"""The text encoders and the autoencoder: parameter counts, shapes, dtypes, masks, rule tables.
 
-That their numbers are right is shown against PyTorch, in `tests/parity`.
+`tests/parity` compares their outputs with PyTorch.
 """
 
 from __future__ import annotations
@@ -111,18 +111,18 @@ def test_jit_and_dtype(dtype):
         assert np.isfinite(np.asarray(value, np.float32)).all()
 
 
-def test_t5_mask_hides_what_the_padding_holds():
+def test_t5_mask_hides_padding():
     variables = {"params": random_params("t5")}
     ids = jnp.array([[3, 4, 5, 0, 0], [3, 4, 5, 9, 8]])
     mask = jnp.arange(5)[None].repeat(2, 0) < 3
     encode = jax.jit(t5.T5Encoder(T5).apply)
-    hidden, other = encode(variables, ids, mask)
-    np.testing.assert_allclose(hidden[:3], other[:3], rtol=1e-6, atol=1e-6)
-    hidden, other = encode(variables, ids)
-    assert np.abs(hidden[:3] - other[:3]).max() > 1e-3
+    first, second = encode(variables, ids, mask)
+    np.testing.assert_allclose(first[:3], second[:3], rtol=1e-6, atol=1e-6)
+    first, second = encode(variables, ids)
+    assert np.abs(first[:3] - second[:3]).max() > 1e-3
 
 
-def test_clip_does_not_look_ahead():
+def test_clip_attention_is_causal():
     variables = {"params": random_params("clip")}
     encode = jax.jit(clip.CLIPText(CLIP).apply)
     hidden, _ = encode(variables, jnp.array([[3, 4, 5, 29], [3, 4, 9, 8]]))
@@ -138,7 +138,7 @@ def test_end_of_text(eos: int, expected: list[int]):
     np.testing.assert_array_equal(clip.end_of_text(ids, eos), expected)
 
 
-def test_latents_scale_and_back():
+def test_from_latents_inverts_to_latents():
     config = AutoencoderConfig()
     mean = jnp.linspace(-3, 3, 16).reshape(1, 1, 1, 16)
     latents = autoencoder.to_latents(mean, config)
@@ -146,37 +146,37 @@ def test_latents_scale_and_back():
     np.testing.assert_allclose(autoencoder.from_latents(latents, config), mean, atol=1e-6)
 
 
-def test_errors_say_what_was_got():
-    with pytest.raises(ValueError, match=r"13 ids per text, expected at most .* = 12"):
+def test_inputs_of_unsupported_sizes_are_errors():
+    with pytest.raises(ValueError, match=r"13 tokens per prompt; expected at most .* = 12"):
         clip.CLIPText(CLIP).apply({"params": random_params("clip")}, jnp.zeros((1, 13), int))
-    with pytest.raises(ValueError, match=r"images of 6 x 5, expected multiples of 2"):
+    with pytest.raises(ValueError, match=r"images are 6 x 5 pixels; expected multiples of 2"):
         autoencoder.Autoencoder(AUTOENCODER).apply(
             {"params": random_params("autoencoder")}, jnp.zeros((1, 6, 5, 3)), method="encode"
         )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tables_there_and_back(name: str):
+def test_apply_inverts_invert(name: str):
     module, config = MODELS[name]
-    flat = flatten_dict(jax.tree.map(np.asarray, random_params(name)), sep="/")
+    leaves = flatten_dict(jax.tree.map(np.asarray, random_params(name)), sep="/")
     rules = RULES[name](config)
-    written: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for rule in rules:
-        written |= invert(rule, flat[rule.target])
+        tensors |= invert(rule, leaves[rule.target])
     shapes = leaf_shapes(module.abstract_params(config))
-    check(rules, shapes, {n: w.shape for n, w in written.items()}, what=name)
+    check(rules, shapes, {key: tensor.shape for key, tensor in tensors.items()}, what=name)
     for rule in rules:
-        leaf = apply(rule, written.__getitem__, shapes[rule.target], np.float32)
-        np.testing.assert_array_equal(leaf, flat[rule.target], err_msg=rule.target)
+        leaf = apply(rule, tensors.__getitem__, shapes[rule.target], np.float32)
+        np.testing.assert_array_equal(leaf, leaves[rule.target], err_msg=rule.target)
 
 
-def test_names_in_other_spellings():
+def test_aliases_of_tensor_names():
     published = "text_model.encoder.layers.0.mlp.fc1.bias"
     short = published.removeprefix("text_model.")
     assert canonical_names([short], CLIP_ALIASES) == {published: short}
     assert canonical_names([published], CLIP_ALIASES) == {published: published}
-    both = canonical_names([short, published], CLIP_ALIASES)
-    assert both == {published: published, short: short}
+    names = canonical_names([short, published], CLIP_ALIASES)
+    assert names == {published: published, short: short}
 
     shared, tied = "shared.weight", "encoder.embed_tokens.weight"
     assert canonical_names([tied], T5_ALIASES) == {shared: tied}
@@ -186,6 +186,6 @@ def test_names_in_other_spellings():
 
 def test_missing_and_unknown_tensors_are_errors():
     rules, shapes = clip_rules(CLIP), leaf_shapes(clip.abstract_params(CLIP))
-    with pytest.raises(ConversionError, match=r"unmatched key: text_projection.weight") as caught:
+    with pytest.raises(ConversionError, match=r"unmatched key: text_projection.weight") as error:
         check(rules, shapes, {"text_projection.weight": (16, 16)}, what="clip")
-    assert "missing key: text_model.final_layer_norm.bias [16]" in str(caught.value)
+    assert "missing key: text_model.final_layer_norm.bias [16]" in str(error.value)

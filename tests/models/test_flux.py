@@ -1,4 +1,7 @@
-"""The transformer by itself: sizes, padding, transformations, errors. Parity is in tests/parity."""
+"""The FLUX transformer: parameter counts, shapes, padding, transformations and errors.
+
+`tests/parity` compares its outputs with diffusers.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ def params():
     return random_tree(abstract_params(CONFIG), seed=0)
 
 
-def inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:
+def random_inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:
     rng = np.random.default_rng(1)
     ids = np.stack([np.zeros(count), np.arange(count) // 2, np.arange(count) % 2], axis=-1)
-    given = {
+    arrays = {
         "tokens": rng.standard_normal((batch, count, 4)),
         "positions": np.broadcast_to(ids, (batch, count, 3)),
         "text": rng.standard_normal((batch, 3, 6)),
@@ -47,23 +50,23 @@ def inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:
         "sigma": rng.uniform(size=batch),
         "guidance": rng.uniform(1, 5, size=batch),
     }
-    return {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
+    return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
 @jax.jit
-def forward(params, given):
-    return MODEL.apply({"params": params}, **given)
+def forward(params, inputs):
+    return MODEL.apply({"params": params}, **inputs)
 
 
 @jax.jit
-def gradients(params, given):
-    """Of the sum of squared velocities, by parameters and by floating-point inputs."""
-    valid = given.pop("valid", None)
+def gradients(params, inputs):
+    """Gradients of the sum of squared velocities by the parameters and by the inputs."""
+    valid = inputs.pop("valid", None)
 
-    def loss(params, given):
-        return jnp.square(MODEL.apply({"params": params}, **given, valid=valid)).sum()
+    def loss(params, inputs):
+        return jnp.square(MODEL.apply({"params": params}, **inputs, valid=valid)).sum()
 
-    return jax.grad(loss, argnums=(0, 1))(params, given)
+    return jax.grad(loss, argnums=(0, 1))(params, inputs)
 
 
 def assert_close(got, expected):
@@ -79,7 +82,7 @@ def test_full_size_parameter_count(guidance: bool, count: int):
 
 
 def test_full_size_names_and_shapes():
-    """The table asks for exactly the tensors of the published file."""
+    """The rule table expects exactly the tensors of the published checkpoint."""
     published = {}
     file = Path(__file__).parents[1] / "data/flux_dev_transformer.txt"
     for line in file.read_text().splitlines():
@@ -88,15 +91,15 @@ def test_full_size_names_and_shapes():
             for i in range(int(blocks)):
                 published[name.replace("{i}", str(i))] = tuple(map(int, shape))
     config = TransformerConfig()
-    wanted = expected_sources(transformer_rules(config), leaf_shapes(abstract_params(config)))
-    assert wanted == published
+    expected = expected_sources(transformer_rules(config), leaf_shapes(abstract_params(config)))
+    assert expected == published
 
 
 def test_full_size_velocities():
-    """19 + 38 blocks at 1024 x 1024 in bfloat16, without a number computed."""
+    """Shapes and dtypes of 19 + 38 blocks at 1024 x 1024 in bfloat16, by `jax.eval_shape`."""
     config = TransformerConfig()
     shapes = [(1, 4096, 64), (1, 4096, 3), (1, 512, 4096), (1, 768), (1,), (1,)]
-    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     model = FluxTransformer(config, jnp.bfloat16)
     params = {"params": abstract_params(config, jnp.bfloat16)}
     out = jax.eval_shape(model.apply, params, *arrays)
@@ -104,98 +107,100 @@ def test_full_size_velocities():
 
 
 @pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, 1e30])
-def test_padding_has_no_influence(params, garbage: float):
-    given = inputs(2)
+def test_padding_does_not_change_velocities(params, garbage: float):
+    inputs = random_inputs(2)
     valid = jnp.asarray([[True] * 5 + [False] * 2] * 2)
-    padded = dict(given)
+    padded = dict(inputs)
     for name, width in (("tokens", 4), ("positions", 3)):
         padding = np.full((2, 2, width), garbage, np.float32)
-        padded[name] = jnp.asarray(np.concatenate([given[name], padding], axis=1))
+        padded[name] = jnp.asarray(np.concatenate([inputs[name], padding], axis=1))
     got = forward(params, padded | {"valid": valid})
-    assert_close(got[:, :5], forward(params, given))
+    assert_close(got[:, :5], forward(params, inputs))
     assert not np.asarray(got)[:, 5:].any()
-    _, of_inputs = gradients(params, padded | {"valid": valid})
-    for gradient in (of_inputs["tokens"], of_inputs["positions"]):
+    _, input_gradients = gradients(params, padded | {"valid": valid})
+    for gradient in (input_gradients["tokens"], input_gradients["positions"]):
         assert np.isfinite(gradient).all()
         assert not np.asarray(gradient)[:, 5:].any()
 
 
 def test_each_sample_has_its_own_padding(params):
-    given = inputs(2)
+    inputs = random_inputs(2)
     valid = jnp.asarray([[True, False, True, True, False], [True, False, True, False, True]])
-    together = np.asarray(forward(params, given | {"valid": valid}))
+    batched = np.asarray(forward(params, inputs | {"valid": valid}))
     for i in range(2):
-        one = {name: value[i : i + 1] for name, value in given.items()}
+        single = {name: value[i : i + 1] for name, value in inputs.items()}
         for name in ("tokens", "positions"):
-            one[name] = one[name][:, np.asarray(valid[i])]
-        assert_close(together[i, np.asarray(valid[i])], forward(params, one)[0])
+            single[name] = single[name][:, np.asarray(valid[i])]
+        assert_close(batched[i, np.asarray(valid[i])], forward(params, single)[0])
 
 
 def test_no_mask_without_padding(params):
-    given = inputs(2)
-    assert_close(forward(params, given | {"valid": jnp.ones((2, 5), bool)}), forward(params, given))
-    assert "select_n" not in str(jax.make_jaxpr(forward)(params, given))
+    inputs = random_inputs(2)
+    assert_close(
+        forward(params, inputs | {"valid": jnp.ones((2, 5), bool)}), forward(params, inputs)
+    )
+    assert "select_n" not in str(jax.make_jaxpr(forward)(params, inputs))
 
 
 def test_order_of_tokens_does_not_matter(params):
-    given = inputs(2)
+    inputs = random_inputs(2)
     order = np.asarray([3, 0, 4, 1, 2])
-    moved = given | {name: given[name][:, order] for name in ("tokens", "positions")}
-    assert_close(forward(params, moved), forward(params, given)[:, order])
+    permuted = inputs | {name: inputs[name][:, order] for name in ("tokens", "positions")}
+    assert_close(forward(params, permuted), forward(params, inputs)[:, order])
 
 
-def test_one_sigma_for_all_equals_one_each(params):
-    given = inputs(2)
-    scalars = given | {"sigma": 0.25, "guidance": jnp.float32(3.5)}
-    vectors = given | {"sigma": jnp.full(2, 0.25), "guidance": jnp.full(2, 3.5)}
+def test_scalar_sigma_equals_one_sigma_per_sample(params):
+    inputs = random_inputs(2)
+    scalars = inputs | {"sigma": 0.25, "guidance": jnp.float32(3.5)}
+    vectors = inputs | {"sigma": jnp.full(2, 0.25), "guidance": jnp.full(2, 3.5)}
     assert_close(forward(params, scalars), forward(params, vectors))
 
 
 def test_vmap_equals_batch(params):
-    given = inputs(2)
-    singles = jax.tree.map(lambda x: x[:, None], given)
+    inputs = random_inputs(2)
+    singles = jax.tree.map(lambda x: x[:, None], inputs)
     got = jax.jit(jax.vmap(forward, in_axes=(None, 0)))(params, singles)
-    assert_close(got[:, 0], forward(params, given))
+    assert_close(got[:, 0], forward(params, inputs))
 
 
 def test_gradient_reaches_every_parameter(params):
-    given = inputs(2, 7) | {"valid": jnp.asarray([[True] * 5 + [False] * 2] * 2)}
-    leaves = jax.tree_util.tree_leaves_with_path(gradients(params, given)[0])
-    largest = {jax.tree_util.keystr(k): np.abs(g).max() for k, g in leaves}
+    inputs = random_inputs(2, 7) | {"valid": jnp.asarray([[True] * 5 + [False] * 2] * 2)}
+    leaves = jax.tree_util.tree_leaves_with_path(gradients(params, inputs)[0])
+    largest = {jax.tree_util.keystr(path): np.abs(leaf).max() for path, leaf in leaves}
     assert not [name for name, value in largest.items() if not 0 < value < np.inf]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 0.1), (jnp.float16, 0.02)])
-def test_narrow_types(params, dtype, tolerance: float):
-    given = inputs(2)
+def test_narrow_dtypes(params, dtype, tolerance: float):
+    inputs = random_inputs(2)
     narrow = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}
     apply = jax.jit(FluxTransformer(CONFIG, dtype).apply)
-    got = apply(narrow, **given)
+    got = apply(narrow, **inputs)
     assert got.dtype == jnp.float32
-    expected = forward(params, given)
+    expected = forward(params, inputs)
     assert jnp.abs(got - expected).max() < tolerance * jnp.abs(expected).max()
-    # Sigma is embedded in float32: a step that the dtype cannot see makes a difference.
+    # Sigma is embedded in float32: a change too small for the dtype changes the velocities.
     first, second = (jnp.full(2, sigma) for sigma in (0.9, 0.90005))
     np.testing.assert_array_equal(first.astype(dtype), second.astype(dtype))
-    outs = [apply(narrow, **(given | {"sigma": sigma})) for sigma in (first, second)]
-    assert jnp.abs(outs[0] - outs[1]).max() > 0
+    velocities = [apply(narrow, **(inputs | {"sigma": sigma})) for sigma in (first, second)]
+    assert jnp.abs(velocities[0] - velocities[1]).max() > 0
 
 
 def test_guidance_is_ignored_by_a_model_without_it(params):
     config = TransformerConfig(**(vars(CONFIG) | {"guidance_embeds": False}))
     tree = {"params": {k: v for k, v in params.items() if k != "guidance_in"}}
-    given = inputs(2)
+    inputs = random_inputs(2)
 
     def program(guidance):
         apply = FluxTransformer(config).apply
-        return str(jax.make_jaxpr(lambda p: apply(p, **(given | {"guidance": guidance})))(tree))
+        return str(jax.make_jaxpr(lambda p: apply(p, **(inputs | {"guidance": guidance})))(tree))
 
     assert program(None) == program(7.0)
 
 
 @pytest.fixture
 def unchecked():
-    """As for users: the tests' shape checks would speak before the model does."""
+    """Disable the tests' shape checks, which would raise before the model's own checks."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -218,13 +223,13 @@ def unchecked():
         ({"valid": jnp.ones((2, 5))}, "valid has dtype float32"),
     ],
 )
-def test_wrong_inputs(change: dict, message: str):
+def test_invalid_inputs(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **(inputs(2) | change)))
+        jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **(random_inputs(2) | change)))
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_all_wrong_inputs_are_named_at_once():
+def test_one_error_lists_all_invalid_inputs():
     change = {"pooled": jnp.zeros((2, 6)), "sigma": jnp.zeros(3), "guidance": None}
     with pytest.raises(ValueError, match=r"pooled.*guidance.*sigma"):
-        jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **(inputs(2) | change)))
+        jax.eval_shape(lambda: MODEL.init(jax.random.key(0), **(random_inputs(2) | change)))

@@ -67,7 +67,9 @@ def reference(config: TransformerConfig, seed: int):
     return perturbed(diffusers.FluxTransformer2DModel(**dataclasses.asdict(config)), seed)
 
 
-def inputs(config: TransformerConfig, batch: int, grid: tuple[int, int], words: int, seed: int):
+def random_inputs(
+    config: TransformerConfig, batch: int, grid: tuple[int, int], words: int, seed: int
+):
     rng = np.random.default_rng(seed)
     rows, columns = grid
     row, column = np.divmod(np.arange(rows * columns), columns)
@@ -86,27 +88,27 @@ def inputs(config: TransformerConfig, batch: int, grid: tuple[int, int], words: 
     }
 
 
-def run_reference(model, config: TransformerConfig, given: dict) -> np.ndarray:
-    given = {name: torch.from_numpy(np.array(value)) for name, value in given.items()}
+def run_reference(model, config: TransformerConfig, inputs: dict) -> np.ndarray:
+    inputs = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
     with torch.no_grad():
         out = model(
-            hidden_states=given["tokens"],
-            encoder_hidden_states=given["text"],
-            pooled_projections=given["pooled"],
-            timestep=given["sigma"],
-            img_ids=given["positions"][0],
-            txt_ids=torch.zeros(given["text"].shape[1], 3),
-            guidance=given["guidance"] if config.guidance_embeds else None,
+            hidden_states=inputs["tokens"],
+            encoder_hidden_states=inputs["text"],
+            pooled_projections=inputs["pooled"],
+            timestep=inputs["sigma"],
+            img_ids=inputs["positions"][0],
+            txt_ids=torch.zeros(inputs["text"].shape[1], 3),
+            guidance=inputs["guidance"] if config.guidance_embeds else None,
             return_dict=False,
         )[0]
     return out.numpy()
 
 
-def run(config: TransformerConfig, params, given: dict, **more) -> np.ndarray:
-    given = {name: jnp.asarray(value) for name, value in (given | more).items()}
+def run(config: TransformerConfig, params, inputs: dict, **more) -> np.ndarray:
+    inputs = {name: jnp.asarray(value) for name, value in (inputs | more).items()}
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(FluxTransformer(config).apply)
-        return np.asarray(apply({"params": params}, **given))
+        return np.asarray(apply({"params": params}, **inputs))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -117,10 +119,10 @@ def run(config: TransformerConfig, params, given: dict, **more) -> np.ndarray:
 def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: int):
     config = CONFIGS[name]
     model = reference(config, seed=1)
-    given = inputs(config, batch, grid, words, seed=2)
-    expected = run_reference(model, config, given)
+    inputs = random_inputs(config, batch, grid, words, seed=2)
+    expected = run_reference(model, config, inputs)
     relative = error(
-        run(config, from_state("transformer", state_of(model), config), given), expected
+        run(config, from_state("transformer", state_of(model), config), inputs), expected
     )
     print(f"{name}, batch {batch}: relative error {relative:.1e}")
     assert relative < TOLERANCE
@@ -130,18 +132,18 @@ def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: i
 def test_padding_equals_diffusers_without_it(garbage: float):
     config = CONFIGS["guidance"]
     model = reference(config, seed=3)
-    given = inputs(config, 3, (3, 5), 7, seed=4)
-    expected = run_reference(model, config, given)
+    inputs = random_inputs(config, 3, (3, 5), 7, seed=4)
+    expected = run_reference(model, config, inputs)
     # Padding in the middle and at the end: the mask, not the place, has to count.
     places = np.setdiff1d(np.arange(20), [3, 11, 17, 18, 19])
     valid = np.zeros((3, 20), bool)
     valid[:, places] = True
     padded = {}
     for key in ("tokens", "positions"):
-        padded[key] = np.full((3, 20, given[key].shape[-1]), garbage, np.float32)
-        padded[key][:, places] = given[key]
+        padded[key] = np.full((3, 20, inputs[key].shape[-1]), garbage, np.float32)
+        padded[key][:, places] = inputs[key]
     got = run(
-        config, from_state("transformer", state_of(model), config), given | padded, valid=valid
+        config, from_state("transformer", state_of(model), config), inputs | padded, valid=valid
     )
     relative = error(got[:, places], expected)
     print(f"padding of {garbage}: relative error {relative:.1e}")
