@@ -11,11 +11,12 @@
 # %% [markdown]
 # # jitjax: fast FLUX sampling in JAX
 #
-# Install, load the bundled checkpoint, make a picture, compare the three plans, draw a batch. Runs
-# on a CPU, and as it is on a Colab GPU or TPU (Runtime, Change runtime type).
+# Install jitjax, load the bundled checkpoint, generate an image, compare the three plans and
+# generate a batch. The notebook runs on a CPU and, unchanged, on a Colab GPU or TPU (Runtime,
+# Change runtime type).
 
 # %%
-# On Colab this installs jitjax from the folder that this notebook's repository was cloned to.
+# On Colab, install jitjax from the clone of the repository that this notebook is in.
 import importlib.util
 import subprocess
 import sys
@@ -34,14 +35,14 @@ import jitjax
 print(jax.default_backend(), jax.devices())
 
 # %% [markdown]
-# `load` returns a pytree of arrays with the configuration attached. `tiny` is a whole FLUX pipeline
-# of six million parameters, trained for some hours on two CPU cores: it knows colours, numbers,
-# sizes and places, and draws uneven outlines.
+# `load` returns a pytree of arrays with the configuration attached. `tiny` is a complete FLUX
+# pipeline of six million parameters, trained for some hours on two CPU cores. It knows colours,
+# numbers, sizes and places; its outlines are uneven.
 
 # %%
 params = jitjax.load("tiny")
 parts = ("transformer", "t5", "clip", "autoencoder")
-{part: sum(x.size for x in jax.tree.leaves(getattr(params, part))) for part in parts}
+{part: sum(leaf.size for leaf in jax.tree.leaves(getattr(params, part))) for part in parts}
 
 # %%
 image = jitjax.sample(params, "a large red circle", key=jax.random.key(0))
@@ -51,7 +52,7 @@ plt.axis("off")
 # ## Three plans
 #
 # `dense` runs the transformer on all tokens at each of 50 steps. `4x` and `7x` take 18 and 11 steps
-# and start on about a third of the tokens. Times are of a second run, when everything is compiled.
+# and start with about a third of the tokens. Times are those of a second run, without compilation.
 
 # %%
 prompt = "a large blue striped star"
@@ -67,21 +68,21 @@ for axis, plan in zip(axes, ("dense", "4x", "7x"), strict=True):
 # %% [markdown]
 # ## A batch
 #
-# One key per picture: each is the picture that its key makes alone.
+# With one key per image, each image is the one that its key gives alone.
 
 # %%
 keys = jax.random.split(jax.random.key(7), 4)
 images = jitjax.sample(params, ["a large green square"] * 4, key=keys)
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.6))
-for axis, picture in zip(axes, images, strict=True):
-    axis.imshow(picture)
+for axis, image in zip(axes, images, strict=True):
+    axis.imshow(image)
     axis.axis("off")
 
 # %% [markdown]
 # ## In your own program
 #
-# `denoise` is a pure function: here under `jax.grad`, the derivative of the picture's brightness
-# with respect to the noise that it started from.
+# `denoise` is a pure function. Here `jax.value_and_grad` differentiates the brightness of the image
+# with respect to the noise that it starts from.
 
 # %%
 conditioning = jitjax.encode_prompt(params, prompt)
@@ -93,7 +94,6 @@ def brightness(noise):
     return jitjax.decode(params, tokens, grid=(8, 8)).mean()
 
 
-value, slope = jax.value_and_grad(brightness)(noise)
-print(
-    f"brightness {value:.3f}, gradient of shape {slope.shape}, norm {(slope**2).sum() ** 0.5:.3f}"
-)
+value, gradient = jax.value_and_grad(brightness)(noise)
+norm = (gradient**2).sum() ** 0.5
+print(f"brightness {value:.3f}, gradient of shape {gradient.shape}, norm {norm:.3f}")

@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show: `pytest -m gpu -n 0` on a machine that has one."""
+"""Tests that need an NVIDIA GPU; run them with `pytest -m gpu -n 0`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ CONFIG = TransformerConfig(
     pooled_projection_dim=24,
     axes_dims_rope=(8, 28, 28),
 )
-BFLOAT16 = 2e-2
-"""Relative: bfloat16 has 8 bits, and the two ways round at other places."""
+BFLOAT16_TOLERANCE = 2e-2
+"""Relative: bfloat16 has 8 bits, and the implementations round at different places."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _on_a_gpu():
+def _require_gpu():
     assert jax.default_backend() == "gpu", "expected an NVIDIA GPU"
 
 
-def difference(a, b) -> float:
+def relative_difference(a, b) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -42,62 +42,66 @@ def difference(a, b) -> float:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("valid", [384, 333])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_cudnn_attention_is_the_formula(batch, valid, dtype):
+def test_cudnn_attention_equals_the_formula(batch, valid, dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (batch, 384, 4, 64), dtype) for key in keys)
     mask = jnp.broadcast_to(jnp.arange(384) < valid, (batch, 1, 1, 384))
-    loud = jnp.where(mask[:, 0, 0, :, None, None], v, jnp.asarray(1e4, dtype))
-    got = jax.jit(lambda *x: attend(*x, "cudnn"))(q, k, loud, None if valid == 384 else mask)
+    # Large values in the padding, so that attending to any of it changes the result.
+    v_padded = jnp.where(mask[:, 0, 0, :, None, None], v, jnp.asarray(1e4, dtype))
+    got = jax.jit(lambda *x: attend(*x, "cudnn"))(q, k, v_padded, None if valid == 384 else mask)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k[:, :valid], v[:, :valid]))
     logits = np.einsum("bqhw,bkhw->bhqk", q, k) / 8
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    assert difference(got, np.einsum("bhqk,bkhw->bqhw", weights, v)) < 5e-3
+    assert relative_difference(got, np.einsum("bhqk,bkhw->bqhw", weights, v)) < 5e-3
 
 
-def arguments(batch: int, tokens: int):
+def random_inputs(batch: int, tokens: int):
+    """Return params, tokens, positions, text and pooled."""
     keys = iter(jax.random.split(jax.random.key(1), 8))
     params = build.random_tree(abstract_params(CONFIG), seed=0)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-    places = jnp.stack([jnp.zeros(tokens), jnp.arange(tokens) // 16, jnp.arange(tokens) % 16], -1)
-    places = jnp.broadcast_to(places, (batch, tokens, 3))
+    index = jnp.arange(tokens)
+    positions = jnp.stack([jnp.zeros(tokens), index // 16, index % 16], -1)
+    positions = jnp.broadcast_to(positions, (batch, tokens, 3))
     text = jax.random.normal(next(keys), (batch, 64, 32))
     pooled = jax.random.normal(next(keys), (batch, 24))
-    return params, jax.random.normal(next(keys), (batch, tokens, 64)), places, text, pooled
+    return params, jax.random.normal(next(keys), (batch, tokens, 64)), positions, text, pooled
 
 
-def test_the_transformer_with_cudnn_and_padding():
-    params, tokens, places, text, pooled = arguments(2, 256)
+def test_transformer_with_cudnn_and_padding():
+    params, tokens, positions, text, pooled = random_inputs(2, 256)
     valid = jnp.broadcast_to(jnp.arange(256) < 200, (2, 256))
     padded = jnp.where(valid[:, :, None], tokens, jnp.nan)
 
-    def velocity(attention, tokens, places, valid):
+    def velocity(attention, tokens, positions, valid):
         model = FluxTransformer(CONFIG, jnp.bfloat16, attention)
         return jax.jit(model.apply)(
-            {"params": params}, tokens, places, text, pooled, 0.7, 3.5, valid
+            {"params": params}, tokens, positions, text, pooled, 0.7, 3.5, valid
         )
 
-    short = velocity("xla", tokens[:, :200], places[:, :200], None)
+    expected = velocity("xla", tokens[:, :200], positions[:, :200], None)
     for attention in ("xla", "cudnn"):
-        got = velocity(attention, padded, places, valid)
+        got = velocity(attention, padded, positions, valid)
         assert not np.asarray(got[:, 200:]).any()
-        assert difference(got[:, :200], short) < BFLOAT16
+        assert relative_difference(got[:, :200], expected) < BFLOAT16_TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["4x", "7x"])
-def test_a_padded_plan_with_cudnn(plan):
-    params, noise, _, text, pooled = arguments(2, 256)
+def test_padded_plan_with_cudnn(plan):
+    params, noise, _, text, pooled = random_inputs(2, 256)
     results = []
     for attention in ("xla", "cudnn"):
-        chosen = jitjax.PLANS[plan].replace(pad_to=128)
-        budget = chosen.budgets(256, 64)[0]
+        padded_plan = jitjax.PLANS[plan].replace(pad_to=128)
+        budget = padded_plan.budgets(256, 64)[0]
         anchors = np.random.default_rng(0).permutation(256)[None, :budget].repeat(2, 0)
         results.append(
             jitjax.jit_solve(
                 FluxVelocity(CONFIG, attention),
                 noise,
-                jnp.linspace(1, 0, chosen.steps + 1),
-                plan=chosen.replace(activation="grid"),  # the same anchors in both
+                jnp.linspace(1, 0, padded_plan.steps + 1),
+                # Anchors on a fixed grid are the same for both implementations.
+                plan=padded_plan.replace(activation="grid"),
                 grid=(16, 16),
                 first_anchors=jnp.asarray(anchors),
                 microflow_noise=noise[::-1],
@@ -105,12 +109,12 @@ def test_a_padded_plan_with_cudnn(plan):
                 text_tokens=64,
             )
         )
-    assert difference(*results) < BFLOAT16
+    assert relative_difference(*results) < BFLOAT16_TOLERANCE
 
 
 @pytest.mark.parametrize("name", build.RECORDINGS)
-def test_the_recordings_replay(name):
-    """As on a CPU, if products are not rounded to TensorFloat-32."""
+def test_recordings_replay(name):
+    """Recordings replay as on a CPU if matrix products do not use TensorFloat-32."""
     params = replay.read_transformer(build.TRANSFORMER, build.TRANSFORMER.with_suffix(".json"))
     arrays = replay.read_recording(build.HERE / f"{name}.npz")
     with jax.default_matmul_precision("highest"):
@@ -118,14 +122,14 @@ def test_the_recordings_replay(name):
     assert replay.difference(np.asarray(tokens), arrays["latents_final"])[1] < 1e-4
 
 
-def test_a_key_makes_the_same_picture_alone_and_in_a_batch():
+def test_a_key_gives_the_same_image_alone_and_in_a_batch():
     params = jitjax.load("tiny")
     keys = jax.random.split(jax.random.key(0), 3)
     prompts = ["a large red circle", "a small blue star", "a green ring"]
-    size = {"height": 256, "width": 256, "plan": "4x"}
+    arguments = {"height": 256, "width": 256, "plan": "4x"}
     with jax.default_matmul_precision("highest"):
-        together = jitjax.sample(params, prompts, key=keys, **size)
-        again = jitjax.sample(params, prompts, key=keys, **size)
-        alone = jitjax.sample(params, prompts[1:2], key=keys[1:2], **size)
-    assert np.array_equal(together, again)
-    assert float(jnp.abs(alone - together[1:2]).max()) < 2 / 255
+        batch = jitjax.sample(params, prompts, key=keys, **arguments)
+        repeated = jitjax.sample(params, prompts, key=keys, **arguments)
+        single = jitjax.sample(params, prompts[1:2], key=keys[1:2], **arguments)
+    assert np.array_equal(batch, repeated)
+    assert float(jnp.abs(single - batch[1:2]).max()) < 2 / 255

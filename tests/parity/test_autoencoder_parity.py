@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' `AutoencoderKL`, weights passing the rule table."""
+"""The autoencoder against diffusers' `AutoencoderKL`, with weights converted by the rule table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
+from common import TOLERANCE, numpy_state, randomised, relative_error  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from jitjax.config import AutoencoderConfig  # noqa: E402
@@ -59,15 +59,15 @@ def reference(config: AutoencoderConfig):
 )
 def test_encode_decode(name: str, batch: int):
     config = CONFIGS[name]
-    model = perturbed(reference(config), seed=batch)
-    with torch.no_grad():  # some log variances beyond their limits, on both sides
+    model = randomised(reference(config), seed=batch)
+    with torch.no_grad():  # Let some log variances exceed either limit of the clip.
         model.encoder.conv_out.weight[config.latent_channels :] *= 20
-    params = {"params": from_state("autoencoder", state_of(model), config)}
+    params = {"params": from_state("autoencoder", numpy_state(model), config)}
     rng = np.random.default_rng(batch)
     images = rng.uniform(-1, 1, (batch, 40, 24, config.in_channels)).astype(np.float32)
     latents = rng.standard_normal((batch, 5, 3, config.latent_channels)).astype(np.float32)
     with torch.no_grad():
-        dist = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+        distribution = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
         decoded = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
     module = Autoencoder(config)
     with jax.default_matmul_precision("highest"):
@@ -75,9 +75,9 @@ def test_encode_decode(name: str, batch: int):
         decode = jax.jit(lambda p, x: module.apply(p, x, method="decode"))
         mean, logvar = encode(params, jnp.asarray(images))
         image = decode(params, jnp.asarray(latents))
-    pairs = (mean, dist.mean), (logvar, dist.logvar), (image, decoded)
-    errors = [error(got, expected.permute(0, 2, 3, 1)) for got, expected in pairs]
-    print(f"autoencoder {name}, {batch}:", *(f"{e:.1e}" for e in errors))
+    pairs = (mean, distribution.mean), (logvar, distribution.logvar), (image, decoded)
+    errors = [relative_error(got, expected.permute(0, 2, 3, 1)) for got, expected in pairs]
+    print(f"autoencoder {name}, {batch}:", *(f"{value:.1e}" for value in errors))
     assert max(errors) < TOLERANCE
     assert mean.shape == (batch, 40 // config.factor, 24 // config.factor, config.latent_channels)
 
@@ -92,16 +92,16 @@ def test_full_size_names_and_shapes():
     assert sum(p.numel() for p in model.parameters()) == 83_819_683
 
 
-def test_written_back(tmp_path):
-    """What the table writes, diffusers loads, with nothing missing or left over."""
+def test_diffusers_loads_inverted_rules(tmp_path):
+    """diffusers loads the tensors of the inverted rule table, with no missing or unexpected key."""
     config = CONFIGS["narrower below"]
-    model = perturbed(reference(config), seed=0)
-    flat = engine.flatten_dict(from_state("autoencoder", state_of(model), config), sep="/")
-    written: dict[str, np.ndarray] = {}
+    model = randomised(reference(config), seed=0)
+    leaves = engine.flatten_dict(from_state("autoencoder", numpy_state(model), config), sep="/")
+    tensors: dict[str, np.ndarray] = {}
     for rule in autoencoder_rules(config):
-        written |= engine.invert(rule, flat[rule.target])
+        tensors |= engine.invert(rule, leaves[rule.target])
     model.save_config(tmp_path)
-    save_file(written, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     loaded, info = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, value in loaded.state_dict().items():

@@ -1,4 +1,4 @@
-"""The CLIP text encoder against transformers' `CLIPTextModel`, weights passing the rule table."""
+"""The CLIP text encoder against transformers' `CLIPTextModel`, with weights by the rule table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
+from common import TOLERANCE, numpy_state, randomised, relative_error  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jitjax.config import CLIPConfig  # noqa: E402
@@ -50,12 +50,12 @@ CONFIGS = {
 
 
 def torch_config(config: CLIPConfig):
-    special = {"bos_token_id": 0, "pad_token_id": 1}
-    return transformers.CLIPTextConfig(**dataclasses.asdict(config), **special)
+    special_ids = {"bos_token_id": 0, "pad_token_id": 1}
+    return transformers.CLIPTextConfig(**dataclasses.asdict(config), **special_ids)
 
 
 def reference(config: CLIPConfig, seed: int):
-    return perturbed(transformers.CLIPTextModel(torch_config(config)), seed)
+    return randomised(transformers.CLIPTextModel(torch_config(config)), seed)
 
 
 def run(config: CLIPConfig, params, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,38 +65,38 @@ def run(config: CLIPConfig, params, ids: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.asarray(hidden), np.asarray(pooled)
 
 
-def texts(config: CLIPConfig, length: int) -> np.ndarray:
-    """Random ids, a row for each way in which a text can end."""
-    last = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+def random_ids(config: CLIPConfig, length: int) -> np.ndarray:
+    """Random token ids [7, length], with the end-of-text token at a different place in each row."""
+    end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
     ids = np.random.default_rng(length).integers(2, config.vocab_size, (7, length))
-    ids[ids == last] = 5
-    ids[0, 1:] = last  # an empty text, padded with the end of text
-    ids[1, 3:] = last  # padded with the end of text
-    ids[2, 4], ids[2, 5:] = last, 1  # padded with another id
-    ids[3, [2, -1]] = last  # two ends
-    ids[4, -1] = last  # as long as it can be
-    ids[5, 0] = last  # the end comes first
-    return ids  # and the last row has no end
+    ids[ids == end] = 5
+    ids[0, 1:] = end  # One token, padded with the end of text.
+    ids[1, 3:] = end  # Three tokens, padded with the end of text.
+    ids[2, 4], ids[2, 5:] = end, 1  # Padded with another id.
+    ids[3, [2, -1]] = end  # Two end-of-text tokens.
+    ids[4, -1] = end  # No padding.
+    ids[5, 0] = end  # The end of text comes first.
+    return ids  # The last row has no end of text.
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 7), (7, 19)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_text(name: str, batch: int, length: int):
+def test_equals_transformers(name: str, batch: int, length: int):
     config = CONFIGS[name]
     model = reference(config, seed=batch)
-    ids = texts(config, length)[:batch]
+    ids = random_ids(config, length)[:batch]
     with torch.no_grad():
         expected = model(torch.from_numpy(ids))
-    hidden, pooled = run(config, from_state("clip", state_of(model), config), ids)
-    hidden_error = error(hidden, expected.last_hidden_state.numpy())
-    pooled_error = error(pooled, expected.pooler_output.numpy())
+    hidden, pooled = run(config, from_state("clip", numpy_state(model), config), ids)
+    hidden_error = relative_error(hidden, expected.last_hidden_state.numpy())
+    pooled_error = relative_error(pooled, expected.pooler_output.numpy())
     print(f"CLIP {name}, {batch} x {length}: {hidden_error:.1e}, {pooled_error:.1e}")
     assert hidden_error < TOLERANCE
     assert pooled_error < TOLERANCE
 
 
 def test_full_size_names_and_shapes():
-    """The names are those of the published files: with the prefix that transformers 5 drops."""
+    """Names are those of the published files, with the prefix that transformers 5 drops."""
     config = CLIPConfig()
     with torch.device("meta"):
         model = transformers.CLIPTextModel(torch_config(config))
@@ -107,35 +107,37 @@ def test_full_size_names_and_shapes():
     assert sum(p.numel() for p in model.parameters()) == 123_060_480
 
 
-def test_both_spellings(tmp_path):
-    """Files of transformers 5, and published ones with the prefix and the position numbers."""
+def test_tensor_names_with_and_without_prefix(tmp_path):
+    """Files of transformers 5, and published files, which have the prefix and `position_ids`."""
     config = CONFIGS["gelu, new end of text"]
     model = reference(config, seed=0)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    short = {name.removeprefix("text_model."): value for name, value in saved.items()}
-    long = {f"text_model.{name}": value for name, value in short.items()}
-    numbers = {"text_model.embeddings.position_ids": np.arange(23)[None]}
+    unprefixed = {name.removeprefix("text_model."): value for name, value in saved.items()}
+    prefixed = {f"text_model.{name}": value for name, value in unprefixed.items()}
+    published = prefixed | {"text_model.embeddings.position_ids": np.arange(23)[None]}
     ids = np.arange(7)[None]
     outputs = [
-        run(config, from_state("clip", s, config), ids)[0] for s in (saved, short, long | numbers)
+        run(config, from_state("clip", state, config), ids)[0]
+        for state in (saved, unprefixed, published)
     ]
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
+    name = "final_layer_norm.bias"
     with pytest.raises(engine.ConversionError, match=r"unmatched key: final_layer_norm.bias"):
-        from_state("clip", long | {"final_layer_norm.bias": short["final_layer_norm.bias"]}, config)
+        from_state("clip", prefixed | {name: unprefixed[name]}, config)
 
 
-def test_written_back(tmp_path):
-    """What the table writes, transformers loads, with nothing missing or left over."""
+def test_transformers_loads_inverted_rules(tmp_path):
+    """transformers loads the tensors of the inverted rule table: no missing or unexpected key."""
     config = CONFIGS["quick gelu, old end of text"]
-    state = state_of(reference(config, seed=0))
-    flat = engine.flatten_dict(from_state("clip", state, config), sep="/")
-    written: dict[str, np.ndarray] = {}
+    state = numpy_state(reference(config, seed=0))
+    leaves = engine.flatten_dict(from_state("clip", state, config), sep="/")
+    tensors: dict[str, np.ndarray] = {}
     for rule in clip_rules(config):
-        written |= engine.invert(rule, flat[rule.target])
-    assert all(name.startswith("text_model.") for name in written)
-    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
+        tensors |= engine.invert(rule, leaves[rule.target])
+    assert all(name.startswith("text_model.") for name in tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     torch_config(config).save_pretrained(tmp_path)
     model, info = transformers.CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,4 +1,4 @@
-"""The transformer against diffusers' `FluxTransformer2DModel`, weights passing the rule table."""
+"""The transformer against diffusers' `FluxTransformer2DModel`, with weights by the rule table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
+from common import TOLERANCE, numpy_state, randomised, relative_error  # noqa: E402
 
 from jitjax.config import TransformerConfig  # noqa: E402
 from jitjax.convert.components import COMPONENTS, from_state  # noqa: E402
@@ -64,7 +64,7 @@ CONFIGS = {
 
 
 def reference(config: TransformerConfig, seed: int):
-    return perturbed(diffusers.FluxTransformer2DModel(**dataclasses.asdict(config)), seed)
+    return randomised(diffusers.FluxTransformer2DModel(**dataclasses.asdict(config)), seed)
 
 
 def random_inputs(
@@ -121,11 +121,10 @@ def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: i
     model = reference(config, seed=1)
     inputs = random_inputs(config, batch, grid, words, seed=2)
     expected = run_reference(model, config, inputs)
-    relative = error(
-        run(config, from_state("transformer", state_of(model), config), inputs), expected
-    )
-    print(f"{name}, batch {batch}: relative error {relative:.1e}")
-    assert relative < TOLERANCE
+    got = run(config, from_state("transformer", numpy_state(model), config), inputs)
+    error = relative_error(got, expected)
+    print(f"{name}, batch {batch}: relative error {error:.1e}")
+    assert error < TOLERANCE
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 7.0])
@@ -134,25 +133,25 @@ def test_padding_equals_diffusers_without_it(garbage: float):
     model = reference(config, seed=3)
     inputs = random_inputs(config, 3, (3, 5), 7, seed=4)
     expected = run_reference(model, config, inputs)
-    # Padding in the middle and at the end: the mask, not the place, has to count.
-    places = np.setdiff1d(np.arange(20), [3, 11, 17, 18, 19])
+    # Padding in the middle and at the end: only the mask marks it, not the position.
+    token_index = np.setdiff1d(np.arange(20), [3, 11, 17, 18, 19])
     valid = np.zeros((3, 20), bool)
-    valid[:, places] = True
+    valid[:, token_index] = True
     padded = {}
     for key in ("tokens", "positions"):
         padded[key] = np.full((3, 20, inputs[key].shape[-1]), garbage, np.float32)
-        padded[key][:, places] = inputs[key]
+        padded[key][:, token_index] = inputs[key]
     got = run(
-        config, from_state("transformer", state_of(model), config), inputs | padded, valid=valid
+        config, from_state("transformer", numpy_state(model), config), inputs | padded, valid=valid
     )
-    relative = error(got[:, places], expected)
-    print(f"padding of {garbage}: relative error {relative:.1e}")
-    assert relative < TOLERANCE
+    error = relative_error(got[:, token_index], expected)
+    print(f"padding of {garbage}: relative error {error:.1e}")
+    assert error < TOLERANCE
     assert not got[~valid].any()
 
 
 @pytest.mark.parametrize("guidance", [True, False])
-def test_full_size_names_and_shapes_are_those_of_diffusers(guidance: bool):
+def test_full_size_names_and_shapes(guidance: bool):
     config = TransformerConfig(guidance_embeds=guidance)
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(guidance_embeds=guidance)
@@ -163,10 +162,10 @@ def test_full_size_names_and_shapes_are_those_of_diffusers(guidance: bool):
     assert sum(value.numel() for value in model.parameters()) == count
 
 
-def test_diffusers_loads_what_is_written(small, tmp_path):
-    """Every tensor of the pipeline that diffusers makes of our folder is, bit for bit, ours."""
+def test_diffusers_loads_written_folders(small, tmp_path):
+    """The tensors that diffusers' pipeline loads from a written folder equal ours bit for bit."""
     write_folder(small, tmp_path / "folder", shard_bytes=100_000)
-    # The tokenizers are copies, and the small ones not of a kind that these classes like.
+    # The tokenizers are copied unchanged, and transformers' classes reject the small ones.
     pipeline = diffusers.FluxPipeline.from_pretrained(
         tmp_path / "folder", tokenizer=None, tokenizer_2=None
     )

@@ -1,4 +1,4 @@
-"""The table of the original release against diffusers' own conversion of it."""
+"""The rule table of the original release against diffusers' conversion of that release."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from jitjax.convert.tables.original import (  # noqa: E402
 pytestmark = pytest.mark.parity
 
 
-def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Tensors whose numbers are all different."""
-    found, start = {}, 0
+def distinct_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors of `shapes` in which no value occurs twice."""
+    tensors, start = {}, 0
     for name, shape in shapes.items():
         count = int(np.prod(shape))
-        found[name] = torch.arange(start, start + count, dtype=torch.float64).reshape(shape)
+        tensors[name] = torch.arange(start, start + count, dtype=torch.float64).reshape(shape)
         start += count
-    return found
+    return tensors
 
 
 def assert_same(parts, shapes, original, expected) -> None:
@@ -45,14 +45,14 @@ def assert_same(parts, shapes, original, expected) -> None:
 
 @pytest.mark.parametrize("guidance", [True, False])
 def test_transformer(guidance):
-    # diffusers splits at FLUX's full width; one column of each matrix is enough.
+    # diffusers splits the rows at FLUX's full width; one column of each matrix is enough.
     config = TransformerConfig(num_layers=2, num_single_layers=2, guidance_embeds=guidance)
     shapes = {
         name: (shape[0], *(1,) * (len(shape) - 1))
         for name, shape in component_of("transformer").source_shapes(config).items()
     }
     parts = transformer_parts(config)
-    original = numbered(original_shapes(parts, shapes))
+    original = distinct_tensors(original_shapes(parts, shapes))
     expected = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
     assert_same(parts, shapes, original, expected)
 
@@ -61,7 +61,7 @@ def test_autoencoder():
     config = AutoencoderConfig(block_out_channels=(4, 8, 8), norm_num_groups=2, latent_channels=3)
     shapes = component_of("autoencoder").source_shapes(config)
     parts = autoencoder_parts(config)
-    original = numbered(original_shapes(parts, shapes))
+    original = distinct_tensors(original_shapes(parts, shapes))
     levels = {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
     expected = convert_ldm_vae_checkpoint(dict(original), levels)
     assert_same(parts, shapes, original, expected)

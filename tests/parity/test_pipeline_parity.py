@@ -1,4 +1,4 @@
-"""The bundled checkpoint under diffusers' own pipeline: same ids, embeddings, latents, picture."""
+"""The bundled checkpoint against diffusers' pipeline: token ids, embeddings, latents, images."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def pipeline():
     from diffusers import FluxPipeline
 
     torch.set_num_threads(1)
-    pipe = FluxPipeline.from_pretrained(BUNDLED / "tiny", torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    pipeline = FluxPipeline.from_pretrained(BUNDLED / "tiny", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +48,28 @@ def embeddings(pipeline, params):
     return text.numpy(), pooled.numpy()
 
 
-def relative(got, expected) -> float:
+def relative_error(got, expected) -> float:
     return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
 
 
-def test_token_ids_are_the_pipelines(pipeline, params):
-    t5, clip = tokenize(params.tokenizer, PROMPTS, params.config)
-    for ours, tokenizer, length in (
-        (t5, pipeline.tokenizer_2, params.config.text_length),
-        (clip, pipeline.tokenizer, pipeline.tokenizer_max_length),
+def test_token_ids_equal_the_pipelines(pipeline, params):
+    t5_ids, clip_ids = tokenize(params.tokenizer, PROMPTS, params.config)
+    for got, tokenizer, length in (
+        (t5_ids, pipeline.tokenizer_2, params.config.text_length),
+        (clip_ids, pipeline.tokenizer, pipeline.tokenizer_max_length),
     ):
-        theirs = tokenizer(PROMPTS, padding="max_length", max_length=length, truncation=True)
-        np.testing.assert_array_equal(ours, theirs["input_ids"])
+        expected = tokenizer(PROMPTS, padding="max_length", max_length=length, truncation=True)
+        np.testing.assert_array_equal(got, expected["input_ids"])
 
 
-def test_conditioning_is_the_pipelines(params, embeddings):
+def test_conditioning_equals_the_pipelines(params, embeddings):
     with jax.default_matmul_precision("highest"):
-        ours = jitjax.encode_prompt(params, PROMPTS)
-    assert relative(ours.text, embeddings[0]) < 1e-4
-    assert relative(ours.pooled, embeddings[1]) < 1e-4
+        conditioning = jitjax.encode_prompt(params, PROMPTS)
+    assert relative_error(conditioning.text, embeddings[0]) < 1e-4
+    assert relative_error(conditioning.pooled, embeddings[1]) < 1e-4
 
 
-def test_dense_latents_and_picture_are_the_pipelines(pipeline, params, embeddings):
+def test_dense_latents_and_images_equal_the_pipelines(pipeline, params, embeddings):
     noise = np.random.default_rng(0).normal(size=(2, 16, 2 * ROWS, 2 * COLUMNS)).astype(np.float32)
     tokens = np.asarray(pack(jnp.asarray(noise.transpose(0, 2, 3, 1))))
     common = {
@@ -81,33 +81,34 @@ def test_dense_latents_and_picture_are_the_pipelines(pipeline, params, embedding
         "guidance_scale": 3.5,
     }
     with torch.no_grad():
-        latents = pipeline(
+        expected_tokens = pipeline(
             **common, latents=torch.from_numpy(tokens), output_type="latent", return_dict=False
         )[0].numpy()
-        pictures = pipeline(
+        expected_images = pipeline(
             **common, latents=torch.from_numpy(tokens), output_type="np", return_dict=False
         )[0]
     conditioning = jitjax.Conditioning(*map(jnp.asarray, embeddings))
     with jax.default_matmul_precision("highest"):
-        ours = jitjax.denoise(
+        got = jitjax.denoise(
             params,
             conditioning,
             jnp.asarray(tokens),
             plan=Plan(STEPS, schedule="shifted"),
             grid=(ROWS, COLUMNS),
         )
-        images = jitjax.decode(params, ours, grid=(ROWS, COLUMNS))
-    error, picture_error = relative(ours, latents), float(np.abs(images - pictures).max())
-    print(f"latents {error:.1e} relative, picture {picture_error:.1e} absolute")
-    assert error < 1e-3
-    assert picture_error < 1e-3
+        images = jitjax.decode(params, got, grid=(ROWS, COLUMNS))
+    token_error = relative_error(got, expected_tokens)
+    image_error = float(np.abs(images - expected_images).max())
+    print(f"latents {token_error:.1e} relative, images {image_error:.1e} absolute")
+    assert token_error < 1e-3
+    assert image_error < 1e-3
 
 
-def test_encoding_a_picture_is_the_autoencoders(pipeline, params):
+def test_encoded_images_equal_the_pipelines(pipeline, params):
     image = np.random.default_rng(1).uniform(-1, 1, (1, 3, 32, 48)).astype(np.float32)
     with torch.no_grad():
         mean = pipeline.vae.encode(torch.from_numpy(image)).latent_dist.mean
-        theirs = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+        expected = (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
     config = params.config.autoencoder
     with jax.default_matmul_precision("highest"):
         mean, _ = Autoencoder(config).apply(
@@ -115,4 +116,5 @@ def test_encoding_a_picture_is_the_autoencoders(pipeline, params):
             jnp.asarray(image.transpose(0, 2, 3, 1)),
             method="encode",
         )
-    assert relative(to_latents(mean, config).transpose(0, 3, 1, 2), theirs.numpy()) < 1e-4
+    latents = to_latents(mean, config).transpose(0, 3, 1, 2)
+    assert relative_error(latents, expected.numpy()) < 1e-4

@@ -1,4 +1,4 @@
-"""The T5 encoder against transformers' `T5EncoderModel`, weights passing the rule table."""
+"""The T5 encoder against transformers' `T5EncoderModel`, with weights by the rule table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from common import TOLERANCE, error, perturbed, state_of  # noqa: E402
+from common import TOLERANCE, numpy_state, randomised, relative_error  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jitjax.config import T5Config  # noqa: E402
@@ -34,7 +34,7 @@ CONFIGS = {
         relative_attention_num_buckets=16,
         relative_attention_max_distance=20,
     ),
-    "defaults of distance": T5Config(
+    "default buckets": T5Config(
         vocab_size=33, d_model=32, d_kv=16, d_ff=20, num_layers=2, num_heads=2
     ),
 }
@@ -45,7 +45,7 @@ def torch_config(config: T5Config):
 
 
 def reference(config: T5Config, seed: int):
-    return perturbed(transformers.T5EncoderModel(torch_config(config)), seed)
+    return randomised(transformers.T5EncoderModel(torch_config(config)), seed)
 
 
 def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -59,7 +59,7 @@ def run(config: T5Config, params, ids: np.ndarray, mask: np.ndarray | None) -> n
     ("batch", "length", "masked"), [(1, 7, False), (3, 45, True), (1, 150, False), (3, 150, True)]
 )
 @pytest.mark.parametrize("name", CONFIGS)
-def test_encoder(name: str, batch: int, length: int, masked: bool):
+def test_equals_transformers(name: str, batch: int, length: int, masked: bool):
     config = CONFIGS[name]
     model = reference(config, seed=batch)
     rng = np.random.default_rng(length)
@@ -69,17 +69,17 @@ def test_encoder(name: str, batch: int, length: int, masked: bool):
         expected = model(
             torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)
         ).last_hidden_state.numpy()
-    got = run(config, from_state("t5", state_of(model), config), ids, mask)
-    measured = error(got, expected)
-    print(f"T5 {name}, masked {masked}, {batch} x {length}: {measured:.1e}")
-    assert measured < TOLERANCE
+    got = run(config, from_state("t5", numpy_state(model), config), ids, mask)
+    error = relative_error(got, expected)
+    print(f"T5 {name}, masked {masked}, {batch} x {length}: {error:.1e}")
+    assert error < TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("buckets", "distance"), [(32, 128), (16, 20), (32, 100), (8, 64), (64, 999)]
 )
 def test_relative_buckets(buckets: int, distance: int):
-    """Exactly equal, also where the logarithm falls on the border of two buckets."""
+    """Exactly equal, even where the logarithm lies on the boundary of two buckets."""
     length = 1200
     offset = torch.arange(length)[None] - torch.arange(length)[:, None]
     attention = transformers.models.t5.modeling_t5.T5Attention
@@ -99,8 +99,8 @@ def test_full_size_names_and_shapes():
     assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
 
 
-def test_both_spellings(tmp_path):
-    """Files of transformers 5, files with the other tied name, and files with both."""
+def test_tied_tensor_names(tmp_path):
+    """Files of transformers 5, files with the other name of the tied tensor, files with both."""
     config = CONFIGS["wide heads"]
     model = reference(config, seed=0)
     model.save_pretrained(tmp_path)
@@ -109,21 +109,22 @@ def test_both_spellings(tmp_path):
     other["encoder.embed_tokens.weight"] = other.pop("shared.weight")
     ids = np.arange(7)[None]
     outputs = [
-        run(config, from_state("t5", s, config), ids, None) for s in (saved, other, saved | other)
+        run(config, from_state("t5", state, config), ids, None)
+        for state in (saved, other, saved | other)
     ]
     for output in outputs[1:]:
         np.testing.assert_array_equal(output, outputs[0])
 
 
-def test_written_back(tmp_path):
-    """What the table writes, transformers loads, with nothing missing or left over."""
+def test_transformers_loads_inverted_rules(tmp_path):
+    """transformers loads the tensors of the inverted rule table: no missing or unexpected key."""
     config = CONFIGS["wide heads"]
-    state = state_of(reference(config, seed=0))
-    flat = engine.flatten_dict(from_state("t5", state, config), sep="/")
-    written: dict[str, np.ndarray] = {}
+    state = numpy_state(reference(config, seed=0))
+    leaves = engine.flatten_dict(from_state("t5", state, config), sep="/")
+    tensors: dict[str, np.ndarray] = {}
     for rule in t5_rules(config):
-        written |= engine.invert(rule, flat[rule.target])
-    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
+        tensors |= engine.invert(rule, leaves[rule.target])
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     torch_config(config).save_pretrained(tmp_path)
     model, info = transformers.T5EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
