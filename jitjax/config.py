@@ -237,7 +237,7 @@ class FluxConfig:
 
     Attributes:
         transformer, t5, clip, autoencoder: configurations of the models.
-        text_length: number of T5 tokens that every prompt is cut and padded to.
+        text_length: number of T5 tokens that every prompt is truncated and padded to.
         image_size: default height and width of an image, in pixels.
         dynamic_shift: whether the shift depends on the number of image tokens.
         base_shift, max_shift: dynamic shift at `base_seq` and at `max_seq` image tokens, linear in

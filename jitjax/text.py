@@ -144,7 +144,7 @@ def tokenize(
 
     Raises:
         ValueError: there are no prompts, a token id is outside an encoder's vocabulary, or the
-            padding token is outside the tokenizer's.
+            padding token is not in the tokenizer's vocabulary.
         TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer or one of its files is missing.
     """

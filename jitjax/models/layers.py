@@ -126,7 +126,7 @@ class MLP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... outer"]:
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... out"]:
         x = nn.Dense(self.hidden_features, dtype=self.dtype, name="up")(x)
         x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
         return nn.Dense(self.out_features, dtype=self.dtype, name="down")(x)
