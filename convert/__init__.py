@@ -1,23 +1,23 @@
-"""Conversion of PyTorch checkpoints, there and back, and `python -m jitjax.convert`.
+"""Conversion of PyTorch checkpoints in both directions, and `python -m jitjax.convert`.
 
     tables/  <--  components.py  <--  sources/  <--  lora.py  <--  targets/  <--  __main__.py
 
-Each of these imports only what is left of it: `tables/` says which tensor becomes which array and
-applies that; `components.py` knows the models of a diffusers folder; `sources/` finds and reads
-tensors; `lora.py` adds low-rank updates; `targets/` writes.
+Each of these imports only those to its left. `tables/` maps source tensors to parameter leaves and
+applies the mapping; `components.py` lists the models of a diffusers folder; `sources/` finds and
+reads tensors; `lora.py` adds low-rank updates; `targets/` writes.
 
-To add a layout, which is the same models under other names, open
+To add a layout (the same models with other tensor names):
 
-1. `tables/original.py`, the names of the original release in terms of diffusers' names, and write
-   such a function for the new ones (`tables/transformer.py` and its neighbours have diffusers');
-2. `sources/layouts.py`, and add a `Layout` to `LAYOUTS`: a tensor's name that only it has, and a
-   function that infers the configuration from the shapes;
-3. `sources/tensors.py`, if the numbers are stored in another way (`gguf_files.py` is one);
-4. `tests/convert/test_layouts.py`, and write the new names by hand, beside `original_transformer`.
+1. `tables/original.py` maps diffusers names to the names of the original release. Write such a
+   function for the new names (`tables/transformer.py` and its neighbours have the diffusers names).
+2. In `sources/layouts.py`, add a `Layout` to `LAYOUTS`: the name of a tensor that no other layout
+   has, and a function that infers the configuration from the shapes.
+3. If the values are stored in another way, extend `sources/tensors.py` (as `gguf_files.py` does).
+4. In `tests/convert/test_layouts.py`, write the new names by hand, as `original_transformer` does.
 
-To add a format of LoRA files, open
+To add a format of LoRA files:
 
-1. `lora.py`, and add to `PREFIXES` what stands before a layer's name and to `ENDINGS` what stands
-   after it; `_layers` has the names of the layers themselves, `_factor` the file's alpha;
-2. `tests/convert/test_lora.py`, and add its names to those of `test_every_way_to_name_a_layer`.
+1. In `lora.py`, add the prefixes of its layer names to `PREFIXES` and the suffixes to `SUFFIXES`.
+   `_layers_by_name` has the names of the layers, `_peft_factor` the scaling by alpha.
+2. In `tests/convert/test_lora.py`, add its names to `test_supported_layer_names`.
 """

@@ -1,4 +1,4 @@
-"""`python -m jitjax.convert`: FLUX's weights to checkpoints, and back."""
+"""`python -m jitjax.convert`: converts FLUX's weights to checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -27,121 +27,131 @@ DTYPES = {
 }
 
 DESCRIPTION = """\
-Turn FLUX's weights into a jitjax checkpoint, once; or a checkpoint into a diffusers folder. The
-layout is recognised from the tensors' names: diffusers folders, the original release's single
-files, ComfyUI's (with a prefix, in fp8 with or without scales, one model or several in a file), and
-GGUF (with the extra: pip install "jitjax[gguf]"). Every tensor has to be known, used once, and of
-the right shape: otherwise nothing is written and the message lists what does not fit. Neither torch
-nor diffusers is needed.
+Convert FLUX's weights to a jitjax checkpoint, or a jitjax checkpoint to a diffusers folder. The
+layout is recognised by tensor names: diffusers folders, the original release's single files,
+ComfyUI files (with a prefix, in fp8 with or without scales, one model or several per file), and
+GGUF (needs the extra: pip install "jitjax[gguf]"). Every tensor must be known, used exactly once,
+and have the expected shape; otherwise nothing is written, and the error lists every mismatch.
+Neither torch nor diffusers is needed.
 """
 
 EXAMPLES = """\
 examples:
-  a folder as `hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev` gives it:
+  a folder from `hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev`:
     python -m jitjax.convert FLUX.1-dev --out flux-dev
 
-  the same from the hub (or its cache); a gated repository needs `hf auth login`:
+  the same from the hub or its local cache; a gated repository needs `hf auth login`:
     python -m jitjax.convert black-forest-labs/FLUX.1-dev --out flux-dev
 
   the same with another transformer:
     python -m jitjax.convert FLUX.1-dev --transformer finetuned.safetensors --out finetuned
 
-  single files; the tokenizers are folders of the release, `tokenizer/` and `tokenizer_2/`:
+  single files; the tokenizers are the release's folders `tokenizer/` and `tokenizer_2/`:
     python -m jitjax.convert --transformer flux1-dev.safetensors --vae ae.safetensors \\
         --t5 t5xxl_fp16.safetensors --clip clip_l.safetensors --tokenizers FLUX.1-dev --out flux-dev
 
-  the transformer alone, for conditioning computed elsewhere:
+  only the transformer, for conditioning computed elsewhere:
     python -m jitjax.convert flux1-dev-fp8.safetensors --parts transformer --out flux-dev
 
-  with two low-rank updates (LoRA) merged, the second at 0.7 of its strength:
+  merge two low-rank updates (LoRA), the second with scale 0.7:
     python -m jitjax.convert FLUX.1-dev --lora ink.safetensors grain.safetensors:0.7 --out inked
 
-  read it all again, and compare it with what was written and with the files it was made from:
+  check a checkpoint for damage, and its source files for changes:
     python -m jitjax.convert --verify flux-dev
 
-  and back, for diffusers:
+  convert back to a diffusers folder:
     python -m jitjax.convert flux-dev --to-diffusers --out FLUX.1-dev-again
 
 then, in Python:
     params = jitjax.load("flux-dev")
 """
 
-FILES = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5", "clip": "clip"}
-"""Option -> model."""
+MODEL_OPTIONS = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5", "clip": "clip"}
+"""Option -> model that it replaces."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
         prog="python -m jitjax.convert",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument(
+    parser.add_argument(
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="diffusers folder (the one with model_index.json), safetensors or GGUF file, or "
-        "repository on the Hugging Face hub; with --to-diffusers, a checkpoint",
+        help="diffusers folder (with model_index.json), safetensors or GGUF file, or repository on "
+        "the Hugging Face hub; with --to-diffusers, a checkpoint",
     )
-    for option, model in FILES.items():
-        out.add_argument(
+    for option, model in MODEL_OPTIONS.items():
+        parser.add_argument(
             f"--{option}", metavar="FILE", type=Path, help=f"take the {model} from this file"
         )
-    out.add_argument(
+    parser.add_argument(
         "--tokenizers",
         metavar="FOLDER",
         type=Path,
-        help="folder with tokenizer/ and tokenizer_2/, where SOURCE is no folder",
+        help="folder with tokenizer/ and tokenizer_2/, if SOURCE is not a diffusers folder",
     )
-    out.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="convert these models only (default: all found)"
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="convert only these models (default: all in the source)",
     )
-    out.add_argument(
+    parser.add_argument(
         "--out",
         metavar="TARGET",
         type=Path,
-        help="the checkpoint to write; with --to-diffusers, the folder",
+        help="checkpoint to write; with --to-diffusers, the diffusers folder to write",
     )
-    out.add_argument(
+    parser.add_argument(
         "--verify",
         metavar="CHECKPOINT",
         type=Path,
-        help="write nothing: read a checkpoint again and tell of every damaged array, and of every "
-        "file it was made from that has changed",
+        help="check a checkpoint without writing: report every damaged array, and every source "
+        "file that has changed since the conversion",
     )
-    out.add_argument(
-        "--to-diffusers", action="store_true", help="the way back: checkpoint to diffusers folder"
+    parser.add_argument(
+        "--to-diffusers", action="store_true", help="convert a checkpoint to a diffusers folder"
     )
-    out.add_argument(
+    parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of all weights of the checkpoint (default: bfloat16); auto keeps them as they "
-        "are stored, and makes fp8 bfloat16",
+        help="dtype of all weights in the checkpoint (default: bfloat16); auto keeps the stored "
+        "dtypes, except that fp8 becomes bfloat16",
     )
-    out.add_argument(
+    parser.add_argument(
         "--lora",
         metavar="FILE[:SCALE]",
         nargs="+",
         default=[],
-        help="low-rank updates to merge, each with its strength (default: 1)",
+        help="low-rank updates to merge, each with a scale (default: 1)",
     )
-    out.add_argument("--overwrite", action="store_true", help="replace TARGET if it is there")
-    return out
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 1 for damage found, 2 for what can be mended."""
-    options = parser().parse_args(arguments)
-    for name in ("absl", "asyncio"):  # orbax's tracebacks; the error is told
+    """Run the command.
+
+    Args:
+        arguments: command-line arguments; None takes them from `sys.argv`.
+
+    Returns:
+        The exit status: 0 for success, 1 if `--verify` finds damage, 2 for other errors.
+    """
+    options = build_parser().parse_args(arguments)
+    for name in ("absl", "asyncio"):  # they log orbax's tracebacks; `main` prints the error
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         if options.verify is not None:
             return _verify(options.verify)
         if options.out is None:
-            raise ValueError("nowhere to write to; expected --out TARGET, see --help")
-        (_back if options.to_diffusers else _convert)(options)
+            raise ValueError("--out is missing; expected --out TARGET, see --help")
+        (_to_diffusers if options.to_diffusers else _to_checkpoint)(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -149,17 +159,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _convert(options: argparse.Namespace) -> None:
-    files = {m: f for o, m in FILES.items() if (f := getattr(options, o)) is not None}
+def _to_checkpoint(options: argparse.Namespace) -> None:
+    files = {
+        model: file
+        for option, model in MODEL_OPTIONS.items()
+        if (file := getattr(options, option)) is not None
+    }
     if options.source is None and not files:
         raise ValueError("nothing to convert; expected SOURCE or files, see --help")
     if options.out.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.out} is there already; --overwrite replaces it")
-    place = options.source
-    if place is not None and is_repository(place):
-        place = fetch(place, [part for part in options.parts or PARTS if part not in files])
+        raise FileExistsError(f"{options.out} already exists; --overwrite replaces it")
+    location = options.source
+    if location is not None and is_repository(location):
+        location = fetch(location, [part for part in options.parts or PARTS if part not in files])
     source = open_sources(
-        place,
+        location,
         files,
         DTYPES[options.dtype or "bfloat16"],
         tokenizers=options.tokenizers,
@@ -170,21 +184,21 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE. Raises `ValueError` if SCALE is no number."""
+    """Parse FILE or FILE:SCALE to (file, scale). Raises `ValueError` if SCALE is not a number."""
     path, colon, scale = text.rpartition(":")
     if not colon:
         return Path(text), 1.0
     try:
         return Path(path), float(scale)
     except ValueError:
-        raise ValueError(f"--lora {text}: {scale!r} is no number; expected FILE:SCALE") from None
+        raise ValueError(f"--lora {text}: {scale!r} is not a number; expected FILE:SCALE") from None
 
 
-def _back(options: argparse.Namespace) -> None:
-    given = [getattr(options, name) for name in (*FILES, "parts", "tokenizers", "dtype", "lora")]
-    if options.source is None or any(given):
-        raise ValueError("--to-diffusers takes a checkpoint, --out, and nothing else")
-    check_target(options.out, options.overwrite)  # before anything is read
+def _to_diffusers(options: argparse.Namespace) -> None:
+    other_options = (*MODEL_OPTIONS, "parts", "tokenizers", "dtype", "lora")
+    if options.source is None or any(getattr(options, name) for name in other_options):
+        raise ValueError("--to-diffusers takes only a checkpoint, --out and --overwrite")
+    check_target(options.out, options.overwrite)  # fail before the weights are read
     params = load(options.source)
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 

@@ -1,4 +1,4 @@
-"""The models of a FLUX pipeline as a diffusers folder has them: facts for reading and writing it.
+"""The models of a FLUX pipeline, and where a diffusers folder keeps them.
 
     model_index.json                         _class_name FluxPipeline
     transformer/       config.json, diffusion_pytorch_model*.safetensors    transformer
@@ -6,9 +6,9 @@
     text_encoder_2/    config.json, model*.safetensors                      t5
     vae/               config.json, diffusion_pytorch_model*.safetensors    autoencoder
     scheduler/         scheduler_config.json                                shift of dense plans
-    tokenizer/, tokenizer_2/                                                copied as they are
+    tokenizer/, tokenizer_2/                                                copied unchanged
 
-Reading is in `sources/`, writing in `targets/`; neither torch nor diffusers is needed.
+`sources/` reads such a folder and `targets/` writes one; neither needs torch or diffusers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerCo
 from jitjax.models import autoencoder, clip, flux, t5
 
 from .tables.autoencoder import AUTOENCODER_IGNORED, autoencoder_rules
-from .tables.engine import Rule, Shape, Tree, check, expected_sources, fill, leaf_shapes, leaf_types
+from .tables.engine import (
+    Rule,
+    Shape,
+    Tree,
+    build_tree,
+    check_keys,
+    expected_sources,
+    leaf_dtypes,
+    leaf_shapes,
+)
 from .tables.text import (
     CLIP_ALIASES,
     CLIP_IGNORED,
@@ -47,13 +56,14 @@ class Component:
     """One model of the pipeline.
 
     Attributes:
-        folder: its folder.
+        folder: its subfolder in the diffusers folder.
         name: its field in `FluxParams` and in `FluxConfig`.
-        stem: how the names of its weight files begin.
+        stem: beginning of the names of its weight files.
         config: its configuration class.
-        rules: its rule table.
-        abstract_params: its parameter tree without the numbers.
-        ignored, aliases: see its table.
+        rules: returns its rule table for a configuration.
+        abstract_params: returns its parameter tree, of shapes and dtypes only.
+        ignored: tensors of its files that need no rule.
+        aliases: regular expression for an alias of a tensor name -> replacement.
     """
 
     folder: str
@@ -66,7 +76,7 @@ class Component:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def source_shapes(self, config: Any) -> dict[str, Shape]:
-        """Canonical name -> shape of every tensor that a model of `config` is made from."""
+        """Return canonical name -> shape of every source tensor of a model of `config`."""
         return expected_sources(self.rules(config), leaf_shapes(self.abstract_params(config)))
 
 
@@ -113,7 +123,7 @@ COMPONENTS = (
 
 
 def component_of(model: str) -> Component:
-    """The component that fills a field of `FluxParams`."""
+    """Return the component for a field of `FluxParams`, for example "transformer"."""
     return next(component for component in COMPONENTS if component.name == model)
 
 
@@ -125,41 +135,44 @@ SHIFT_FIELDS = {
     "max_image_seq_len": ("max_seq", 4096),
     "shift": ("shift", 1.0),
 }
-"""Key in `scheduler_config.json` -> field of `FluxConfig`, and diffusers' value if it is absent."""
+"""Key in `scheduler_config.json` -> (field of `FluxConfig`, diffusers' default)."""
 
 
 def from_state(name: str, state: Mapping[str, np.ndarray], config: Any, dtype: Any = None) -> Tree:
-    """Parameters of one model from a PyTorch state dictionary of NumPy arrays.
+    """Convert a PyTorch state dictionary of NumPy arrays to the parameters of one model.
 
     Args:
         name: "transformer", "clip", "t5" or "autoencoder".
         state: name -> array, with the names of diffusers or transformers.
-        config: of that model.
-        dtype: of the result; None keeps each array's own.
+        config: configuration of that model.
+        dtype: dtype of all leaves; None keeps the dtypes of `state`.
+
+    Returns:
+        The parameter tree of the model, with NumPy arrays as leaves.
 
     Raises:
-        ConversionError: keys or shapes do not fit; the message lists all of them.
+        ConversionError: keys or shapes do not match; the message lists all of them.
     """
     component = component_of(name)
     rules, shapes = component.rules(config), leaf_shapes(component.abstract_params(config))
     names = canonical_names(state, component.aliases)
-    sources = {canonical: tuple(state[own].shape) for canonical, own in names.items()}
-    check(rules, shapes, sources, what=name, ignored=component.ignored)
-    types = leaf_types(rules, {n: state[own].dtype for n, own in names.items()}, dtype)
-    return fill(rules, shapes, types, lambda canonical: state[names[canonical]])
+    sources = {canonical: tuple(state[stored].shape) for canonical, stored in names.items()}
+    check_keys(rules, shapes, sources, label=name, ignored=component.ignored)
+    dtypes = leaf_dtypes(rules, {n: state[stored].dtype for n, stored in names.items()}, dtype)
+    return build_tree(rules, shapes, dtypes, lambda canonical: state[names[canonical]])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` if it is broken, or holds none."""
+    """Return the object in a JSON file. Raises `ValueError` if the file does not contain one."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no complete JSON file: {error}") from None
+        raise ValueError(f"{path} is not a complete JSON file: {error}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected a JSON object")
+        raise ValueError(f"{path} contains a {type(raw).__name__}; expected a JSON object")
     return raw
 
 
-def byte_bar(total: int, what: str, show: bool) -> tqdm:
-    """A progress bar over `total` bytes."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not show)
+def byte_bar(total: int, label: str, show: bool) -> tqdm:
+    """Return a progress bar over `total` bytes; it is silent if `show` is false."""
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not show)

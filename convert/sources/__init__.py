@@ -1,1 +1,1 @@
-"""What is converted: folders, single files and the hub, their tensors and layouts."""
+"""Readers of the sources: diffusers folders, single files, the hub; tensors and layouts."""

@@ -1,7 +1,7 @@
-"""Reads a diffusers folder of FLUX into `FluxParams`.
+"""Reads a diffusers folder of FLUX into `FluxParams`, without torch or diffusers.
 
-Neither torch nor diffusers is needed. All that can be found wrong without reading weights is
-found first: missing files, settings that are not implemented, keys and shapes that do not fit.
+Everything except the values is checked before any weight is read: missing files, settings that are
+not implemented, keys and shapes.
 """
 
 from __future__ import annotations
@@ -30,71 +30,88 @@ from ..components import (
     byte_bar,
     read_json,
 )
-from ..tables.engine import ConversionError, Rule, Shape, apply, check, leaf_shapes, leaf_types
-from .tensors import TYPES, OriginalWeights, Weights, scan_all
+from ..tables.engine import (
+    ConversionError,
+    Rule,
+    Shape,
+    apply_rule,
+    check_keys,
+    leaf_dtypes,
+    leaf_shapes,
+)
+from .tensors import WEIGHT_DTYPES, OriginalWeights, Weights, scan_all
 
 TEXT_LENGTH = 512
-"""Most T5 tokens that FLUX was trained with; the tokenizer may say less."""
+"""Largest number of T5 tokens that FLUX was trained with; the tokenizer may have a lower limit."""
 IMAGE_SIZE = 1024
-"""Side of FLUX's pictures in pixels, where `vae/config.json` has no `sample_size`."""
+"""Image side in pixels, if `vae/config.json` has no `sample_size`."""
 
 
 THREADS = min(4, os.cpu_count() or 1)
-WHOLE = 32 * 2**20
+SPLIT_BYTES = 32 * 2**20
+"""Stacked leaves larger than this are made one block at a time."""
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one model: one, or those that an index lists.
+    """Return the safetensors files of one model: a single file, or the shards of an index.
+
+    Args:
+        folder: folder of the model.
+        stem: beginning of the file names, for example "model".
 
     Raises:
-        FileNotFoundError: none is there, or one that the index lists is not.
-        ValueError: there is both one file and an index.
+        FileNotFoundError: there are no weights, or a shard of the index is missing.
+        ValueError: there are both a single file and an index.
     """
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.exists() and index.exists():
-        raise ValueError(f"{folder} has both {whole.name} and {index.name}; expected one of them")
-    if whole.exists():
-        return [whole]
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} has both {single.name} and {index.name}; expected one of them")
+    if single.exists():
+        return [single]
     if index.exists():
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing or not shards:
-            listed = ", ".join(missing) or "(it lists none)"
-            raise FileNotFoundError(f"{index} lists files that are not there: {listed}")
+            if not shards:
+                raise FileNotFoundError(f"{index} lists no files")
+            raise FileNotFoundError(f"{index} lists missing files: {', '.join(missing)}")
         return [folder / name for name in shards]
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
     others += [p.name for p in sorted(folder.glob("*.safetensors"))]
-    found = f"; it has {', '.join(others)}, which is not read" if others else ""
-    raise FileNotFoundError(f"{folder}: expected {whole.name} or {index.name}{found}")
+    contents = ", ".join(others) or "no weight files"
+    raise FileNotFoundError(f"{folder} has {contents}; expected {single.name} or {index.name}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
-    """The configuration of the pipeline in a diffusers folder.
+    """Read the configuration of the pipeline in a diffusers folder.
 
     Raises:
         FileNotFoundError: files are missing; the message lists them.
-        ValueError: it is another pipeline or no diffusers folder, or a setting is not implemented.
+        ValueError: the folder is a jitjax checkpoint, its pipeline is not `FluxPipeline`, or a
+            setting is not implemented.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; expected a diffusers folder of FLUX")
     if (folder / METADATA_FILE).is_file():
         raise ValueError(
-            f"{folder} is a jitjax checkpoint already: `jitjax.load` reads it, and "
-            "`python -m jitjax.convert --to-diffusers` turns it back"
+            f"{folder} is already a jitjax checkpoint; load it with `jitjax.load`, or convert it "
+            "back with `python -m jitjax.convert --to-diffusers`"
         )
     paths = [folder / c.folder / "config.json" for c in COMPONENTS]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     tokenizers = [folder / name / "tokenizer_config.json" for name in ("tokenizer", "tokenizer_2")]
-    needed = [folder / "model_index.json", *paths, scheduler, *tokenizers]
-    missing = [str(path.relative_to(folder)) for path in needed if not path.is_file()]
+    required = [folder / "model_index.json", *paths, scheduler, *tokenizers]
+    missing = [str(path.relative_to(folder)) for path in required if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is no complete diffusers folder of FLUX: {', '.join(missing)} not found"
+            f"{folder} is not a complete diffusers folder of FLUX; missing: {', '.join(missing)}"
         )
-    got = read_json(folder / "model_index.json").get("_class_name")
-    if got != PIPELINE:
-        raise ValueError(f"{folder}/model_index.json: _class_name is {got!r}, expected {PIPELINE}")
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
+    if pipeline != PIPELINE:
+        raise ValueError(
+            f"{folder}/model_index.json: _class_name is {pipeline!r}; expected {PIPELINE}"
+        )
     models = {
         component.name: component.config.from_diffusers(read_json(path))
         for component, path in zip(COMPONENTS, paths, strict=True)
@@ -110,8 +127,8 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
 
 def _read_shift(path: Path) -> dict[str, Any]:
     raw = read_json(path)
-    unknown = [
-        f"{key} is {raw[key]!r}, only {expected!r} is implemented"
+    unsupported = [
+        f"{key} is {raw[key]!r}; only {expected!r} is implemented"
         for key, expected in (
             ("_class_name", SCHEDULER),
             ("num_train_timesteps", 1000),
@@ -121,158 +138,190 @@ def _read_shift(path: Path) -> dict[str, Any]:
     ]
     switches = ("invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas")
     switches += ("use_exponential_sigmas", "use_karras_sigmas")
-    unknown += [f"{key} is {raw[key]!r}, not implemented" for key in switches if raw.get(key)]
-    if unknown:
-        raise ValueError(f"{path}: " + "; ".join(unknown))
-    return {name: raw.get(key, absent) for key, (name, absent) in SHIFT_FIELDS.items()}
+    unsupported += [
+        f"{key} is {raw[key]!r}, which is not implemented" for key in switches if raw.get(key)
+    ]
+    if unsupported:
+        raise ValueError(f"{path}: " + ", and ".join(unsupported))
+    return {name: raw.get(key, default) for key, (name, default) in SHIFT_FIELDS.items()}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One model, checked and ready to be read: all but the numbers is known.
+class ModelSource:
+    """The source of one model, checked against its rule table; only the values are still unread.
 
     Attributes:
         name: field in `FluxParams`.
-        rules, shapes, types: table, and shape and dtype of every leaf.
+        rules: rule table of the model.
+        shapes: path -> shape of every leaf.
+        dtypes: path -> dtype of every leaf.
         read: returns a source tensor by name.
     """
 
     name: str
     rules: list[Rule]
     shapes: Mapping[str, Shape]
-    types: Mapping[str, np.dtype]
+    dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]
 
     @property
     def bytes(self) -> int:
-        """Size of the parameters."""
-        return sum(self.size(path) for path in self.shapes)
+        """Size of the model's parameters in bytes."""
+        return sum(self.leaf_bytes(path) for path in self.shapes)
 
-    def size(self, path: str) -> int:
-        """Size of one leaf."""
-        return self.types[path].itemsize * math.prod(self.shapes[path])
+    def leaf_bytes(self, path: str) -> int:
+        """Return the size of one leaf in bytes."""
+        return self.dtypes[path].itemsize * math.prod(self.shapes[path])
 
 
-def prepare(
+def prepare_model(
     component: Component,
     config: Any,
     weights: Weights | OriginalWeights,
     dtype: Any = None,
     *,
-    what: str,
+    label: str,
     ignored: Iterable[str] = (),
-) -> Job:
-    """Check a model's tensors against its table.
+) -> ModelSource:
+    """Check the tensors of one model against its rule table.
+
+    Args:
+        component: the model.
+        config: configuration of the model.
+        weights: the source tensors.
+        dtype: dtype of all leaves; None keeps the dtypes of the sources.
+        label: name of the model, for the error messages.
+        ignored: tensors that need no rule, in addition to `component.ignored`.
 
     Raises:
-        ConversionError: keys or shapes do not fit; the message lists them.
-        ValueError: a tensor has a type that no weight may have.
+        ConversionError: keys or shapes do not match; the message lists all of them.
+        ValueError: tensors have a dtype that weights cannot have.
     """
     rules, shapes = component.rules(config), leaf_shapes(component.abstract_params(config))
-    check(rules, shapes, weights.shapes, what=what, ignored=(*component.ignored, *ignored))
-    used = [name for rule in rules for names in rule.names() for name in names]
-    types = {name: kind for name in used if (kind := weights.types[name]) is not None}
-    if len(types) < len(used):
-        wrong = ", ".join(name for name in used if name not in types)
-        raise ValueError(f"{what}: {wrong}: expected one of the types {', '.join(TYPES)}")
-    return Job(component.name, rules, shapes, leaf_types(rules, types, dtype), weights.read)
+    check_keys(rules, shapes, weights.shapes, label=label, ignored=(*component.ignored, *ignored))
+    used = [name for rule in rules for names in rule.source_names() for name in names]
+    dtypes = {name: kind for name in used if (kind := weights.dtypes[name]) is not None}
+    if len(dtypes) < len(used):
+        unsupported = ", ".join(name for name in used if name not in dtypes)
+        raise ValueError(
+            f"{label}: unsupported dtype of {unsupported}; expected one of "
+            f"{', '.join(WEIGHT_DTYPES)}"
+        )
+    return ModelSource(
+        component.name, rules, shapes, leaf_dtypes(rules, dtypes, dtype), weights.read
+    )
 
 
-def _made(
-    job: Job, rule: Rule, start: int, made: Future[np.ndarray]
-) -> tuple[Job, Rule, int, np.ndarray]:
-    return job, rule, start, made.result()
+def _wait_for_piece(
+    model: ModelSource, rule: Rule, start: int, future: Future[np.ndarray]
+) -> tuple[ModelSource, Rule, int, np.ndarray]:
+    return model, rule, start, future.result()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Models found and checked: all but the numbers is known, and nothing is left to go wrong.
+    """The sources of all models of a pipeline, checked; only the values are still unread.
 
     Attributes:
         config: the pipeline's configuration.
-        jobs: the models.
+        models: the source of each model.
         tokenizer: folder of the two tokenizers; empty if there is none.
-        files: what the weights are in.
+        files: the weight files.
     """
 
     config: FluxConfig
-    jobs: tuple[Job, ...]
+    models: tuple[ModelSource, ...]
     tokenizer: str
     files: tuple[Path, ...]
 
     def pieces(
         self, empty: Callable[[Shape, Any], np.ndarray] = np.empty
-    ) -> Iterator[tuple[Job, Rule, int, np.ndarray]]:
-        """All leaves, one after another: model, rule, number of the first block, and array.
+    ) -> Iterator[tuple[ModelSource, Rule, int, np.ndarray]]:
+        """Read all leaves one after another, large ones in pieces.
 
-        A stacked leaf of more than `WHOLE` bytes comes block by block. A few threads work ahead
-        (NumPy copies without Python's lock); no other array is kept in memory.
+        A stacked leaf of more than `SPLIT_BYTES` is split into its blocks. A few threads read ahead
+        (NumPy releases the interpreter lock when it copies). Only a few pieces are in memory.
 
         Args:
-            empty: makes the arrays, from their shapes and dtypes.
-        """
-        ahead: deque[tuple[Job, Rule, int, Future[np.ndarray]]] = deque()
-        with ThreadPoolExecutor(THREADS) as pool:
-            for job, rule, blocks in self._plan():
-                own = job.shapes[rule.target], job.types[rule.target], blocks
-                made = pool.submit(apply, rule, job.read, *own, empty)
-                ahead.append((job, rule, blocks.start or 0, made))
-                if len(ahead) > THREADS:
-                    yield _made(*ahead.popleft())
-            while ahead:
-                yield _made(*ahead.popleft())
+            empty: allocates an array of a shape and dtype.
 
-    def _plan(self) -> Iterator[tuple[Job, Rule, slice]]:
-        for job in self.jobs:
-            for rule in job.rules:
-                if rule.blocks is None or job.size(rule.target) <= WHOLE:
-                    yield job, rule, slice(None)
+        Yields:
+            (model, rule, number of the piece's first block, piece).
+        """
+        pending: deque[tuple[ModelSource, Rule, int, Future[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for model, rule, blocks in self._split():
+                shape, dtype = model.shapes[rule.target], model.dtypes[rule.target]
+                future = pool.submit(apply_rule, rule, model.read, shape, dtype, blocks, empty)
+                pending.append((model, rule, blocks.start or 0, future))
+                if len(pending) > THREADS:
+                    yield _wait_for_piece(*pending.popleft())
+            while pending:
+                yield _wait_for_piece(*pending.popleft())
+
+    def _split(self) -> Iterator[tuple[ModelSource, Rule, slice]]:
+        for model in self.models:
+            for rule in model.rules:
+                if rule.blocks is None or model.leaf_bytes(rule.target) <= SPLIT_BYTES:
+                    yield model, rule, slice(None)
                 else:
-                    yield from ((job, rule, slice(i, i + 1)) for i in range(rule.blocks))
+                    yield from ((model, rule, slice(i, i + 1)) for i in range(rule.blocks))
 
     @property
     def bytes(self) -> int:
-        """Size of all parameters."""
-        return sum(job.bytes for job in self.jobs)
+        """Size of all parameters in bytes."""
+        return sum(model.bytes for model in self.models)
 
     def read(self, *, progress: bool = False) -> FluxParams:
-        """All parameters, as NumPy arrays in host memory; models that are not there are empty."""
-        found: dict[str, dict[str, np.ndarray]] = {component.name: {} for component in COMPONENTS}
+        """Read all parameters as NumPy arrays in host memory.
+
+        Args:
+            progress: show a progress bar.
+
+        Returns:
+            The parameters; models that are not in the source are empty.
+        """
+        leaves: dict[str, dict[str, np.ndarray]] = {component.name: {} for component in COMPONENTS}
         with byte_bar(self.bytes, "reading", progress) as bar:
-            for job, rule, start, piece in self.pieces():
-                shape = job.shapes[rule.target]
+            for model, rule, start, piece in self.pieces():
+                shape = model.shapes[rule.target]
                 if piece.shape == shape:
-                    found[job.name][rule.target] = piece
+                    leaves[model.name][rule.target] = piece
                 else:
-                    leaf = found[job.name].setdefault(rule.target, np.empty(shape, piece.dtype))
+                    leaf = leaves[model.name].setdefault(rule.target, np.empty(shape, piece.dtype))
                     leaf[start : start + len(piece)] = piece
                 bar.update(piece.nbytes)
-        trees = {model: unflatten_dict(flat, sep="/") for model, flat in found.items()}
+        trees = {name: unflatten_dict(flat, sep="/") for name, flat in leaves.items()}
         return FluxParams(**trees, config=self.config, tokenizer=self.tokenizer)
 
 
 def open_folder(
     folder: str | os.PathLike[str], dtype: Any = None, *, parts: Sequence[str] = PARTS
 ) -> Source:
-    """A diffusers folder of FLUX; see `read_folder`."""
+    """Check a diffusers folder of FLUX without reading values. Arguments as for `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
-    jobs, problems, files = [], [], []
+    models: list[ModelSource] = []
+    problems: list[str] = []
+    files: list[Path] = []
     for component in COMPONENTS:
         if component.name not in parts:
             continue
-        own = weight_files(folder / component.folder, component.stem)
-        weights = Weights(scan_all(own), component.aliases)
-        one = getattr(config, component.name)
+        model_files = weight_files(folder / component.folder, component.stem)
+        weights = Weights(scan_all(model_files), component.aliases)
+        model_config = getattr(config, component.name)
         try:
-            jobs.append(prepare(component, one, weights, dtype, what=component.folder))
+            models.append(
+                prepare_model(component, model_config, weights, dtype, label=component.folder)
+            )
         except ConversionError as error:
             problems.append(str(error))
-        files += own
+        files += model_files
     if problems:
         raise ConversionError("\n".join(problems))
-    speaks = any(part in TEXT_ENCODERS for part in parts)
-    return Source(config, tuple(jobs), str(folder.resolve()) if speaks else "", tuple(files))
+    has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
+    tokenizer = str(folder.resolve()) if has_text_encoders else ""
+    return Source(config, tuple(models), tokenizer, tuple(files))
 
 
 def read_folder(
@@ -284,18 +333,21 @@ def read_folder(
 ) -> FluxParams:
     """Read a diffusers folder of FLUX.
 
-    The leaves are NumPy arrays in host memory; `jax.device_put` moves them. Beside the result, no
-    more than one block of one layer is in memory.
+    Apart from the result, only a few blocks of a layer are in memory at a time.
 
     Args:
-        folder: the folder; its two tokenizers stay where they are.
-        dtype: of all parameters; None keeps them as stored.
-        parts: names of the models to read; the others are left empty.
-        progress: show a bar.
+        folder: the folder. Its two tokenizers are not copied.
+        dtype: dtype of all parameters; None keeps the stored dtypes.
+        parts: names of the models to read, of `jitjax.checkpoint.PARTS`.
+        progress: show a progress bar.
+
+    Returns:
+        The parameters, as NumPy arrays in host memory (`jax.device_put` moves them to devices);
+        models that are not in `parts` are empty.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is broken, or a setting is not implemented.
-        ConversionError: keys or shapes do not fit; the message lists them for all models.
+        ValueError: a file is damaged, or a setting is not implemented.
+        ConversionError: keys or shapes do not match; the message lists them for all models.
     """
     return open_folder(folder, dtype, parts=parts).read(progress=progress)

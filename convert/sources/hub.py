@@ -1,8 +1,7 @@
-"""Fetches a diffusers folder of FLUX from the Hugging Face hub, into the hub's own cache.
+"""Downloads a diffusers folder of FLUX from the Hugging Face hub into the hub's cache.
 
-Files that are there already are not fetched again, and a download that was stopped goes on where it
-was: both are `huggingface_hub`'s doing, as are the token (`hf auth login`, or HF_TOKEN) and the
-cache's place (HF_HOME).
+`huggingface_hub` reuses the files in the cache, resumes interrupted downloads, and handles the
+token (`hf auth login`, or HF_TOKEN) and the location of the cache (HF_HOME).
 """
 
 from __future__ import annotations
@@ -19,15 +18,18 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_repository(name: str) -> bool:
-    """Whether a source is no path, and may be a repository (black-forest-labs/FLUX.1-dev)."""
+    """Whether `name` has the form owner/repository and does not exist as a path."""
     return bool(REPOSITORY.fullmatch(name)) and not Path(name).exists()
 
 
-def wanted_files(parts: Sequence[str] = PARTS) -> list[str]:
-    """Patterns of the files needed; the single files beside the folders are left out."""
-    folders = [c.folder for c in COMPONENTS if c.name in parts]
-    weights = [f"{folder}/*.{ending}" for folder in folders for ending in ("safetensors", "json")]
-    # The configurations are needed of all models, the tokenizers where there are text encoders.
+def file_patterns(parts: Sequence[str] = PARTS) -> list[str]:
+    """Return glob patterns of the files to download for the models `parts`.
+
+    They exclude the original release's single files, which repositories have in their root.
+    """
+    folders = [component.folder for component in COMPONENTS if component.name in parts]
+    weights = [f"{folder}/*.{suffix}" for folder in folders for suffix in ("safetensors", "json")]
+    # `FluxConfig` has the configurations of all models; only text encoders need tokenizers.
     configs = [f"{component.folder}/config.json" for component in COMPONENTS]
     pattern = "*" if set(parts) & set(TEXT_ENCODERS) else "*config.json"
     tokenizers = [f"{name}/{pattern}" for name in TOKENIZERS]
@@ -35,36 +37,48 @@ def wanted_files(parts: Sequence[str] = PARTS) -> list[str]:
 
 
 def fetch(repository: str, parts: Sequence[str] = PARTS) -> Path:
-    """The folder of a repository in the local cache, fetched if need be.
+    """Download a repository, if the local cache does not have it.
+
+    Args:
+        repository: for example "black-forest-labs/FLUX.1-dev".
+        parts: names of the models to download, of `jitjax.checkpoint.PARTS`.
+
+    Returns:
+        The folder of the repository in the local cache.
 
     Raises:
-        ConnectionError: the hub cannot be reached, and not all is in the cache.
-        PermissionError: the repository is gated, or needs a token.
-        FileNotFoundError: there is no such repository.
+        ConnectionError: the hub cannot be reached and files are missing in the cache, or the
+            download fails.
+        PermissionError: the repository is gated.
+        FileNotFoundError: the repository does not exist, or the token gives no access to it.
     """
     from huggingface_hub import errors, get_token, snapshot_download
 
     page = f"https://huggingface.co/{repository}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted_files(parts)))
+        return Path(snapshot_download(repository, allow_patterns=file_patterns(parts)))
     except errors.GatedRepoError as error:
-        step = "" if get_token() else "log in with `hf auth login`, "
+        login = "" if get_token() else "log in with `hf auth login`, "
         raise PermissionError(
-            f"{repository} is gated: {step}accept its licence at {page}, then run this again"
+            f"{repository} is gated; {login}accept its licence at {page}, then run this again"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        token = "your token" if get_token() else "no token (`hf auth login` sets one)"
+        access = (
+            "your token gives no access to it"
+            if get_token()
+            else "it is private and needs a token (`hf auth login` sets one)"
+        )
         raise FileNotFoundError(
-            f"the hub has no repository {repository}, or not for {token}; see {page}"
+            f"repository {repository} does not exist on the hub, or {access}; see {page}"
         ) from error
     except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise ConnectionError(
             f"{repository} is not in the local cache, and the hub cannot be reached (offline, or "
-            f"HF_HUB_OFFLINE is set); what was fetched before is kept. A folder on disk works "
-            "without the hub"
+            "HF_HUB_OFFLINE is set); downloaded files are kept. A local folder works without the "
+            "hub"
         ) from error
     except errors.HfHubHTTPError as error:
         raise ConnectionError(
-            f"fetching {repository} broke off ({str(error).splitlines()[0]}); what was fetched is "
-            "kept, and the same command goes on from there"
+            f"the download of {repository} failed ({str(error).splitlines()[0]}); downloaded files "
+            "are kept, and the same command resumes the download"
         ) from error

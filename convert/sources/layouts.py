@@ -1,8 +1,8 @@
-"""Which models a safetensors file holds, under which names, and their configurations from shapes.
+"""Recognises the models in a file by their tensor names, and infers configurations from shapes.
 
-A file may hold one model or several, each under a prefix of its own (ComfyUI's whole checkpoints
-have `model.diffusion_model.`, `vae.`, `text_encoders.t5xxl.transformer.`). One tensor that only
-this model and layout has gives both away.
+A file contains one model or several, each with a prefix (ComfyUI's whole checkpoints have
+`model.diffusion_model.`, `vae.`, `text_encoders.t5xxl.transformer.`). Each layout has a marker, the
+name of a tensor that no other layout has; it identifies both the model and the layout.
 """
 
 from __future__ import annotations
@@ -23,50 +23,51 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Layout:
-    """Names that a model may have in a single file.
+    """A naming scheme of a model's tensors in a single file.
 
     Attributes:
-        title: for messages.
+        title: name of the layout in messages.
         model: field in `FluxParams`.
-        mark: a name that no other layout has.
-        config: configuration from the shapes of the tensors (names without their prefix).
-        parts: table of the original release, or None where the names are those of the rules.
-        ignored: tensors that carry nothing, beside those of the rules' own table.
+        marker: name of a tensor that no other layout has.
+        config: infers the configuration from name (without prefix) -> shape.
+        parts: returns the table of original names for a configuration; None if the layout has the
+            names of the rule table.
+        ignored: tensors that need no rule, in addition to those of the component.
     """
 
     title: str
     model: str
-    mark: str
+    marker: str
     config: Callable[[Shapes], Any]
     parts: Callable[[Any], dict[str, Part]] | None = None
     ignored: tuple[str, ...] = ()
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers the pattern's group takes."""
-    return len({found[1] for name in shapes if (found := re.match(pattern, name))})
+    """Count the different values of the pattern's group among the names."""
+    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
 def _transformer(shapes: Shapes, image: str, text: str, pooled: str, norm: str, guidance: str,
                  double: str, single: str) -> TransformerConfig:  # fmt: skip
     hidden, channels = shapes[image]
-    width = shapes[norm][0]
+    head_dim = shapes[norm][0]
     return TransformerConfig(
         in_channels=channels,
         num_layers=_count(shapes, rf"{double}\.(\d+)\."),
         num_single_layers=_count(shapes, rf"{single}\.(\d+)\."),
-        attention_head_dim=width,
-        num_attention_heads=hidden // width,
+        attention_head_dim=head_dim,
+        num_attention_heads=hidden // head_dim,
         joint_attention_dim=shapes[text][1],
         pooled_projection_dim=shapes[pooled][1],
         guidance_embeds=guidance in shapes,
-        # No tensor tells how a head is shared among the axes: as in FLUX.1, 16 to 56 to 56.
-        axes_dims_rope=(width // 8, width * 7 // 16, width * 7 // 16),
+        # No tensor has the split of a head among the three axes; FLUX.1 has 16, 56 and 56.
+        axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
     )
 
 
 def original_transformer(shapes: Shapes) -> TransformerConfig:
-    """From the shapes of the original release."""
+    """Infer the configuration from the shapes in a file of the original release."""
     return _transformer(
         shapes, "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight",
         "double_blocks.0.img_attn.norm.query_norm.scale", "guidance_in.in_layer.weight",
@@ -75,7 +76,7 @@ def original_transformer(shapes: Shapes) -> TransformerConfig:
 
 
 def diffusers_transformer(shapes: Shapes) -> TransformerConfig:
-    """From the shapes of diffusers' file."""
+    """Infer the configuration from the shapes in a diffusers file."""
     embed = "time_text_embed.{}_embedder.linear_1.weight"
     return _transformer(
         shapes, "x_embedder.weight", "context_embedder.weight", embed.format("text"),
@@ -98,25 +99,31 @@ def _autoencoder(shapes: Shapes, level: str, block: str) -> AutoencoderConfig:
 
 
 def original_autoencoder(shapes: Shapes) -> AutoencoderConfig:
-    """From the shapes of the original release; the latents' shift and scale are FLUX's."""
+    """Infer the configuration from the shapes in a file of the original release.
+
+    The shift and scale of the latents are FLUX's.
+    """
     return _autoencoder(shapes, r"encoder\.down\.{}\.", "encoder.down.{}.block.{}")
 
 
 def diffusers_autoencoder(shapes: Shapes) -> AutoencoderConfig:
-    """From the shapes of diffusers' file; the latents' shift and scale are FLUX's."""
+    """Infer the configuration from the shapes in a diffusers file.
+
+    The shift and scale of the latents are FLUX's.
+    """
     return _autoencoder(shapes, r"encoder\.down_blocks\.{}\.", "encoder.down_blocks.{}.resnets.{}")
 
 
 def t5_encoder(shapes: Shapes) -> T5Config:
-    """From the shapes of an encoder's file."""
+    """Infer the configuration from the shapes in a file of a T5 encoder."""
     block = "encoder.block.0.layer"
     buckets, heads = shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
-    inner, model = shapes[f"{block}.0.SelfAttention.q.weight"]
-    table = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    heads_width, d_model = shapes[f"{block}.0.SelfAttention.q.weight"]
+    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
     return T5Config(
-        vocab_size=shapes[table][0],
-        d_model=model,
-        d_kv=inner // heads,
+        vocab_size=shapes[embedding][0],
+        d_model=d_model,
+        d_kv=heads_width // heads,
         d_ff=shapes[f"{block}.1.DenseReluDense.wi_0.weight"][0],
         num_layers=_count(shapes, r"encoder\.block\.(\d+)\."),
         num_heads=heads,
@@ -125,7 +132,10 @@ def t5_encoder(shapes: Shapes) -> T5Config:
 
 
 def clip_encoder(shapes: Shapes) -> CLIPConfig:
-    """From the shapes of a text model's file; heads are 64 wide, as in every CLIP."""
+    """Infer the configuration from the shapes in a file of a CLIP text model.
+
+    The width of a head is 64, as in every CLIP.
+    """
     embeddings = "text_model.embeddings"
     vocab, hidden = shapes[f"{embeddings}.token_embedding.weight"]
     return CLIPConfig(
@@ -177,67 +187,76 @@ LAYOUTS = (
         "clip",
         "text_model.encoder.layers.0.self_attn.q_proj.weight",
         clip_encoder,
-        # The projection and temperature of CLIP's loss; FLUX takes the pooled state before them.
+        # Projection and temperature of CLIP's loss; FLUX uses the pooled state before them.
         ignored=("text_projection.weight", "logit_scale"),
     ),
 )
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model in a file: its layout, and its tensors' names without prefix -> names in the file."""
+class RecognisedModel:
+    """A model in a file.
+
+    Attributes:
+        layout: its layout.
+        names: tensor name without prefix -> name in the file.
+    """
 
     layout: Layout
     names: Mapping[str, str]
 
 
-def recognise(shapes: Shapes, what: str) -> list[Found]:
-    """The models in a file, by the names of its tensors.
+def recognise(shapes: Shapes, label: str) -> list[RecognisedModel]:
+    """Recognise the models in a file by the names of its tensors.
 
     Args:
         shapes: name -> shape of every tensor of the file.
-        what: the file, for messages.
+        label: name of the file, for the error message.
 
     Raises:
-        ValueError: no model of FLUX is recognised; the message names the nearest layout.
+        ValueError: the file contains no model of FLUX; the message names the closest layout.
     """
-    found = []
+    models = []
     for layout in LAYOUTS:
-        ends = [n for n in shapes if n == layout.mark or n.endswith(f".{layout.mark}")]
-        for end in ends:
-            prefix = end.removesuffix(layout.mark)
+        markers = [n for n in shapes if n == layout.marker or n.endswith(f".{layout.marker}")]
+        for marker in markers:
+            prefix = marker.removesuffix(layout.marker)
             names = {n.removeprefix(prefix): n for n in shapes if n.startswith(prefix)}
-            found.append(Found(layout, names))
-    if not found:
-        raise ValueError(f"{what} holds no model of FLUX that is known; {_nearest(shapes)}")
-    return [_own(one, found) for one in found]
+            models.append(RecognisedModel(layout, names))
+    if not models:
+        raise ValueError(f"{label} contains no known model of FLUX; {_closest_layout(shapes)}")
+    return [_without_nested_models(model, models) for model in models]
 
 
-def _own(one: Found, found: list[Found]) -> Found:
-    """Without the tensors of models under longer prefixes ("" is a prefix of them all)."""
-    others = [set(f.names.values()) for f in found if len(f.names) < len(one.names)]
-    taken = set().union(*others)
-    return Found(one.layout, {k: v for k, v in one.names.items() if v not in taken})
+def _without_nested_models(
+    model: RecognisedModel, models: list[RecognisedModel]
+) -> RecognisedModel:
+    """Remove the tensors of models with longer prefixes ("" is a prefix of every name)."""
+    nested = [set(m.names.values()) for m in models if len(m.names) < len(model.names)]
+    excluded = set().union(*nested)
+    names = {name: stored for name, stored in model.names.items() if stored not in excluded}
+    return RecognisedModel(model.layout, names)
 
 
-def _nearest(shapes: Shapes) -> str:
-    """The layout with most of the file's names, numbers aside."""
+def _closest_layout(shapes: Shapes) -> str:
+    """Describe the layout that shares most names with the file, not counting block numbers."""
     names = {re.sub(r"\d+", "0", name) for name in shapes}
-    best, most = LAYOUTS[0], -1
+    closest, most_shared = LAYOUTS[0], -1
     for layout in LAYOUTS:
         known = {re.sub(r"\d+", "0", name) for name in full_size_names(layout)}
         shared = sum(any(n == k or n.endswith(f".{k}") for k in known) for n in names)
-        if shared > most:
-            best, most = layout, shared
-    listed = ", ".join(sorted(shapes)[:5]) or "(none)"
+        if shared > most_shared:
+            closest, most_shared = layout, shared
+    first_names = ", ".join(sorted(shapes)[:5]) or "(none)"
     return (
-        f"nearest is {best.title!r}, which has {most} of {len(names)} kinds of names and always "
-        f"{best.mark!r}; the file begins with {listed}"
+        f"the closest layout is {closest.title!r}: it shares {most_shared} of {len(names)} names "
+        f"(not counting block numbers) and requires {closest.marker!r}; the file's first names "
+        f"are {first_names}"
     )
 
 
 def full_size_names(layout: Layout) -> dict[str, Shape]:
-    """Names and shapes of FLUX.1-dev's tensors in a layout."""
+    """Return name -> shape of FLUX.1-dev's tensors in a layout."""
     component = component_of(layout.model)
     config = component.config()
     shapes = component.source_shapes(config)

@@ -1,8 +1,8 @@
-"""FLUX in single safetensors or GGUF files: one per model, or several models in one.
+"""Opens FLUX in single safetensors or GGUF files: one model per file, or several in one file.
 
-Layouts are recognised from the names (see `layouts.py`), configurations inferred from the shapes.
-Any subset of the models will do: a checkpoint without text encoders works with conditioning
-computed elsewhere.
+Layouts are recognised by tensor names (see `layouts.py`) and configurations are inferred from
+shapes. Any subset of the models is enough: a checkpoint without text encoders works with
+conditioning computed elsewhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ from jitjax.config import (
 
 from ..components import COMPONENTS, component_of, read_json
 from ..tables.engine import ConversionError
-from .diffusers_folder import TEXT_LENGTH, Job, Source, open_folder, prepare, weight_files
-from .layouts import Found, Layout, recognise
+from .diffusers_folder import (
+    TEXT_LENGTH,
+    ModelSource,
+    Source,
+    open_folder,
+    prepare_model,
+    weight_files,
+)
+from .layouts import Layout, RecognisedModel, recognise
 from .tensors import OriginalWeights, Weights, scan_all
 
 SCHNELL_TEXT_LENGTH = 256
@@ -39,51 +46,54 @@ def open_files(
     tokenizers: str | os.PathLike[str] | None = None,
     parts: Sequence[str] | None = None,
 ) -> Source:
-    """Models in single files, found and checked.
+    """Check models in single files without reading values.
 
     Args:
-        files: safetensors or GGUF files or folders of one model as diffusers has them, in any
-            order; or, of each model named, where to take it from.
-        dtype: of all parameters; None keeps them as stored (fp8 becomes bfloat16).
-        tokenizers: folder with `tokenizer/` and `tokenizer_2/`; prompts need it, conditioning
-            computed elsewhere does not.
-        parts: names of the models to take, of `jitjax.checkpoint.PARTS`; None takes all there are.
+        files: safetensors or GGUF files, or diffusers folders of one model, in any order; or a
+            mapping from model name to the file or folder to take it from.
+        dtype: dtype of all parameters; None keeps the stored dtypes (fp8 becomes bfloat16).
+        tokenizers: folder with `tokenizer/` and `tokenizer_2/`; required for text encoders.
+        parts: names of the models to take, of `jitjax.checkpoint.PARTS`; None takes all.
 
     Raises:
         FileNotFoundError: a file or a tokenizer is missing.
-        ValueError: a file is broken, holds no model of FLUX, or a model that is in another one too.
-        ConversionError: keys or shapes do not fit; the message lists them for all models.
+        ValueError: a file is damaged or contains no model of FLUX, a model is in two files, or a
+            requested model is in none.
+        ConversionError: keys or shapes do not match; the message lists them for all models.
     """
-    models: dict[str, tuple[Path, Found, Weights]] = {}
-    named = isinstance(files, Mapping)
-    pairs = files.items() if named else ((None, file) for file in files)
-    for only, path in ((only, Path(file)) for only, file in pairs):
-        tensors = scan_all(_files(path))
-        for found in recognise({name: t.shape for name, t in tensors.items()}, str(path)):
-            model = found.layout.model
-            if model not in (PARTS if parts is None else parts) or only not in (None, model):
+    recognised: dict[str, tuple[Path, RecognisedModel, Weights]] = {}
+    by_model = isinstance(files, Mapping)
+    pairs = files.items() if by_model else ((None, file) for file in files)
+    for requested, path in ((requested, Path(file)) for requested, file in pairs):
+        tensors = scan_all(_weight_files_at(path))
+        for model in recognise({name: t.shape for name, t in tensors.items()}, str(path)):
+            part = model.layout.model
+            if part not in (PARTS if parts is None else parts) or requested not in (None, part):
                 continue
-            if model in models:
-                raise ValueError(f"{model} is both in {models[model][0]} and in {path}")
-            own = {name: tensors[stored] for name, stored in found.names.items()}
-            models[model] = path, found, Weights(own, component_of(model).aliases)
-    missing = [part for part in parts or (files if named else ()) if part not in models]
-    if missing or not models:
-        held = ", ".join(models) or "nothing"
-        raise ValueError(f"no file holds {', '.join(missing) or 'a model'}; found {held}")
-    folder = _tokenizer_folder(tokenizers, needed="t5" in models or "clip" in models)
-    configs, jobs, problems = {}, [], []
-    for model, (path, found, weights) in models.items():
+            if part in recognised:
+                raise ValueError(f"{part} is both in {recognised[part][0]} and in {path}")
+            model_tensors = {name: tensors[stored] for name, stored in model.names.items()}
+            recognised[part] = path, model, Weights(model_tensors, component_of(part).aliases)
+    missing = [part for part in parts or (files if by_model else ()) if part not in recognised]
+    if missing or not recognised:
+        absent, available = ", ".join(missing) or "a model", ", ".join(recognised) or "none"
+        raise ValueError(f"no file contains {absent}; requested models found: {available}")
+    needs_tokenizers = "t5" in recognised or "clip" in recognised
+    tokenizer = _tokenizer_folder(tokenizers, needed=needs_tokenizers)
+    configs: dict[str, Any] = {}
+    models: list[ModelSource] = []
+    problems: list[str] = []
+    for part, (path, model, weights) in recognised.items():
         try:
-            configs[model], job = _prepare(found.layout, weights, path, dtype)
-            jobs.append(job)
+            configs[part], model_source = _configure_and_prepare(model.layout, weights, path, dtype)
+            models.append(model_source)
         except ConversionError as error:
             problems.append(str(error))
     if problems:
         raise ConversionError("\n".join(problems))
-    config = whole_config(configs)
-    used = dict.fromkeys(file for path, *_ in models.values() for file in _files(path))
-    return Source(config, tuple(jobs), folder, tuple(used))
+    paths = [path for path, _, _ in recognised.values()]
+    used_files = dict.fromkeys(file for path in paths for file in _weight_files_at(path))
+    return Source(whole_config(configs), tuple(models), tokenizer, tuple(used_files))
 
 
 def open_sources(
@@ -94,50 +104,57 @@ def open_sources(
     tokenizers: str | os.PathLike[str] | None = None,
     parts: Sequence[str] | None = None,
 ) -> Source:
-    """A diffusers folder or a single file, with some models taken from files of their own.
+    """Check a diffusers folder or a single file, with some models replaced by other files.
 
     Args:
-        source: the folder or file, or None if `files` is all there is.
-        files: of each model named, the file to take it from instead.
-        dtype, tokenizers, parts: as for `open_files`.
+        source: the diffusers folder or file; None to take all models from `files`.
+        files: model name -> file to take it from, instead of `source`.
+        dtype: dtype of all parameters; None keeps the stored dtypes (fp8 becomes bfloat16).
+        tokenizers: folder with `tokenizer/` and `tokenizer_2/`, if `source` is not a folder.
+        parts: names of the models to take, of `jitjax.checkpoint.PARTS`; None takes all.
 
     Raises:
-        FileNotFoundError, ValueError, ConversionError: as `open_files` and `open_folder` do.
+        FileNotFoundError: as `open_files` and `open_folder` do.
+        ValueError: as `open_files` and `open_folder` do, or for `tokenizers` with a folder.
+        ConversionError: as `open_files` and `open_folder` do.
     """
-    wanted = [part for part in PARTS if parts is None or part in parts]
-    others = {part: file for part, file in files.items() if part in wanted}
+    requested = [part for part in PARTS if parts is None or part in parts]
+    replaced = {part: file for part, file in files.items() if part in requested}
     if source is None or not Path(source).is_dir() or (Path(source) / "config.json").is_file():
-        held = [] if source is None else models_of(source)
-        chosen = {part: source for part in wanted if part in held and source is not None} | others
-        return open_files(chosen, dtype, tokenizers=tokenizers, parts=parts)
+        available = [] if source is None else models_of(source)
+        from_source = {
+            part: source for part in requested if part in available and source is not None
+        }
+        return open_files(from_source | replaced, dtype, tokenizers=tokenizers, parts=parts)
     if tokenizers is not None:
-        raise ValueError(f"{source} is a folder, which has its own tokenizers; give none beside it")
-    folder = open_folder(source, dtype, parts=[part for part in wanted if part not in others])
-    if not others:
+        raise ValueError(f"{source} is a folder, which has its own tokenizers; expected no others")
+    folder = open_folder(source, dtype, parts=[part for part in requested if part not in replaced])
+    if not replaced:
         return folder
-    found = open_files(others, dtype, tokenizers=source)
-    models = {part: getattr(found.config, part) for part in others}
+    single = open_files(replaced, dtype, tokenizers=source)
+    configs = {part: getattr(single.config, part) for part in replaced}
     return Source(
-        dataclasses.replace(folder.config, **models),
-        (*folder.jobs, *found.jobs),
-        folder.tokenizer or found.tokenizer,
-        (*folder.files, *found.files),
+        dataclasses.replace(folder.config, **configs),
+        (*folder.models, *single.models),
+        folder.tokenizer or single.tokenizer,
+        (*folder.files, *single.files),
     )
 
 
 def models_of(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the models in a file.
+    """Return the names of the models in a file, or in the folder of one model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken, or holds no model of FLUX.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or contains no model of FLUX.
     """
-    shapes = {name: tensor.shape for name, tensor in scan_all(_files(Path(path))).items()}
-    return [found.layout.model for found in recognise(shapes, str(path))]
+    tensors = scan_all(_weight_files_at(Path(path)))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return [model.layout.model for model in recognise(shapes, str(path))]
 
 
-def _files(path: Path) -> list[Path]:
-    """The weight files at a path: the file itself, or those in the folder of one model."""
+def _weight_files_at(path: Path) -> list[Path]:
+    """Return the file itself, or the weight files in the folder of one model."""
     if path.is_file():
         return [path]
     if not (path / "config.json").is_file():
@@ -148,31 +165,35 @@ def _files(path: Path) -> list[Path]:
     return weight_files(path, next((s for s in stems if any(path.glob(f"{s}[.-]*"))), "model"))
 
 
-def _prepare(layout: Layout, weights: Weights, path: Path, dtype: Any) -> tuple[Any, Job]:
-    """Configuration of a model, told or inferred from shapes, and the model ready to be read."""
-    component, what = component_of(layout.model), f"{path} ({layout.title})"
+def _configure_and_prepare(
+    layout: Layout, weights: Weights, path: Path, dtype: Any
+) -> tuple[Any, ModelSource]:
+    """Return a model's configuration, from config.json or inferred from shapes, and its source."""
+    component, label = component_of(layout.model), f"{path} ({layout.title})"
     try:
         if path.is_dir():
             config = component.config.from_diffusers(read_json(path / "config.json"))
         else:
             config = layout.config(weights.shapes)
     except KeyError as error:
-        raise ConversionError.of(what, [f"missing key: {error.args[0]}"]) from None
-    named: Weights | OriginalWeights = weights
+        raise ConversionError.from_problems(label, [f"missing key: {error.args[0]}"]) from None
+    renamed: Weights | OriginalWeights = weights
     if layout.parts:
         shapes = component.source_shapes(config)
-        named = OriginalWeights(
-            weights, layout.parts(config), shapes, what=what, ignored=layout.ignored
+        renamed = OriginalWeights(
+            weights, layout.parts(config), shapes, label=label, ignored=layout.ignored
         )
-    return config, prepare(component, config, named, dtype, what=what, ignored=layout.ignored)
+    return config, prepare_model(
+        component, config, renamed, dtype, label=label, ignored=layout.ignored
+    )
 
 
 def _tokenizer_folder(folder: str | os.PathLike[str] | None, *, needed: bool) -> str:
     if folder is None:
         if needed:
             raise FileNotFoundError(
-                "text encoders need their tokenizers, which single files do not hold; expected a "
-                "folder with tokenizer/ and tokenizer_2/, as in a diffusers folder of FLUX"
+                "text encoders need tokenizers, which single files do not contain; expected a "
+                "folder with tokenizer/ and tokenizer_2/, such as a diffusers folder of FLUX"
             )
         return ""
     for name in TOKENIZERS:
@@ -182,32 +203,36 @@ def _tokenizer_folder(folder: str | os.PathLike[str] | None, *, needed: bool) ->
 
 
 def whole_config(models: Mapping[str, Any]) -> FluxConfig:
-    """The pipeline's configuration; models that are not there are FLUX's, of fitting widths.
+    """Return the pipeline's configuration for the configurations of some models.
 
-    FLUX.1-dev, which is told its guidance, shifts its sigmas by resolution; FLUX.1-schnell, which
-    is not, has no shift and shorter prompts.
+    Missing models get FLUX's configuration, with widths that match the other models. A transformer
+    with guidance is taken for FLUX.1-dev, which shifts its sigmas by resolution; one without is
+    taken for FLUX.1-schnell, which has no shift and shorter prompts.
+
+    Args:
+        models: model name -> its configuration.
     """
-    ours = dict(models)
-    if "transformer" not in ours:
+    configs = dict(models)
+    if "transformer" not in configs:
         widths: dict[str, Any] = {}
-        if "autoencoder" in ours:
-            widths["in_channels"] = ours["autoencoder"].latent_channels * PATCH**2
-        if "t5" in ours:
-            widths["joint_attention_dim"] = ours["t5"].d_model
-        if "clip" in ours:
-            widths["pooled_projection_dim"] = ours["clip"].hidden_size
-        ours["transformer"] = TransformerConfig(**widths)
-    transformer = ours["transformer"]
-    ours.setdefault("t5", T5Config(d_model=transformer.joint_attention_dim))
-    if "clip" not in ours:
+        if "autoencoder" in configs:
+            widths["in_channels"] = configs["autoencoder"].latent_channels * PATCH**2
+        if "t5" in configs:
+            widths["joint_attention_dim"] = configs["t5"].d_model
+        if "clip" in configs:
+            widths["pooled_projection_dim"] = configs["clip"].hidden_size
+        configs["transformer"] = TransformerConfig(**widths)
+    transformer = configs["transformer"]
+    configs.setdefault("t5", T5Config(d_model=transformer.joint_attention_dim))
+    if "clip" not in configs:
         hidden = transformer.pooled_projection_dim
-        ours["clip"] = CLIPConfig(hidden_size=hidden, num_attention_heads=max(1, hidden // 64))
+        configs["clip"] = CLIPConfig(hidden_size=hidden, num_attention_heads=max(1, hidden // 64))
     channels = transformer.in_channels // PATCH**2
-    ours.setdefault("autoencoder", AutoencoderConfig(latent_channels=channels))
-    dev = transformer.guidance_embeds
+    configs.setdefault("autoencoder", AutoencoderConfig(latent_channels=channels))
+    is_dev = transformer.guidance_embeds
     return FluxConfig(
-        **ours,
-        text_length=TEXT_LENGTH if dev else SCHNELL_TEXT_LENGTH,
-        dynamic_shift=dev,
-        shift=3.0 if dev else 1.0,
+        **configs,
+        text_length=TEXT_LENGTH if is_dev else SCHNELL_TEXT_LENGTH,
+        dynamic_shift=is_dev,
+        shift=3.0 if is_dev else 1.0,
     )

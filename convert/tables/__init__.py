@@ -1,1 +1,1 @@
-"""Rule tables, the names of the original release, and the engine that applies them."""
+"""Rule tables, the tensor names of the original release, and the engine that applies the rules."""

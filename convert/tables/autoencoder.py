@@ -1,4 +1,4 @@
-"""Rule table of the autoencoder: diffusers' names on one side, our parameter tree on the other."""
+"""Rule table of the autoencoder: diffusers tensor names -> paths in our parameter tree."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from jitjax.config import AutoencoderConfig
 from .engine import Rule
 
 AUTOENCODER_IGNORED: tuple[str, ...] = ()
-"""Tensors in an autoencoder's file that carry nothing."""
+"""Tensors of an autoencoder file that need no rule."""
 
 
 def norm(target: str, source: str) -> list[Rule]:
-    """Scale and bias of one group norm."""
+    """Return the rules for scale and bias of one group norm."""
     return [
         Rule(f"{target}/scale", (f"{source}.weight",)),
         Rule(f"{target}/bias", (f"{source}.bias",)),
@@ -19,7 +19,7 @@ def norm(target: str, source: str) -> list[Rule]:
 
 
 def conv(target: str, source: str) -> list[Rule]:
-    """Kernel and bias of one convolution."""
+    """Return the rules for kernel and bias of one convolution."""
     return [
         Rule(f"{target}/kernel", (f"{source}.weight",), "conv"),
         Rule(f"{target}/bias", (f"{source}.bias",)),
@@ -27,7 +27,7 @@ def conv(target: str, source: str) -> list[Rule]:
 
 
 def resnet(target: str, source: str, shortcut: bool = False) -> list[Rule]:
-    """One residual block; `shortcut` where it changes the width."""
+    """Return the rules for one residual block; `shortcut` if it changes the width."""
     return [
         *norm(f"{target}/norm1", f"{source}.norm1"),
         *conv(f"{target}/conv1", f"{source}.conv1"),
@@ -37,8 +37,8 @@ def resnet(target: str, source: str, shortcut: bool = False) -> list[Rule]:
     ]
 
 
-def mid(target: str, source: str) -> list[Rule]:
-    """Resnet, attention, resnet at the lowest resolution."""
+def mid_block(target: str, source: str) -> list[Rule]:
+    """Return the rules for resnet, attention and resnet at the lowest resolution."""
     attention = f"{source}.attentions.0"
     qkv = [f"{attention}.to_{name}" for name in "qkv"]
     return [
@@ -52,38 +52,40 @@ def mid(target: str, source: str) -> list[Rule]:
     ]
 
 
-def half(name: str, widths: tuple[int, ...], resnets: int, level: str, resample: str) -> list[Rule]:
-    """Encoder or decoder: what they have in common, and the levels in the order they run.
+def encoder_or_decoder(
+    name: str, widths: tuple[int, ...], resnets: int, level: str, resample: str
+) -> list[Rule]:
+    """Return the rules for the encoder or the decoder.
 
     Args:
         name: "encoder" or "decoder".
-        widths: width of each level.
-        resnets: blocks per level.
+        widths: width of each level, in the order in which the levels run.
+        resnets: residual blocks per level.
         level: "down" or "up".
-        resample: "downsample" or "upsample", after every level but the last.
+        resample: "downsample" or "upsample"; it follows every level but the last.
     """
     rules = [
         *conv(f"{name}/conv_in", f"{name}.conv_in"),
-        *mid(f"{name}/mid", f"{name}.mid_block"),
+        *mid_block(f"{name}/mid", f"{name}.mid_block"),
         *norm(f"{name}/norm_out", f"{name}.conv_norm_out"),
         *conv(f"{name}/conv_out", f"{name}.conv_out"),
     ]
-    before = widths[0]
+    previous_width = widths[0]
     for i, width in enumerate(widths):
         target, source = f"{name}/{level}_{i}", f"{name}.{level}_blocks.{i}"
         for j in range(resnets):
-            shortcut = j == 0 and width != before
+            shortcut = j == 0 and width != previous_width
             rules += resnet(f"{target}/resnet_{j}", f"{source}.resnets.{j}", shortcut)
         if i + 1 < len(widths):
             rules += conv(f"{target}/{resample}", f"{source}.{resample}rs.0.conv")
-        before = width
+        previous_width = width
     return rules
 
 
 def autoencoder_rules(config: AutoencoderConfig) -> list[Rule]:
-    """diffusers `AutoencoderKL` -> `jitjax.models.autoencoder.Autoencoder`."""
+    """Return the rules from diffusers `AutoencoderKL` to `models.autoencoder.Autoencoder`."""
     widths, layers = config.block_out_channels, config.layers_per_block
     return [
-        *half("encoder", widths, layers, "down", "downsample"),
-        *half("decoder", widths[::-1], layers + 1, "up", "upsample"),
+        *encoder_or_decoder("encoder", widths, layers, "down", "downsample"),
+        *encoder_or_decoder("decoder", widths[::-1], layers + 1, "up", "upsample"),
     ]

@@ -1,15 +1,16 @@
-"""The conversion engine: a table of rules, applied forwards and backwards.
+"""The conversion engine: applies a table of rules in both directions.
 
-A rule says which source tensors (PyTorch names) make one target leaf (a path in our parameter
-tree), and how. Tables are data, in the modules beside it; this file knows no model.
+A rule names the source tensors (PyTorch names) of one target leaf (a path in our parameter tree)
+and the transform between them. The tables are data in the neighbouring modules; nothing in this
+module is specific to a model.
 
     sources                                    transform       target
     blocks.{i}.attn.to_q.weight  [out, in]
     blocks.{i}.attn.to_k.weight  [out, in]  -- "fused" -->     double_blocks/attention/qkv/kernel
     blocks.{i}.attn.to_v.weight  [out, in]                     [blocks, in, 3, heads, width]
 
-Every source must be used exactly once and every target leaf filled exactly once, with the exact
-shape: all that does not fit is collected into one `ConversionError`.
+Every source tensor must be used exactly once, and every target leaf filled exactly once, with the
+exact shape. One `ConversionError` lists all mismatches.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ Tree = dict[str, Any]
 
 
 class ConversionError(ValueError):
-    """The source tensors and the rule table do not fit; the message lists every misfit."""
+    """The source tensors do not match the rule table; the message lists every mismatch."""
 
     @classmethod
-    def of(cls, what: str, problems: Sequence[str]) -> ConversionError:
-        """The error that lists the problems of one model."""
-        return cls(f"{what}: {len(problems)} key(s) do not fit\n  " + "\n  ".join(problems))
+    def from_problems(cls, label: str, problems: Sequence[str]) -> ConversionError:
+        """Return the error that lists the problems of the model or file called `label`."""
+        return cls(f"{label}: {len(problems)} mismatched key(s)\n  " + "\n  ".join(problems))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One target leaf and where it comes from.
+    """One target leaf and the source tensors it is made from.
 
     Attributes:
-        target: path of the leaf in the parameter tree, parts joined by "/".
-        sources: names of the source tensors that make it (of one block, if stacked).
-        transform: a key of `TRANSFORMS`.
-        blocks: if not None, the leaf has a leading axis of this size, and `{i}` in `sources`
-            runs over it.
+        target: path of the leaf in the parameter tree, joined by "/".
+        sources: names of the source tensors; of one block, if the leaf is stacked.
+        transform: key of `TRANSFORMS`.
+        blocks: number of blocks stacked along the leaf's first axis, or None if it is not
+            stacked. `{i}` in `sources` stands for the block's number.
     """
 
     target: str
@@ -57,8 +58,8 @@ class Rule:
     transform: str = "same"
     blocks: int | None = None
 
-    def names(self) -> list[tuple[str, ...]]:
-        """Source names per block (a single entry if the leaf is not stacked)."""
+    def source_names(self) -> list[tuple[str, ...]]:
+        """Return the source names of each block; one entry if the leaf is not stacked."""
         if self.blocks is None:
             return [self.sources]
         return [tuple(s.replace("{i}", str(i)) for s in self.sources) for i in range(self.blocks)]
@@ -69,179 +70,202 @@ class Transform:
     """A pair of inverse functions between source tensors and one (unstacked) target leaf.
 
     Attributes:
-        sources: the target's shape and the number of sources -> shapes of the source tensors.
-        forward: writes the target, a row-major array that is given, from the source tensors.
-        backward: target and the number of sources -> source tensors.
+        source_shapes: (target shape, number of sources) -> shapes of the source tensors.
+        forward: (source tensors, target) -> None; writes into `target`, a row-major array.
+        backward: (target, number of sources) -> source tensors.
     """
 
-    sources: Callable[[Shape, int], list[Shape]]
+    source_shapes: Callable[[Shape, int], list[Shape]]
     forward: Callable[[Sequence[Array], np.ndarray], None]
     backward: Callable[[Array, int], list[Array]]
 
 
 TILE, STRIP = 128, 1024  # rows and columns that are transposed at once
-PADDING = 32  # columns: rows a power of two apart would all want the same few lines of a cache
+PADDING = 32  # columns; rows a power of two apart compete for the same few cache lines
 
 
 def transpose(source: np.ndarray, out: np.ndarray) -> None:
-    """Write `source.T` into `out` strip by strip: several times as fast as NumPy's own.
+    """Write `source.T` into `out`, several times as fast as NumPy does.
 
-    Each strip is first copied, row by row, to where its rows do not drive each other out of the
-    cache. Bits are moved as integers of their size, since NumPy knows no fast copy of bfloat16.
+    Works strip by strip. Each strip is first copied into a padded buffer, whose rows do not evict
+    each other from the cache. Values are moved as unsigned integers of the same size, because
+    NumPy has no fast copy of bfloat16.
+
+    Args:
+        source: [rows, columns].
+        out: [columns, rows]; the values are cast if its dtype differs.
     """
     if source.dtype == out.dtype:
         bits = np.dtype(f"u{out.dtype.itemsize}")
         source, out = source.view(bits), out.view(bits)
     rows, columns = source.shape
-    near = np.empty((TILE, min(STRIP, columns) + PADDING), source.dtype)
+    buffer = np.empty((TILE, min(STRIP, columns) + PADDING), source.dtype)
     for i in range(0, rows, TILE):
         for j in range(0, columns, STRIP):
             strip = source[i : i + TILE, j : j + STRIP]
-            copy = near[: strip.shape[0], : strip.shape[1]]
+            copy = buffer[: strip.shape[0], : strip.shape[1]]
             copy[...] = strip
             out[j : j + STRIP, i : i + TILE] = copy.T
 
 
-def _fill_linear(xs: Sequence[Array], out: np.ndarray) -> None:
-    transpose(xs[0], out.reshape(len(out), -1))
+def _write_linear(sources: Sequence[Array], out: np.ndarray) -> None:
+    transpose(sources[0], out.reshape(len(out), -1))
 
 
-def _fill_fused(xs: Sequence[Array], out: np.ndarray) -> None:
-    matrices = out.reshape(len(out), len(xs), -1)
-    for j, x in enumerate(xs):
-        transpose(x, matrices[:, j])
+def _write_fused(sources: Sequence[Array], out: np.ndarray) -> None:
+    matrices = out.reshape(len(out), len(sources), -1)
+    for j, source in enumerate(sources):
+        transpose(source, matrices[:, j])
 
 
-def _fill_each(xs: Sequence[Array], out: np.ndarray) -> None:
-    for x, part in zip(xs, out, strict=True):
-        part[...] = x.reshape(part.shape)
+def _write_fused_bias(sources: Sequence[Array], out: np.ndarray) -> None:
+    for source, part in zip(sources, out, strict=True):
+        part[...] = source.reshape(part.shape)
 
 
-def _fill_conv(xs: Sequence[Array], out: np.ndarray) -> None:
-    out[...] = xs[0].transpose(2, 3, 1, 0)
+def _write_conv(sources: Sequence[Array], out: np.ndarray) -> None:
+    out[...] = sources[0].transpose(2, 3, 1, 0)
 
 
-def _fill_flat(xs: Sequence[Array], out: np.ndarray) -> None:
-    out[...] = xs[0].reshape(out.shape)
+def _write_reshaped(sources: Sequence[Array], out: np.ndarray) -> None:
+    out[...] = sources[0].reshape(out.shape)
 
 
-def _linear_shape(shape: Shape, n: int) -> list[Shape]:
+def _linear_source_shapes(shape: Shape, n: int) -> list[Shape]:
     return [(math.prod(shape[1:]), shape[0])]
 
 
-def _fused_shape(shape: Shape, n: int) -> list[Shape]:
+def _fused_source_shapes(shape: Shape, n: int) -> list[Shape]:
     return [(math.prod(shape[2:]), shape[0])] * n
 
 
 TRANSFORMS: dict[str, Transform] = {
-    # the tensor as it is
-    "same": Transform(lambda shape, n: [shape], _fill_flat, lambda y, n: [y]),
+    # no change
+    "same": Transform(lambda shape, n: [shape], _write_reshaped, lambda y, n: [y]),
     # a vector to a bias of several axes (heads, width)
     "flat": Transform(
         lambda shape, n: [(math.prod(shape),)],
-        _fill_flat,
+        _write_reshaped,
         lambda y, n: [y.reshape(-1)],
     ),
     # torch Linear [out, in] to a Dense(General) kernel [in, *out]
     "linear": Transform(
-        _linear_shape,
-        _fill_linear,
+        _linear_source_shapes,
+        _write_linear,
         lambda y, n: [y.reshape(y.shape[0], -1).T],
     ),
     # n Linears [out, in] to one DenseGeneral kernel [in, n, *out]
     "fused": Transform(
-        _fused_shape,
-        _fill_fused,
+        _fused_source_shapes,
+        _write_fused,
         lambda y, n: [y[:, j].reshape(y.shape[0], -1).T for j in range(n)],
     ),
     # n biases [out] to one bias [n, *out]
     "fused_bias": Transform(
         lambda shape, n: [(math.prod(shape[1:]),)] * n,
-        _fill_each,
+        _write_fused_bias,
         lambda y, n: [y[j].reshape(-1) for j in range(n)],
     ),
     # torch Conv2d [out, in, h, w] to a Conv kernel [h, w, in, out]
     "conv": Transform(
         lambda shape, n: [(shape[3], shape[2], shape[0], shape[1])],
-        _fill_conv,
+        _write_conv,
         lambda y, n: [y.transpose(3, 2, 0, 1)],
     ),
 }
 
 
 def expected_sources(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Names and shapes of the source tensors that `rules` need to fill leaves of `shapes`."""
+    """Return name -> shape of the source tensors that `rules` need.
+
+    Args:
+        rules: the rule table.
+        shapes: path -> shape of every target leaf.
+    """
     expected: dict[str, Shape] = {}
     for rule in rules:
         shape = shapes[rule.target]
-        inner = shape if rule.blocks is None else shape[1:]
-        for names in rule.names():
-            per_source = TRANSFORMS[rule.transform].sources(inner, len(names))
-            expected.update(zip(names, per_source, strict=True))
+        block_shape = shape if rule.blocks is None else shape[1:]
+        for names in rule.source_names():
+            source_shapes = TRANSFORMS[rule.transform].source_shapes(block_shape, len(names))
+            expected.update(zip(names, source_shapes, strict=True))
     return expected
 
 
-def leaves(tree: Tree) -> dict[str, Any]:
-    """Path, parts joined by "/" -> leaf."""
+def leaves_by_path(tree: Tree) -> dict[str, Any]:
+    """Return path (joined by "/") -> leaf."""
     return dict(flatten_dict(tree, sep="/"))
 
 
 def leaf_shapes(tree: Tree) -> dict[str, Shape]:
-    """Path -> shape of every leaf; leaves are arrays or `jax.ShapeDtypeStruct`s."""
-    return {path: tuple(leaf.shape) for path, leaf in leaves(tree).items()}
+    """Return path -> shape of every leaf; leaves are arrays or `jax.ShapeDtypeStruct`s."""
+    return {path: tuple(leaf.shape) for path, leaf in leaves_by_path(tree).items()}
 
 
-def check(
+def check_keys(
     rules: Sequence[Rule],
     shapes: Mapping[str, Shape],
     sources: Mapping[str, Shape],
     *,
-    what: str,
+    label: str,
     ignored: Iterable[str] = (),
 ) -> None:
-    """Raise one `ConversionError` that lists every misfit between table, tree and sources.
+    """Check that rule table, parameter tree and source tensors match.
 
     Args:
-        rules: the table.
+        rules: the rule table.
         shapes: path -> shape of every leaf of the parameter tree.
         sources: name -> shape of every source tensor.
-        what: name of the model, for the message.
-        ignored: names of source tensors that carry nothing (buffers such as position ids), if
-            they are there.
+        label: name of the model, for the error message.
+        ignored: names of source tensors that need no rule (buffers such as position ids).
+
+    Raises:
+        ConversionError: something does not match; the message lists every mismatch.
     """
     problems: list[str] = []
     targets = Counter(rule.target for rule in rules)
     problems += [f"leaf filled twice: {t}" for t, n in targets.items() if n > 1]
     problems += [f"leaf without a rule: {t}" for t in shapes if t not in targets]
     problems += [f"rule for a leaf that does not exist: {t}" for t in targets if t not in shapes]
-    used = Counter(n for rule in rules for names in rule.names() for n in names)
+    used = Counter(name for rule in rules for names in rule.source_names() for name in names)
     problems += [f"key used twice: {k}" for k, n in used.items() if n > 1]
-    fitting: list[Rule] = []
+    matching_rules: list[Rule] = []
     for rule in rules:
         shape = shapes.get(rule.target)
         if shape is not None and rule.blocks is not None and shape[:1] != (rule.blocks,):
-            problems.append(f"leaf {rule.target} is {list(shape)}, its rule has {rule.blocks}")
+            problems.append(
+                f"leaf {rule.target} has shape {list(shape)}; its rule has {rule.blocks} blocks"
+            )
         elif shape is not None:
-            fitting.append(rule)
-    problems += misfits(expected_sources(fitting, shapes), sources, used.keys() | set(ignored))
+            matching_rules.append(rule)
+    expected = expected_sources(matching_rules, shapes)
+    problems += find_mismatches(expected, sources, used.keys() | set(ignored))
     if problems:
-        raise ConversionError.of(what, problems)
+        raise ConversionError.from_problems(label, problems)
 
 
-def misfits(
+def find_mismatches(
     expected: Mapping[str, Shape], sources: Mapping[str, Shape], known: Container[str]
 ) -> list[str]:
-    """A line for each source that is not known, not there, or not of the expected shape."""
+    """Return a message for each source tensor that is unknown, missing or of another shape.
+
+    Args:
+        expected: name -> shape of every tensor that is needed.
+        sources: name -> shape of every tensor that is available.
+        known: names that are allowed in `sources`.
+    """
     problems = [f"unmatched key: {k}" for k in sources if k not in known]
     for name, shape in expected.items():
         if name not in sources:
             problems.append(f"missing key: {name} {list(shape)}")
         elif tuple(sources[name]) != tuple(shape):
-            problems.append(f"wrong shape: {name} is {list(sources[name])}, expected {list(shape)}")
+            problems.append(
+                f"wrong shape: {name} has shape {list(sources[name])}; expected {list(shape)}"
+            )
     return problems
 
 
-def apply(
+def apply_rule(
     rule: Rule,
     read: Callable[[str], np.ndarray],
     shape: Shape,
@@ -249,72 +273,76 @@ def apply(
     blocks: slice = slice(None),
     empty: Callable[[Shape, Any], np.ndarray] = np.empty,
 ) -> np.ndarray:
-    """One target leaf of `shape`, or those blocks of a stacked one.
+    """Make one target leaf, or some blocks of a stacked leaf, from its source tensors.
 
-    Beside the result, no more than one block's sources are in memory.
+    Apart from the result, the source tensors of at most one block are in memory.
 
     Args:
         rule: the leaf's rule.
         read: returns a source tensor by name.
-        shape, dtype: of the whole leaf.
-        blocks: which, if it is stacked; the result keeps the leading axis.
-        empty: makes the array, from its shape and dtype.
+        shape: shape of the whole leaf.
+        dtype: dtype of the leaf.
+        blocks: which blocks of a stacked leaf to make; the result keeps the block axis.
+        empty: allocates an array of a shape and dtype.
+
+    Raises:
+        ConversionError: `dtype` is float16 and a value is not finite in it.
     """
-    transform, names = TRANSFORMS[rule.transform], rule.names()[blocks]
+    transform, names = TRANSFORMS[rule.transform], rule.source_names()[blocks]
     out = empty(shape if rule.blocks is None else (len(names), *shape[1:]), dtype)
     views = [out] if rule.blocks is None else [out[i, ...] for i in range(len(out))]
-    with np.errstate(over="ignore"):  # found and told below
-        for view, own in zip(views, names, strict=True):
-            transform.forward([read(n) for n in own], view)
+    with np.errstate(over="ignore"):  # overflow is checked below
+        for view, block_names in zip(views, names, strict=True):
+            transform.forward([read(name) for name in block_names], view)
     if out.dtype == np.float16 and not np.isfinite(out).all():
-        raise ConversionError(f"{rule.target} does not fit into float16: take bfloat16")
+        raise ConversionError(f"{rule.target} does not fit into float16; use bfloat16")
     return out
 
 
-def invert(rule: Rule, leaf: np.ndarray) -> dict[str, np.ndarray]:
-    """Source tensors, by name, from one target leaf: the way back of `apply`."""
+def invert_rule(rule: Rule, leaf: np.ndarray) -> dict[str, np.ndarray]:
+    """Return name -> source tensor of one target leaf: the inverse of `apply_rule`."""
     transform = TRANSFORMS[rule.transform]
     views = [leaf] if rule.blocks is None else [leaf[i, ...] for i in range(rule.blocks)]
     out: dict[str, np.ndarray] = {}
-    for one, names in zip(views, rule.names(), strict=True):
-        parts = transform.backward(one, len(names))
-        out.update(zip(names, (np.require(p, requirements="C") for p in parts), strict=True))
+    for view, names in zip(views, rule.source_names(), strict=True):
+        tensors = transform.backward(view, len(names))
+        out.update(zip(names, (np.require(t, requirements="C") for t in tensors), strict=True))
     return out
 
 
-def leaf_types(
-    rules: Iterable[Rule], types: Mapping[str, np.dtype], dtype: Any = None
+def leaf_dtypes(
+    rules: Iterable[Rule], dtypes: Mapping[str, np.dtype], dtype: Any = None
 ) -> dict[str, np.dtype]:
-    """Path -> dtype of every leaf.
+    """Return path -> dtype of every target leaf.
 
     Args:
-        rules: the table.
-        types: name -> dtype of every source tensor.
-        dtype: of every leaf. None keeps the sources' own; where the sources of one leaf differ,
-            the narrowest type that holds them all.
+        rules: the rule table.
+        dtypes: name -> dtype of every source tensor.
+        dtype: dtype of every leaf. None keeps the dtype of the sources; if the sources of one
+            leaf differ, it is their common type by `jnp.promote_types`.
     """
     out: dict[str, np.dtype] = {}
     for rule in rules:
-        own = {np.dtype(types[n]) for names in rule.names() for n in names}
-        wide = functools.reduce(lambda a, b: np.dtype(jnp.promote_types(a, b)), own)
-        out[rule.target] = wide if dtype is None else np.dtype(dtype)
+        sources = {np.dtype(dtypes[name]) for names in rule.source_names() for name in names}
+        common = functools.reduce(lambda a, b: np.dtype(jnp.promote_types(a, b)), sources)
+        out[rule.target] = common if dtype is None else np.dtype(dtype)
     return out
 
 
-def fill(
+def build_tree(
     rules: Iterable[Rule],
     shapes: Mapping[str, Shape],
-    types: Mapping[str, np.dtype],
+    dtypes: Mapping[str, np.dtype],
     read: Callable[[str], np.ndarray],
 ) -> Tree:
-    """The whole parameter tree of one model, leaf by leaf. `check` first.
+    """Build the parameter tree of one model. Call `check_keys` first.
 
     Args:
-        rules: the table.
+        rules: the rule table.
         shapes: path -> shape of every leaf.
-        types: path -> dtype of every leaf.
+        dtypes: path -> dtype of every leaf.
         read: returns a source tensor by name.
     """
     targets = ((rule.target, rule) for rule in rules)
-    filled = {path: apply(rule, read, shapes[path], types[path]) for path, rule in targets}
-    return unflatten_dict(filled, sep="/")
+    leaves = {path: apply_rule(rule, read, shapes[path], dtypes[path]) for path, rule in targets}
+    return unflatten_dict(leaves, sep="/")

@@ -1,9 +1,10 @@
-"""Names of the original release (Black Forest Labs' single files) in terms of diffusers' names.
+"""Tables from diffusers tensor names to those of the original release (Black Forest Labs' files).
 
-Their files hold the same numbers, some fused (`qkv`, `linear1`), one with its halves swapped, and
-the autoencoder's attention as convolutions of 1 x 1. So a table says for each diffusers tensor
-which rows of which original tensor it is, and the tables of rules serve both layouts. The same
-table splits low-rank updates that were trained on these names.
+The original files have the same weights with four differences: other names, fused layers (`qkv`,
+`linear1`), one layer with its two halves swapped, and the autoencoder's attention as 1 x 1
+convolutions. A table gives for each diffusers tensor the rows of the original tensor that it
+consists of, so one set of rule tables serves both layouts. The same tables split low-rank updates
+that were trained on the original names.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ Rows = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Part:
-    """What a diffusers tensor is in a file of the original release.
+    """The part of an original tensor that one diffusers tensor consists of.
 
     Attributes:
         source: name of the original tensor.
-        rows: ranges of its rows, one after another; None for all.
-        tail: axes of length 1 that the original has beyond diffusers'.
+        rows: (start, stop) ranges of its rows, concatenated in this order; None for all rows.
+        tail: trailing axes of length 1 that only the original tensor has.
     """
 
     source: str
@@ -34,25 +35,29 @@ class Part:
 
 
 def original_shapes(parts: Mapping[str, Part], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of the original tensors, given those of the diffusers tensors.
+    """Return name -> shape of the original tensors.
+
+    Args:
+        parts: diffusers name -> part of an original tensor.
+        shapes: diffusers name -> shape.
 
     Raises:
-        ValueError: the table leaves out rows of a tensor, or uses some twice.
+        ValueError: the table omits rows of an original tensor, or uses some twice.
     """
-    found: dict[str, Shape] = {}
+    out: dict[str, Shape] = {}
     used: dict[str, list[tuple[int, int]]] = {}
     for name, part in parts.items():
         rows = part.rows or ((0, shapes[name][0]),)
         used.setdefault(part.source, []).extend(rows)
-        found[part.source] = (0, *shapes[name][1:], *part.tail)
+        out[part.source] = (0, *shapes[name][1:], *part.tail)
     for source, ranges in used.items():
-        at = 0
+        end = 0
         for start, stop in sorted(ranges):
-            if start != at:
-                raise ValueError(f"rows {at} to {start} of {source} are not used just once")
-            at = stop
-        found[source] = (at, *found[source][1:])
-    return found
+            if start != end:
+                raise ValueError(f"rows {end} to {start} of {source} are not used exactly once")
+            end = stop
+        out[source] = (end, *out[source][1:])
+    return out
 
 
 def _layer(target: str, source: str, rows: Rows | None = None) -> dict[str, Part]:
@@ -64,7 +69,7 @@ def _norm(target: str, source: str) -> dict[str, Part]:
 
 
 def transformer_parts(config: TransformerConfig) -> dict[str, Part]:
-    """diffusers `FluxTransformer2DModel` -> the original `Flux`."""
+    """Return diffusers `FluxTransformer2DModel` name -> part of the original `Flux`."""
     h = config.hidden
     out: dict[str, Part] = {}
     embedders = {"timestep": "time_in", "text": "vector_in", "guidance": "guidance_in"}
@@ -76,7 +81,7 @@ def transformer_parts(config: TransformerConfig) -> dict[str, Part]:
         out |= _layer(f"{target}.linear_2", f"{source}.out_layer")
     out |= _layer("x_embedder", "img_in") | _layer("context_embedder", "txt_in")
     for i in range(config.num_layers):
-        ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        target, source = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for stream, norm, qkv, q_norm, k_norm, proj, mlp in (
             ("img", "norm1", "to_{}", "norm_q", "norm_k", "to_out.0", "ff"),
             (
@@ -89,45 +94,44 @@ def transformer_parts(config: TransformerConfig) -> dict[str, Part]:
                 "ff_context",
             ),
         ):
-            attention = f"{theirs}.{stream}_attn"
-            out |= _layer(f"{ours}.{norm}.linear", f"{theirs}.{stream}_mod.lin")
+            attention = f"{source}.{stream}_attn"
+            out |= _layer(f"{target}.{norm}.linear", f"{source}.{stream}_mod.lin")
             for j, letter in enumerate("qkv"):
                 rows = ((j * h, (j + 1) * h),)
-                out |= _layer(f"{ours}.attn.{qkv.format(letter)}", f"{attention}.qkv", rows)
-            out |= _norm(f"{ours}.attn.{q_norm}", f"{attention}.norm.query_norm")
-            out |= _norm(f"{ours}.attn.{k_norm}", f"{attention}.norm.key_norm")
-            out |= _layer(f"{ours}.attn.{proj}", f"{attention}.proj")
-            out |= _layer(f"{ours}.{mlp}.net.0.proj", f"{theirs}.{stream}_mlp.0")
-            out |= _layer(f"{ours}.{mlp}.net.2", f"{theirs}.{stream}_mlp.2")
+                out |= _layer(f"{target}.attn.{qkv.format(letter)}", f"{attention}.qkv", rows)
+            out |= _norm(f"{target}.attn.{q_norm}", f"{attention}.norm.query_norm")
+            out |= _norm(f"{target}.attn.{k_norm}", f"{attention}.norm.key_norm")
+            out |= _layer(f"{target}.attn.{proj}", f"{attention}.proj")
+            out |= _layer(f"{target}.{mlp}.net.0.proj", f"{source}.{stream}_mlp.0")
+            out |= _layer(f"{target}.{mlp}.net.2", f"{source}.{stream}_mlp.2")
     for i in range(config.num_single_layers):
-        ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        out |= _layer(f"{ours}.norm.linear", f"{theirs}.modulation.lin")
+        target, source = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        out |= _layer(f"{target}.norm.linear", f"{source}.modulation.lin")
         for j, letter in enumerate("qkv"):
             rows = ((j * h, (j + 1) * h),)
-            out |= _layer(f"{ours}.attn.to_{letter}", f"{theirs}.linear1", rows)
-        out |= _layer(f"{ours}.proj_mlp", f"{theirs}.linear1", ((3 * h, 7 * h),))
-        out |= _norm(f"{ours}.attn.norm_q", f"{theirs}.norm.query_norm")
-        out |= _norm(f"{ours}.attn.norm_k", f"{theirs}.norm.key_norm")
-        out |= _layer(f"{ours}.proj_out", f"{theirs}.linear2")
-    # Theirs gives shift and scale in this order, diffusers scale and shift.
+            out |= _layer(f"{target}.attn.to_{letter}", f"{source}.linear1", rows)
+        out |= _layer(f"{target}.proj_mlp", f"{source}.linear1", ((3 * h, 7 * h),))
+        out |= _norm(f"{target}.attn.norm_q", f"{source}.norm.query_norm")
+        out |= _norm(f"{target}.attn.norm_k", f"{source}.norm.key_norm")
+        out |= _layer(f"{target}.proj_out", f"{source}.linear2")
+    # The original layer returns (shift, scale), the diffusers layer (scale, shift).
     swapped = ((h, 2 * h), (0, h))
     out |= _layer("norm_out.linear", "final_layer.adaLN_modulation.1", swapped)
     return out | _layer("proj_out", "final_layer.linear")
 
 
 def autoencoder_parts(config: AutoencoderConfig) -> dict[str, Part]:
-    """diffusers `AutoencoderKL` -> the original `AutoEncoder`."""
+    """Return diffusers `AutoencoderKL` name -> part of the original `AutoEncoder`."""
     out: dict[str, Part] = {}
     levels = len(config.block_out_channels)
 
     def resnet(target: str, source: str, shortcut: bool) -> dict[str, Part]:
-        names = ("norm1", "conv1", "norm2", "conv2")
-        found = {}
-        for name in names:
-            found |= _layer(f"{target}.{name}", f"{source}.{name}")
+        parts = {}
+        for name in ("norm1", "conv1", "norm2", "conv2"):
+            parts |= _layer(f"{target}.{name}", f"{source}.{name}")
         if shortcut:
-            found |= _layer(f"{target}.conv_shortcut", f"{source}.nin_shortcut")
-        return found
+            parts |= _layer(f"{target}.conv_shortcut", f"{source}.nin_shortcut")
+        return parts
 
     for half, side, resample, layers in (
         ("encoder", "down", "downsample", config.layers_per_block),
@@ -138,22 +142,22 @@ def autoencoder_parts(config: AutoencoderConfig) -> dict[str, Part]:
         out |= _layer(f"{half}.conv_out", f"{half}.conv_out")
         for j in range(2):
             out |= resnet(f"{half}.mid_block.resnets.{j}", f"{half}.mid.block_{j + 1}", False)
-        attention, theirs = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
-        out |= _layer(f"{attention}.group_norm", f"{theirs}.norm")
-        names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-        for target, source in names.items():
-            out[f"{attention}.{target}.weight"] = Part(f"{theirs}.{source}.weight", tail=(1, 1))
-            out[f"{attention}.{target}.bias"] = Part(f"{theirs}.{source}.bias")
+        target, source = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+        out |= _layer(f"{target}.group_norm", f"{source}.norm")
+        projections = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+        for name, original in projections.items():
+            out[f"{target}.{name}.weight"] = Part(f"{source}.{original}.weight", tail=(1, 1))
+            out[f"{target}.{name}.bias"] = Part(f"{source}.{original}.bias")
         widths = config.block_out_channels if half == "encoder" else config.block_out_channels[::-1]
-        before = widths[0]
+        previous_width = widths[0]
         for i, width in enumerate(widths):
-            # The original counts its levels from the finest one in both halves.
+            # The original release counts the levels from the finest one in both halves.
             level = i if half == "encoder" else levels - 1 - i
-            ours, theirs = f"{half}.{side}_blocks.{i}", f"{half}.{side}.{level}"
+            target, source = f"{half}.{side}_blocks.{i}", f"{half}.{side}.{level}"
             for j in range(layers):
-                shortcut = j == 0 and width != before
-                out |= resnet(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", shortcut)
+                shortcut = j == 0 and width != previous_width
+                out |= resnet(f"{target}.resnets.{j}", f"{source}.block.{j}", shortcut)
             if i + 1 < levels:
-                out |= _layer(f"{ours}.{resample}rs.0.conv", f"{theirs}.{resample}.conv")
-            before = width
+                out |= _layer(f"{target}.{resample}rs.0.conv", f"{source}.{resample}.conv")
+            previous_width = width
     return out

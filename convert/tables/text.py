@@ -1,8 +1,8 @@
-"""Rule tables of the two text encoders: transformers' names on one side, our trees on the other.
+"""Rule tables of the two text encoders: transformers tensor names -> paths in our parameter trees.
 
-Canonical names are those of the published FLUX files. transformers 5 writes others: its
-`CLIPTextModel` drops the prefix `text_model.`, and either of T5's two tied names may be the one
-kept. `*_ALIASES` say how to read those; `canonical_names` applies them.
+Canonical names are those of the published FLUX files. transformers 5 writes other names: its
+`CLIPTextModel` omits the prefix `text_model.`, and a T5 file may contain either of the two tied
+names. `*_ALIASES` map these names to the canonical ones; `canonical_names` applies them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from jitjax.config import CLIPConfig, T5Config
 from .engine import Rule
 
 T5_ALIASES: dict[str, str] = {r"^encoder\.embed_tokens\.weight$": "shared.weight"}
-"""Other spelling (a regular expression) -> canonical name (its replacement)."""
+"""Regular expression for an alias -> replacement that gives the canonical name."""
 
 T5_IGNORED: tuple[str, ...] = ("encoder.embed_tokens.weight",)
-"""Tensors that carry nothing: the copy of `shared.weight`, where a file holds both."""
+"""Tensors that need no rule: the copy of `shared.weight`, if a file has both."""
 
 CLIP_ALIASES: dict[str, str] = {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}
-"""Other spelling (a regular expression) -> canonical name (its replacement)."""
+"""Regular expression for an alias -> replacement that gives the canonical name."""
 
 CLIP_IGNORED: tuple[str, ...] = ("text_model.embeddings.position_ids",)
-"""Tensors that carry nothing: the numbers 0, 1, 2, ... in files of old versions."""
+"""Tensors that need no rule: the position ids 0, 1, 2, ... in files of old versions."""
 
 
 def canonical_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Canonical name -> name in the file, for every tensor of a file.
+    """Return canonical name -> name in the file, for every tensor of a file.
 
-    Where a file has a tensor under both spellings, the canonical one is taken and the other keeps
-    its own name, so that the check of the table sees it: it is either ignored or an error.
+    If a file has a tensor under both its canonical name and an alias, the alias keeps its own
+    name. `check_keys` then either ignores it or reports it.
+
+    Args:
+        names: the tensor names of the file.
+        aliases: regular expression -> replacement, for example `CLIP_ALIASES`.
     """
     names = set(names)
     out: dict[str, str] = {}
@@ -44,7 +48,7 @@ def canonical_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[st
 
 
 def t5_rules(config: T5Config) -> list[Rule]:
-    """transformers `T5EncoderModel` -> `jitjax.models.t5.T5Encoder`."""
+    """Return the rules from transformers `T5EncoderModel` to `models.t5.T5Encoder`."""
     layers = config.num_layers
     attention, mlp = "encoder.block.{i}.layer.0", "encoder.block.{i}.layer.1"
     q, k, v, out = (f"{attention}.SelfAttention.{name}.weight" for name in "qkvo")
@@ -69,7 +73,7 @@ def t5_rules(config: T5Config) -> list[Rule]:
 
 
 def clip_rules(config: CLIPConfig) -> list[Rule]:
-    """transformers `CLIPTextModel` -> `jitjax.models.clip.CLIPText`."""
+    """Return the rules from transformers `CLIPTextModel` to `models.clip.CLIPText`."""
     layers = config.num_hidden_layers
     block = "text_model.encoder.layers.{i}"
     attention = tuple(f"{block}.self_attn.{name}_proj" for name in "qkv")

@@ -1,6 +1,6 @@
-"""Rule tables of the transformer: diffusers' names on one side, our parameter tree on the other.
+"""Rule table of the transformer: diffusers tensor names -> paths in our parameter tree.
 
-A table is a list of `Rule`s and holds no logic: to see where a tensor goes, search its name here.
+The table is a plain list of `Rule`s. To see where a tensor goes, search for its name here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from .engine import Rule
 Source = str | tuple[str, ...]
 
 TRANSFORMER_IGNORED: tuple[str, ...] = ()
-"""Tensors in a transformer's file that carry nothing."""
+"""Tensors of a transformer file that need no rule."""
 
 
 def linear(target: str, source: Source, blocks: int | None = None) -> list[Rule]:
-    """Kernel and bias of one linear layer; several sources are fused into one layer.
+    """Return the rules for kernel and bias of one linear layer; several sources are fused.
 
-    The bias is a `flat` one: it is given the axes of the layer's output, where it has several.
+    The transform `flat` reshapes the bias to the output axes of the layer.
     """
     sources = (source,) if isinstance(source, str) else source
     kernel, bias = ("linear", "flat") if len(sources) == 1 else ("fused", "fused_bias")
@@ -30,12 +30,12 @@ def linear(target: str, source: Source, blocks: int | None = None) -> list[Rule]
 
 
 def scale(target: str, source: str, blocks: int | None = None) -> Rule:
-    """The weight of an RMSNorm."""
+    """Return the rule for the weight of an RMSNorm."""
     return Rule(f"{target}/scale", (f"{source}.weight",), "same", blocks)
 
 
 def transformer_rules(config: TransformerConfig) -> list[Rule]:
-    """diffusers `FluxTransformer2DModel` -> `jitjax.models.flux.FluxTransformer`."""
+    """Return the rules from diffusers `FluxTransformer2DModel` to `models.flux.FluxTransformer`."""
     double, single = config.num_layers, config.num_single_layers
     embed, d, s = "time_text_embed", "transformer_blocks.{i}", "single_transformer_blocks.{i}"
     guidance = [

@@ -1,1 +1,1 @@
-"""What is written: a checkpoint, or a diffusers folder."""
+"""Writers of the targets: a checkpoint, or a diffusers folder."""

@@ -1,9 +1,9 @@
-"""Writes a checkpoint from its sources piece by piece, and keeps what the sources were.
+"""Writes a checkpoint from its sources piece by piece, and records the source files.
 
     file --- mapped ---> tensors of one block ---> block of a leaf ---> checkpoint
-      \\--- SHA-256, in a thread of its own --------------------------> jitjax.json
+      \\--- SHA-256, in a separate thread ----------------------------> jitjax.json
 
-Peak memory is some of the largest blocks, whatever the size of the model.
+Peak memory is a few of the largest blocks, and does not grow with the size of the model.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ..sources.diffusers_folder import Source
 from ..tables.engine import Shape
 
 
-class Recycled:
-    """Makes arrays, as `np.empty` does, in the memory of arrays that are gone.
+class ArrayPool:
+    """Allocates arrays like `np.empty`, reusing the memory of arrays that were freed.
 
-    The kernel clears fresh pages, which takes as long as it takes to transpose what goes there.
+    The kernel zeroes fresh pages, which takes as long as transposing a tensor into them.
     """
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-        self._returned: deque[np.ndarray] = deque()  # from any thread, at any moment
+        self._free: list[np.ndarray] = []  # sorted by size
+        self._returned: deque[np.ndarray] = deque()  # appended by finalizers, in any thread
         self._lock = threading.Lock()
 
     def __call__(self, shape: Shape, dtype: Any) -> np.ndarray:
-        """An array of that shape and dtype with any numbers."""
+        """Return an uninitialised array of a shape and dtype."""
         dtype = np.dtype(dtype)
         size = dtype.itemsize * math.prod(shape)
         if size < 2**20:
@@ -51,13 +51,13 @@ class Recycled:
         with self._lock:
             while self._returned:
                 bisect.insort(self._free, self._returned.popleft(), key=len)
-            fits = bisect.bisect_left(self._free, size, key=len)
-            if fits < len(self._free):
-                memory = self._free.pop(fits)
-            else:  # in place of the largest that is free, so that no more is kept than was needed
+            smallest_fit = bisect.bisect_left(self._free, size, key=len)
+            if smallest_fit < len(self._free):
+                memory = self._free.pop(smallest_fit)
+            else:  # replace the largest free buffer, so that the pool does not grow
                 del self._free[-1:]
                 memory = aligned_buffer(size)
-        # All views have `root` as their base, not `memory`: when it goes, they are gone.
+        # All views have `root` as their base, not `memory`: `root` is freed after all of them.
         root = np.frombuffer(memory.data, np.uint8, size)
         weakref.finalize(root, self._returned.append, memory).atexit = False
         return root.view(dtype).reshape(shape)
@@ -71,66 +71,79 @@ def write_checkpoint(
     overwrite: bool = False,
     progress: bool = False,
 ) -> None:
-    """Write what was found as a checkpoint that `jitjax.load` reads.
+    """Convert a source to a checkpoint that `jitjax.load` reads.
 
     The folder appears when it is complete.
 
     Args:
-        source: what `open_folder` or `open_sources` returns.
-        target: the folder.
-        loras: low-rank updates to add, (file, scale) of each; see `lora.py`.
-        overwrite: replace the checkpoint that is there.
-        progress: show a bar of bytes.
+        source: result of `open_folder` or `open_sources`.
+        target: the folder to write.
+        loras: (file, scale) of each low-rank update to add; see `lora.py`.
+        overwrite: replace an existing checkpoint.
+        progress: show a progress bar.
 
     Raises:
-        FileExistsError: there is something, and it may not be replaced.
-        ConversionError: a number does not fit into float16, or an update does not fit.
-        OSError: it cannot be written (a full disk, say).
+        FileExistsError: `target` exists and may not be replaced.
+        ConversionError: a value does not fit into float16, or an update does not match the models.
+        OSError: writing fails (for example, the disk is full).
     """
-    parts = [job.name for job in source.jobs]
+    parts = [model.name for model in source.models]
     updates = read_loras(loras, source.config, parts)
     files = [*source.files, *(Path(file) for file, _ in loras)]
-    kept: dict[str, Any] = {}
+    sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
     with (
         ThreadPoolExecutor(1) as pool,
         checkpoint.checkpoint_writer(
-            target, source.config, parts, source.tokenizer, overwrite=overwrite, sources=kept
+            target,
+            source.config,
+            parts,
+            source.tokenizer,
+            overwrite=overwrite,
+            sources=sources_metadata,
         ) as add,
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
-        described = pool.submit(describe, files)
-        for job, rule, start, piece in source.pieces(Recycled()):
-            updates.add_to(job.name, rule, piece, start)
-            add(job.name, rule.target, piece, start, job.shapes[rule.target])
+        records = pool.submit(file_records, files)
+        for model, rule, start, piece in source.pieces(ArrayPool()):
+            updates.add_to(model.name, rule, piece, start)
+            add(model.name, rule.target, piece, start, model.shapes[rule.target])
             bar.update(piece.nbytes)
-        kept["files"] = described.result()
-        kept["loras"] = [{"path": str(Path(file).resolve()), "scale": s} for file, s in loras]
+        sources_metadata["files"] = records.result()
+        sources_metadata["loras"] = [
+            {"path": str(Path(file).resolve()), "scale": scale} for file, scale in loras
+        ]
 
 
-def describe(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Path, size and SHA-256 of each file."""
-    found = []
+def file_records(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return path, size in bytes and SHA-256 of each file."""
+    records = []
     for path in files:
         with path.open("rb") as file:
-            value = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append({"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": value})
-    return found
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records.append(
+            {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": digest}
+        )
+    return records
 
 
 def compare_sources(path: str | os.PathLike[str]) -> str:
-    """Compare the files that a checkpoint was made from with what they were then.
+    """Compare the source files of a checkpoint with the sizes and digests recorded in it.
+
+    Args:
+        path: folder of the checkpoint.
 
     Returns:
-        a sentence: how many are as they were, and how many are no longer there.
+        A sentence with the numbers of unchanged and of missing source files.
 
     Raises:
-        ValueError: one has changed; the message lists all that have.
+        ValueError: source files have changed; the message lists them.
     """
-    files = checkpoint.read_metadata(path)["sources"].get("files", [])
-    there = [file for file in files if Path(file["path"]).is_file()]
-    now = describe([Path(file["path"]) for file in there])
-    changed = [then["path"] for then, file in zip(there, now, strict=True) if then != file]
+    recorded = checkpoint.read_metadata(path)["sources"].get("files", [])
+    available = [record for record in recorded if Path(record["path"]).is_file()]
+    current = file_records([Path(record["path"]) for record in available])
+    changed = [old["path"] for old, new in zip(available, current, strict=True) if old != new]
     if changed:
-        raise ValueError(f"changed since the conversion: {', '.join(changed)}")
-    gone = f"; {len(files) - len(there)} are no longer there" if len(there) < len(files) else ""
-    return f"all arrays are as written; {len(there)} source files as they were{gone}"
+        raise ValueError(f"source files changed since the conversion: {', '.join(changed)}")
+    missing = len(recorded) - len(available)
+    suffix = f", {missing} missing" if missing else ""
+    return f"all arrays are intact; source files: {len(available)} unchanged{suffix}"

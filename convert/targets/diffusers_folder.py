@@ -1,7 +1,4 @@
-"""Writes `FluxParams` as a diffusers folder that `diffusers.FluxPipeline.from_pretrained` loads.
-
-Neither torch nor diffusers is needed.
-"""
+"""Writes `FluxParams` as a diffusers folder, without torch or diffusers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from ..components import (
     read_json,
 )
 from ..sources.diffusers_folder import read_config
-from ..tables.engine import ConversionError, Rule, invert, leaf_shapes, leaves
+from ..tables.engine import ConversionError, Rule, invert_rule, leaf_shapes, leaves_by_path
 
 SHARD_BYTES = 5 * 10**9
 
@@ -49,18 +46,18 @@ def write_folder(
     The folder appears when it is complete. Weights keep their dtype.
 
     Args:
-        params: what to write. The two tokenizers are copied from `params.tokenizer`.
-        folder: where to; its parents are made.
-        overwrite: replace the diffusers folder that is there.
-        shard_bytes: larger models are written as several files of about this size at most. One
-            stacked leaf is never divided.
-        progress: show a bar.
+        params: the parameters. The two tokenizers are copied from `params.tokenizer`.
+        folder: the folder to write; parent folders are created.
+        overwrite: replace an existing diffusers folder.
+        shard_bytes: approximate maximum size of one weight file. Larger models are written as
+            several files, but a stacked leaf is never split.
+        progress: show a progress bar.
 
     Raises:
-        FileExistsError: there is something, and it may not be replaced.
-        FileNotFoundError: the tokenizers are not there.
-        ConversionError: the parameters do not fit their config.
-        ValueError: the config cannot be said in the words of diffusers.
+        FileExistsError: `folder` exists and may not be replaced.
+        FileNotFoundError: the tokenizers are missing.
+        ConversionError: the parameters do not match their config.
+        ValueError: a diffusers folder cannot express the config.
     """
     folder = Path(folder).absolute()
     check_target(folder, overwrite)
@@ -75,36 +72,41 @@ def write_folder(
             shutil.copytree(path, new / path.name)
         _write_configs(params.config, new)
         if read_config(new) != params.config:
-            raise ValueError(f"this config has no equal in a diffusers folder: {params.config}")
+            raise ValueError(f"a diffusers folder cannot express this config: {params.config}")
         with byte_bar(sum(array.nbytes for array in arrays), "writing", progress) as bar:
             for component in COMPONENTS:
                 _write_weights(params, component, new, shard_bytes, bar.update)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise `FileExistsError` if `write_folder` may not put a folder there."""
+    """Raise `FileExistsError` if `write_folder` may not write to `folder`."""
     if not folder.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} is there already; expected a new folder, or overwrite")
+        raise FileExistsError(f"{folder} already exists; expected a new folder, or overwrite")
     if not folder.is_dir() or (
         any(folder.iterdir()) and not (folder / "model_index.json").exists()
     ):
-        raise FileExistsError(f"{folder} is no diffusers folder, so it is not replaced")
+        raise FileExistsError(f"{folder} is not a diffusers folder; it is not replaced")
 
 
 def _check_trees(params: FluxParams) -> None:
     problems = []
     for component in COMPONENTS:
         expected = leaf_shapes(component.abstract_params(getattr(params.config, component.name)))
-        got = leaf_shapes(getattr(params, component.name))
-        for path in sorted(expected.keys() | got.keys()):
-            if got.get(path) != expected.get(path):
+        actual = leaf_shapes(getattr(params, component.name))
+        for path in sorted(expected.keys() | actual.keys()):
+            leaf = f"{component.name}/{path}"
+            if path not in actual:
+                problems.append(f"{leaf} is missing; expected shape {list(expected[path])}")
+            elif path not in expected:
+                problems.append(f"{leaf} is not expected; its shape is {list(actual[path])}")
+            elif actual[path] != expected[path]:
                 problems.append(
-                    f"{component.name}/{path} is {got.get(path)}, expected {expected.get(path)}"
+                    f"{leaf} has shape {list(actual[path])}; expected {list(expected[path])}"
                 )
     if problems:
-        raise ConversionError("parameters do not fit their config\n  " + "\n  ".join(problems))
+        raise ConversionError("parameters do not match their config\n  " + "\n  ".join(problems))
 
 
 def _write_weights(
@@ -114,28 +116,31 @@ def _write_weights(
     shard_bytes: int,
     progress: Callable[[int], object],
 ) -> None:
-    arrays = leaves(getattr(params, component.name))
+    arrays = leaves_by_path(getattr(params, component.name))
     shards: list[list[Rule]] = [[]]
-    filled = total = 0
+    shard_size = total_size = 0
     for rule in component.rules(getattr(params.config, component.name)):
         size = arrays[rule.target].nbytes
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(rule)
-        filled, total = filled + size, total + size
+        shard_size, total_size = shard_size + size, total_size + size
     weight_map: dict[str, str] = {}
     for number, rules in enumerate(shards, start=1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"{component.stem}{part}.safetensors"
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{component.stem}{suffix}.safetensors"
         tensors: dict[str, np.ndarray] = {}
         for rule in rules:
-            tensors |= invert(rule, np.asarray(arrays[rule.target]))
+            tensors |= invert_rule(rule, np.asarray(arrays[rule.target]))
         save_file(tensors, folder / component.folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         progress(sum(tensor.nbytes for tensor in tensors.values()))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": total_size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         _write_json(folder / component.folder / f"{component.stem}.safetensors.index.json", index)
 
 
@@ -145,9 +150,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_configs(config: FluxConfig, folder: Path) -> None:
-    """The JSON files: our fields, which have diffusers' names, and what diffusers wants besides."""
+    """Write the JSON files: our fields, which have diffusers' names, and diffusers' other keys."""
     levels = len(config.autoencoder.block_out_channels)
-    fixed: dict[str, dict[str, Any]] = {
+    other_keys: dict[str, dict[str, Any]] = {
         "transformer": {
             "_class_name": "FluxTransformer2DModel",
             "patch_size": 1,
@@ -183,14 +188,14 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
         },
     }
     for component in COMPONENTS:
-        ours = dataclasses.asdict(getattr(config, component.name))
-        _write_json(folder / component.folder / "config.json", fixed[component.name] | ours)
+        fields = dataclasses.asdict(getattr(config, component.name))
+        _write_json(folder / component.folder / "config.json", other_keys[component.name] | fields)
     shift = {key: getattr(config, name) for key, (name, _) in SHIFT_FIELDS.items()}
     scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": 1000} | shift
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": PIPELINE,
-        "_diffusers_version": "0.30.0",  # the first with FLUX
+        "_diffusers_version": "0.30.0",  # the first version with FLUX
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "scheduler": ["diffusers", SCHEDULER],

@@ -1,6 +1,7 @@
-"""Conversion: every misfit is told, nothing is lost, and there is never half a result.
+"""Conversion: all mismatches are reported, round trips are exact, results are never partial.
 
-Small random folders with the real layout. The tables' own parity with torch is in tests/parity.
+The tests use small random folders with the real layout. Parity of the tables with torch is tested
+in tests/parity.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jitjax.convert.tables.engine import (
     TILE,
     ConversionError,
     Rule,
-    check,
+    check_keys,
     expected_sources,
     leaf_shapes,
     transpose,
@@ -69,7 +70,7 @@ CONFIG = FluxConfig(
     max_seq=64,
     shift=2.0,
 )
-SOURCE_TYPES = {
+SOURCE_DTYPES = {
     "transformer": jnp.bfloat16,
     "text_encoder": np.float16,
     "text_encoder_2": np.float32,
@@ -80,7 +81,10 @@ SOURCE_TYPES = {
 def random_state(rules, shapes, dtype, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     sources = expected_sources(rules, shapes)
-    return {n: rng.standard_normal(s, np.float32).astype(dtype) for n, s in sources.items()}
+    return {
+        name: rng.standard_normal(shape, np.float32).astype(dtype)
+        for name, shape in sources.items()
+    }
 
 
 def weight_file(folder: Path, component: str) -> Path:
@@ -88,13 +92,13 @@ def weight_file(folder: Path, component: str) -> Path:
     return folder / component / f"{stem}.safetensors"
 
 
-def put_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
 def change_json(path: Path, **changes) -> None:
-    put_json(path, json.loads(path.read_text()) | changes)
+    write_json(path, json.loads(path.read_text()) | changes)
 
 
 def change_weights(path: Path, change) -> None:
@@ -106,12 +110,12 @@ def change_weights(path: Path, change) -> None:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """A folder as the Hugging Face hub has it; nothing in it is written by this project's code."""
+    """A diffusers folder like that on the hub, written without this project's writer."""
     folder = tmp_path_factory.mktemp("original") / "FLUX"
-    put_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "vae": ["a", "b"]})
+    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline", "vae": ["a", "b"]})
     transformer = {name: getattr(TRANSFORMER, name) for name in TRANSFORMER.__dataclass_fields__}
-    put_json(folder / "transformer/config.json", transformer | {"patch_size": 1})
-    put_json(
+    write_json(folder / "transformer/config.json", transformer | {"patch_size": 1})
+    write_json(
         folder / "text_encoder/config.json",
         {
             "vocab_size": 12,
@@ -122,7 +126,7 @@ def original(tmp_path_factory) -> Path:
             "eos_token_id": 2,
         },
     )
-    put_json(
+    write_json(
         folder / "text_encoder_2/config.json",
         {
             "vocab_size": 11,
@@ -134,7 +138,7 @@ def original(tmp_path_factory) -> Path:
             "feed_forward_proj": "gated-gelu",
         },
     )
-    put_json(
+    write_json(
         folder / "vae/config.json",
         {
             "latent_channels": 4,
@@ -145,7 +149,7 @@ def original(tmp_path_factory) -> Path:
             "sample_size": 64,
         },
     )
-    put_json(
+    write_json(
         folder / "scheduler/scheduler_config.json",
         {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -157,13 +161,13 @@ def original(tmp_path_factory) -> Path:
             "shift": 2.0,
         },
     )
-    put_json(folder / "tokenizer/tokenizer_config.json", {"model_max_length": 77})
-    put_json(folder / "tokenizer_2/tokenizer_config.json", {"model_max_length": 20})
+    write_json(folder / "tokenizer/tokenizer_config.json", {"model_max_length": 77})
+    write_json(folder / "tokenizer_2/tokenizer_config.json", {"model_max_length": 20})
     (folder / "tokenizer_2/spiece.model").write_bytes(b"\0sentence")
     for seed, component in enumerate(COMPONENTS):
         config = getattr(CONFIG, component.name)
         shapes = leaf_shapes(component.abstract_params(config))
-        dtype = SOURCE_TYPES[component.folder]
+        dtype = SOURCE_DTYPES[component.folder]
         state = random_state(component.rules(config), shapes, dtype, seed)
         save_file(state, weight_file(folder, component.folder))
     return folder
@@ -171,7 +175,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """A copy that the test may change."""
     return shutil.copytree(original, tmp_path / "FLUX")
 
 
@@ -180,25 +184,25 @@ def params(original: Path):
     return read_folder(original)
 
 
-def assert_same_bits(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert got.keys() == expected.keys()
+def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert got[name].dtype == value.dtype, name
-        assert got[name].shape == value.shape, name
-        assert got[name].tobytes() == value.tobytes(), name
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].shape == value.shape, name
+        assert actual[name].tobytes() == value.tobytes(), name
 
 
-def assert_same_params(got, expected) -> None:
-    assert got.config == expected.config
+def assert_same_params(actual, expected) -> None:
+    assert actual.config == expected.config
     for name in ("transformer", "t5", "clip", "autoencoder"):
-        flat = (flatten_dict(getattr(p, name), sep="/") for p in (got, expected))
-        assert_same_bits(*({k: np.asarray(v) for k, v in tree.items()} for tree in flat))
+        trees = (flatten_dict(getattr(p, name), sep="/") for p in (actual, expected))
+        assert_same_bits(*({k: np.asarray(v) for k, v in tree.items()} for tree in trees))
 
 
 # ---------------------------------------------------------------------------------- the engine
 
 
-def test_all_misfits_are_one_error():
+def test_one_error_lists_all_mismatches():
     shapes = {"a/kernel": (3, 2), "b/kernel": (2, 3, 2), "c/bias": (4,), "d/bias": (4,)}
     rules = [
         Rule("a/kernel", ("a.weight",), "linear"),
@@ -209,18 +213,18 @@ def test_all_misfits_are_one_error():
     ]
     sources = {"a.weight": (3, 2), "b.0.weight": (2, 3), "c.bias": (4,), "x": (1,), "ids": (1,)}
     with pytest.raises(ConversionError) as caught:
-        check(rules, shapes, sources, what="toy", ignored=("ids",))
+        check_keys(rules, shapes, sources, label="toy", ignored=("ids",))
     for line in (
         "leaf filled twice: a/kernel",
         "leaf without a rule: d/bias",
         "rule for a leaf that does not exist: e/bias",
         "key used twice: a.weight",
         "unmatched key: x",
-        "wrong shape: a.weight is [3, 2], expected [2, 3]",
+        "wrong shape: a.weight has shape [3, 2]; expected [2, 3]",
         "missing key: b.1.weight [2, 3]",
     ):
         assert f"\n  {line}" in str(caught.value)
-    assert str(caught.value).startswith("toy: 7 key(s) do not fit")
+    assert str(caught.value).startswith("toy: 7 mismatched key(s)")
 
 
 def test_from_state():
@@ -232,8 +236,8 @@ def test_from_state():
     for i, name in enumerate(("to_q", "to_k", "to_v")):
         expected = state[f"transformer_blocks.1.attn.{name}.weight"]
         np.testing.assert_array_equal(kernel[1, :, i].reshape(16, 16), expected.T)
-    narrow = from_state("transformer", state, TRANSFORMER, jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype(jnp.bfloat16)}
+    cast = from_state("transformer", state, TRANSFORMER, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {np.dtype(jnp.bfloat16)}
     state["lora.weight"] = np.zeros(3, np.float32)
     with pytest.raises(ConversionError, match=r"unmatched key: lora\.weight"):
         from_state("transformer", state, TRANSFORMER)
@@ -243,13 +247,13 @@ def test_from_state():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
 def test_transpose(shape: tuple[int, int], dtype):
     values = np.random.default_rng(0).normal(size=shape).astype(jnp.bfloat16)
-    out = np.zeros((shape[1], 2, shape[0]), dtype)  # rows apart, as in a fused kernel
+    out = np.zeros((shape[1], 2, shape[0]), dtype)  # strided rows, as in a fused kernel
     transpose(values, out[:, 1])
     np.testing.assert_array_equal(out[:, 1], values.T.astype(dtype))
     assert not out[:, 0].any()
 
 
-def test_mixed_types_of_one_leaf_lose_nothing():
+def test_leaf_with_mixed_source_dtypes_is_exact():
     shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, jnp.bfloat16)
     name = "transformer_blocks.0.attn.norm_q.weight"
@@ -260,7 +264,7 @@ def test_mixed_types_of_one_leaf_lose_nothing():
     np.testing.assert_array_equal(scale[0], state[name])
 
 
-def test_what_float16_cannot_hold_is_told():
+def test_float16_overflow_is_an_error():
     shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, np.float32)
     state["proj_out.bias"][0] = 1e5
@@ -278,9 +282,9 @@ def test_config_is_read(original: Path):
 def test_round_trip_is_exact(original: Path, params, tmp_path: Path):
     write_folder(params, tmp_path / "deep/again")
     assert read_config(tmp_path / "deep/again") == CONFIG
-    for component in SOURCE_TYPES:
+    for component in SOURCE_DTYPES:
         state = load_file(weight_file(original, component))
-        assert {v.dtype for v in state.values()} == {np.dtype(SOURCE_TYPES[component])}
+        assert {v.dtype for v in state.values()} == {np.dtype(SOURCE_DTYPES[component])}
         assert_same_bits(load_file(weight_file(tmp_path / "deep/again", component)), state)
     assert_same_params(read_folder(tmp_path / "deep/again"), params)
     copied = tmp_path / "deep/again/tokenizer_2/spiece.model"
@@ -302,13 +306,13 @@ def test_shards(original: Path, params, tmp_path: Path):
 
 
 def test_dtype(original: Path):
-    wide = read_folder(original, np.float32)
-    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype(np.float32)}
+    cast = read_folder(original, np.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {np.dtype(np.float32)}
     stored = load_file(weight_file(original, "transformer"))["x_embedder.bias"]
-    np.testing.assert_array_equal(wide.transformer["image_in"]["bias"], stored.astype(np.float32))
+    np.testing.assert_array_equal(cast.transformer["image_in"]["bias"], stored.astype(np.float32))
 
 
-def test_misfits_of_all_models_are_one_error(folder: Path):
+def test_one_error_lists_the_mismatches_of_all_models(folder: Path):
     def damage(state):
         state["lora"] = np.zeros(1, np.float32)
         del state["proj_out.bias"]
@@ -319,25 +323,26 @@ def test_misfits_of_all_models_are_one_error(folder: Path):
     with pytest.raises(ConversionError) as caught:
         read_folder(folder)
     for line in (
-        "transformer: 2 key(s) do not fit",
+        "transformer: 2 mismatched key(s)",
         "unmatched key: lora",
         "missing key: proj_out.bias [16]",
-        "vae: 1 key(s) do not fit",
-        "wrong shape: decoder.conv_in.bias is [7], expected [8]",
+        "vae: 1 mismatched key(s)",
+        "wrong shape: decoder.conv_in.bias has shape [7]; expected [8]",
     ):
         assert line in str(caught.value)
 
 
-def test_buffers_are_passed_over(folder: Path, params):
+def test_position_ids_are_ignored(folder: Path, params):
     ids = {"text_model.embeddings.position_ids": np.arange(77)[None]}
     change_weights(weight_file(folder, "text_encoder"), lambda s: s.update(ids))
     assert_same_params(read_folder(folder), params)
 
 
-def test_integers_are_no_weights(folder: Path):
+def test_integer_weights_are_an_error(folder: Path):
     change = {"proj_out.bias": np.zeros(16, np.int64)}
     change_weights(weight_file(folder, "transformer"), lambda s: s.update(change))
-    with pytest.raises(ValueError, match=r"transformer: proj_out\.bias: expected one of the types"):
+    message = r"transformer: unsupported dtype of proj_out\.bias; expected one of BF16, F16"
+    with pytest.raises(ValueError, match=message):
         read_folder(folder)
 
 
@@ -357,7 +362,7 @@ def test_missing_file(folder: Path, path: str):
         read_folder(folder)
 
 
-def test_no_folder(tmp_path: Path):
+def test_missing_folder(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="not a folder; expected a diffusers folder"):
         read_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"model_index\.json, transformer/config\.json"):
@@ -365,22 +370,22 @@ def test_no_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
-def test_half_a_file(folder: Path, path: str):
-    whole = (folder / path).read_bytes()
-    (folder / path).write_bytes(whole[: len(whole) - 40])
-    with pytest.raises(ValueError, match=f"{path} is no complete"):
+def test_truncated_file(folder: Path, path: str):
+    content = (folder / path).read_bytes()
+    (folder / path).write_bytes(content[: len(content) - 40])
+    with pytest.raises(ValueError, match=f"{path} is not a complete"):
         read_folder(folder)
 
 
-def test_other_weight_files(folder: Path):
+def test_weight_files_of_another_format(folder: Path):
     weights = weight_file(folder, "vae")
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match=r"it has diffusion_pytorch_model\.bin, which is"):
+    with pytest.raises(FileNotFoundError, match=r"has diffusion_pytorch_model\.bin; expected"):
         read_folder(folder)
 
 
-def test_whole_and_sharded_weights_are_ambiguous(folder: Path):
-    put_json(folder / "vae/diffusion_pytorch_model.safetensors.index.json", {"weight_map": {}})
+def test_single_and_sharded_weights_are_ambiguous(folder: Path):
+    write_json(folder / "vae/diffusion_pytorch_model.safetensors.index.json", {"weight_map": {}})
     with pytest.raises(ValueError, match="expected one of them"):
         read_folder(folder)
 
@@ -395,16 +400,16 @@ def test_whole_and_sharded_weights_are_ambiguous(folder: Path):
         ("scheduler/scheduler_config.json", {"_class_name": "DDIM"}, "_class_name is 'DDIM'"),
     ],
 )
-def test_what_is_not_implemented_is_told(folder: Path, path: str, changes: dict, message: str):
+def test_unsupported_settings_are_errors(folder: Path, path: str, changes: dict, message: str):
     change_json(folder / path, **changes)
     with pytest.raises(ValueError, match=message):
         read_folder(folder)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_an_interrupted_write_leaves_nothing(params, tmp_path: Path, monkeypatch, there: bool):
+@pytest.mark.parametrize("exists", [False, True])
+def test_interrupted_write_changes_nothing(params, tmp_path: Path, monkeypatch, exists: bool):
     target = tmp_path / "out"
-    if there:
+    if exists:
         write_folder(params, target)
     before = sorted(tmp_path.rglob("*"))
     written = []
@@ -421,37 +426,45 @@ def test_an_interrupted_write_leaves_nothing(params, tmp_path: Path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_nothing_is_replaced_unasked(params, folder: Path, tmp_path: Path):
-    with pytest.raises(FileExistsError, match="is there already"):
+def test_existing_folder_is_replaced_only_with_overwrite(params, folder: Path, tmp_path: Path):
+    with pytest.raises(FileExistsError, match="already exists"):
         write_folder(params, folder)
     write_folder(params, folder, overwrite=True)
     assert_same_params(read_folder(folder), params)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").touch()
-    with pytest.raises(FileExistsError, match="is no diffusers folder"):
+    with pytest.raises(FileExistsError, match="is not a diffusers folder"):
         write_folder(params, tmp_path / "photos", overwrite=True)
 
 
-def test_parameters_that_do_not_fit_their_config(params, tmp_path: Path):
+def test_parameters_that_do_not_match_their_config(params, tmp_path: Path):
     tree = {k: v for k, v in params.transformer.items() if k != "image_in"}
-    broken = type(params)(**(vars(params) | {"transformer": tree}))
-    with pytest.raises(ConversionError, match="transformer/image_in/bias is None, expected"):
-        write_folder(broken, tmp_path / "out")
+    tree["extra"] = {"bias": np.zeros(3, np.float32)}
+    tree["image_out"] = tree["image_out"] | {"bias": np.zeros(5, np.float32)}
+    changed = type(params)(**(vars(params) | {"transformer": tree}))
+    with pytest.raises(ConversionError) as caught:
+        write_folder(changed, tmp_path / "out")
+    for line in (
+        "transformer/image_in/bias is missing; expected shape [16]",
+        "transformer/extra/bias is not expected; its shape is [3]",
+        "transformer/image_out/bias has shape [5]; expected [16]",
+    ):
+        assert f"\n  {line}" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------ the command line
 
 
-def test_command_line_there_and_back(original: Path, tmp_path: Path, capsys):
-    there, back = str(tmp_path / "checkpoint"), str(tmp_path / "folder")
-    assert main([str(original), "--dtype", "auto", "--out", there]) == 0
-    assert_same_params(jitjax.load(there), read_folder(original))
-    assert main([there, "--to-diffusers", "--out", back]) == 0
-    for component in SOURCE_TYPES:
+def test_command_line_round_trip(original: Path, tmp_path: Path, capsys):
+    checkpoint, folder = str(tmp_path / "checkpoint"), str(tmp_path / "folder")
+    assert main([str(original), "--dtype", "auto", "--out", checkpoint]) == 0
+    assert_same_params(jitjax.load(checkpoint), read_folder(original))
+    assert main([checkpoint, "--to-diffusers", "--out", folder]) == 0
+    for component in SOURCE_DTYPES:
         state = load_file(weight_file(original, component))
-        assert_same_bits(load_file(weight_file(Path(back), component)), state)
-    assert main([str(original), "--out", there]) == 2
+        assert_same_bits(load_file(weight_file(Path(folder), component)), state)
+    assert main([str(original), "--out", checkpoint]) == 2
     assert "--overwrite replaces it" in capsys.readouterr().err
 
 
@@ -465,7 +478,7 @@ def test_command_line_errors(original: Path, tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_help_teaches(capsys):
+def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0

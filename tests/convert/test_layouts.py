@@ -1,7 +1,8 @@
-"""Single files: layouts recognised, configurations inferred, fp8, prefixes, parts.
+"""Single files: recognised layouts, inferred configurations, fp8, GGUF, prefixes, parts.
 
-The same random weights go into every layout, by hand: `original` below is written from the
-description of the original release and shares nothing with `convert/tables/original.py`.
+The same random weights are written in every layout. `original_transformer` and
+`original_autoencoder` below follow the description of the original release and share no code with
+`convert/tables/original.py`.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ def read_files(files, dtype=None, **options):
 
 
 def random_states(dtype=np.float32) -> dict[str, dict[str, np.ndarray]]:
-    """Weights of every model under the names of diffusers and transformers."""
-    rng, found = np.random.default_rng(0), {}
+    """Random weights of every model under the names of diffusers and transformers."""
+    rng, states = np.random.default_rng(0), {}
     for component in COMPONENTS:
         config = CONFIGS[component.name]
-        found[component.name] = {
-            n: rng.standard_normal(s, np.float32).astype(dtype)
-            for n, s in component.source_shapes(config).items()
+        states[component.name] = {
+            name: rng.standard_normal(shape, np.float32).astype(dtype)
+            for name, shape in component.source_shapes(config).items()
         }
-    return found
+    return states
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def trees(states):
 
 
 def original_transformer(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """diffusers' tensors as the original release has them."""
+    """Rename, fuse and swap diffusers tensors to those of the original release."""
     renames = [
         (r"time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
         (r"time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
@@ -113,31 +114,32 @@ def original_transformer(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     state, out = dict(state), {}
     for kind in ("weight", "bias"):
         for i in range(TRANSFORMER.num_layers):
-            for ours, theirs in (("to_{}", "img"), ("add_{}_proj", "txt")):
-                three = [
-                    state.pop(f"transformer_blocks.{i}.attn.{ours.format(c)}.{kind}") for c in "qkv"
+            for projection, stream in (("to_{}", "img"), ("add_{}_proj", "txt")):
+                attention = f"transformer_blocks.{i}.attn"
+                qkv = [
+                    state.pop(f"{attention}.{projection.format(letter)}.{kind}") for letter in "qkv"
                 ]
-                out[f"double_blocks.{i}.{theirs}_attn.qkv.{kind}"] = np.concatenate(three)
+                out[f"double_blocks.{i}.{stream}_attn.qkv.{kind}"] = np.concatenate(qkv)
         for i in range(TRANSFORMER.num_single_layers):
             block = f"single_transformer_blocks.{i}"
-            four = [state.pop(f"{block}.attn.to_{c}.{kind}") for c in "qkv"]
-            four.append(state.pop(f"{block}.proj_mlp.{kind}"))
-            out[f"single_blocks.{i}.linear1.{kind}"] = np.concatenate(four)
+            qkv_mlp = [state.pop(f"{block}.attn.to_{letter}.{kind}") for letter in "qkv"]
+            qkv_mlp.append(state.pop(f"{block}.proj_mlp.{kind}"))
+            out[f"single_blocks.{i}.linear1.{kind}"] = np.concatenate(qkv_mlp)
         scale, shift = np.split(state.pop(f"norm_out.linear.{kind}"), 2)
         out[f"final_layer.adaLN_modulation.1.{kind}"] = np.concatenate([shift, scale])
     for name, value in state.items():
         for pattern, replacement in renames:
-            changed = re.sub(f"^{pattern}", replacement, name)
-            if changed != name:
+            renamed = re.sub(f"^{pattern}", replacement, name)
+            if renamed != name:
                 break
         else:
             raise AssertionError(name)
-        out[changed] = value
+        out[renamed] = value
     return out
 
 
 def original_autoencoder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """diffusers' tensors as the original release has them."""
+    """Rename and reshape diffusers tensors to those of the original release."""
     top, out = len(CONFIGS["autoencoder"].block_out_channels) - 1, {}
     for name, value in state.items():
         name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", name)
@@ -158,8 +160,8 @@ def original_autoencoder(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "mid_block.attentions.0" in name:
             value = value[..., None, None] if value.ndim == 2 else value
             name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
-            for ours, theirs in (("group_norm", "norm"), ("to_out.0", "proj_out")):
-                name = name.replace(ours, theirs)
+            for old, new in (("group_norm", "norm"), ("to_out.0", "proj_out")):
+                name = name.replace(old, new)
             name = re.sub(r"to_([qkv])\.", r"\1.", name)
         out[name] = value
     return out
@@ -171,17 +173,17 @@ def prefixed(prefix: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 def write(folder, name: str, *states: dict[str, np.ndarray]):
     path = folder / f"{name}.safetensors"
-    together = {key: value for state in states for key, value in state.items()}
-    save_file({k: np.ascontiguousarray(v) for k, v in together.items()}, path)
+    merged = {name: value for state in states for name, value in state.items()}
+    save_file({name: np.ascontiguousarray(value) for name, value in merged.items()}, path)
     return path
 
 
-def assert_equal(got, expected) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+def assert_equal(actual, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original", "prefix"])
-def test_a_transformers_file(tmp_path, states, trees, layout):
+def test_transformer_file(tmp_path, states, trees, layout):
     state = states["transformer"]
     if layout != "diffusers":
         state = original_transformer(state)
@@ -194,7 +196,7 @@ def test_a_transformers_file(tmp_path, states, trees, layout):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_an_autoencoders_file(tmp_path, states, trees, layout):
+def test_autoencoder_file(tmp_path, states, trees, layout):
     state = states["autoencoder"]
     state = original_autoencoder(state) if layout == "original" else state
     params = read_files([write(tmp_path, "ae", state)])
@@ -202,14 +204,14 @@ def test_an_autoencoders_file(tmp_path, states, trees, layout):
     assert_equal(params.autoencoder, trees["autoencoder"])
 
 
-def test_all_models_in_one_file_and_in_four(tmp_path, states, trees):
+def test_all_models_in_one_file_or_in_four(tmp_path, states, trees):
     for name in ("tokenizer", "tokenizer_2"):
         (tmp_path / name).mkdir()
     clip = states["clip"] | {
         "text_projection.weight": np.eye(64, dtype=np.float32),
         "logit_scale": np.zeros((), np.float32),
     }
-    one = write(
+    single_file = write(
         tmp_path,
         "all",
         prefixed("model.diffusion_model.", original_transformer(states["transformer"])),
@@ -217,59 +219,60 @@ def test_all_models_in_one_file_and_in_four(tmp_path, states, trees):
         prefixed("text_encoders.t5xxl.transformer.", states["t5"]),
         prefixed("text_encoders.clip_l.transformer.", clip),
     )
-    four = [
+    four_files = [
         write(tmp_path, "flux", original_transformer(states["transformer"])),
         write(tmp_path, "ae", original_autoencoder(states["autoencoder"])),
         write(tmp_path, "t5", states["t5"]),
         write(tmp_path, "clip", clip),
     ]
-    for files in ([one], four):
+    for files in ([single_file], four_files):
         params = read_files(files, tokenizers=tmp_path)
         assert params.config == FluxConfig(**CONFIGS)
         for name, tree in trees.items():
             assert_equal(getattr(params, name), tree)
-    alone = read_files([one], parts=["transformer"])
-    assert_equal(alone.transformer, trees["transformer"])
-    assert not alone.clip
-    assert alone.tokenizer == ""
-    with pytest.raises(FileNotFoundError, match="need their tokenizers"):
-        read_files(four)
-    with pytest.raises(ValueError, match=r"no file holds t5; found autoencoder"):
-        read_files(four[1:2], parts=["autoencoder", "t5"])
+    transformer_only = read_files([single_file], parts=["transformer"])
+    assert_equal(transformer_only.transformer, trees["transformer"])
+    assert not transformer_only.clip
+    assert transformer_only.tokenizer == ""
+    with pytest.raises(FileNotFoundError, match="text encoders need tokenizers"):
+        read_files(four_files)
+    missing = r"no file contains t5; requested models found: autoencoder"
+    with pytest.raises(ValueError, match=missing):
+        read_files(four_files[1:2], parts=["autoencoder", "t5"])
     with pytest.raises(ValueError, match=r"transformer is both in .*all.* and in .*flux"):
-        read_files([one, four[0]], tokenizers=tmp_path)
+        read_files([single_file, four_files[0]], tokenizers=tmp_path)
 
 
 @pytest.mark.parametrize("scaled", ["", "scale_weight", "weight_scale", "rows"])
 def test_fp8(tmp_path, states, scaled):
-    """Every fp8 number, times its layer's scale, arrives as it is."""
+    """fp8 values times the scale of their layer are read exactly."""
     state = original_transformer(states["transformer"])
     stored, exact = {}, {}
     for name, value in state.items():
-        small = value.astype(jnp.float8_e4m3fn)
+        rounded = value.astype(jnp.float8_e4m3fn)
         stored[name] = exact[name] = value
         if name.endswith("weight") and value.ndim == 2:
-            stored[name], exact[name] = small, small.astype(np.float32)
+            stored[name], exact[name] = rounded, rounded.astype(np.float32)
             if scaled:
                 layer = name.removesuffix(".weight")
                 scale = np.float32(0.125 if scaled != "rows" else 1) * np.ones((), np.float32)
                 if scaled == "rows":
                     scale = 2.0 ** (np.arange(len(value), dtype=np.float32) % 5)
-                ending = "weight_scale" if scaled == "rows" else scaled
-                stored[f"{layer}.{ending}"] = scale
-                stored[f"{layer}.{ending.replace('weight', 'input')}"] = np.ones((), np.float32)
+                suffix = "weight_scale" if scaled == "rows" else scaled
+                stored[f"{layer}.{suffix}"] = scale
+                stored[f"{layer}.{suffix.replace('weight', 'input')}"] = np.ones((), np.float32)
                 exact[name] = exact[name] * (scale[:, None] if scaled == "rows" else scale)
     if scaled:
         stored["scaled_fp8"] = np.zeros(0, jnp.float8_e4m3fn)
-    got = read_files([write(tmp_path, "fp8", stored)], jnp.float32)
-    plain = read_files([write(tmp_path, "plain", exact)])
-    assert_equal(got.transformer, plain.transformer)
-    halved = read_files([tmp_path / "fp8.safetensors"])
-    assert halved.transformer["image_in"]["kernel"].dtype == jnp.bfloat16
+    actual = read_files([write(tmp_path, "fp8", stored)], jnp.float32)
+    expected = read_files([write(tmp_path, "exact", exact)])
+    assert_equal(actual.transformer, expected.transformer)
+    default_dtype = read_files([tmp_path / "fp8.safetensors"])
+    assert default_dtype.transformer["image_in"]["kernel"].dtype == jnp.bfloat16
 
 
 def test_gguf(tmp_path, states):
-    """Q8_0 and BF16 as the package itself reads them; Q4_K from random blocks."""
+    """Q8_0, BF16 and Q4_K (random blocks) are read as the `gguf` package dequantises them."""
     from gguf import GGMLQuantizationType as Kind
     from gguf import GGUFWriter, quants
 
@@ -277,7 +280,7 @@ def test_gguf(tmp_path, states):
     writer = GGUFWriter(tmp_path / "flux.gguf", "flux")
     for name, value in original_transformer(states["transformer"]).items():
         kind = Kind.BF16 if value.ndim == 1 else Kind.Q8_0
-        if name.endswith("linear2.weight"):  # 5 * 64 columns do not fill blocks of 256
+        if name.endswith("linear2.weight"):  # 5 * 64 columns are not a multiple of 256
             kind = Kind.F32
         if value.shape[-1] % 32:
             kind = Kind.F16
@@ -290,12 +293,12 @@ def test_gguf(tmp_path, states):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    got = read_files([tmp_path / "flux.gguf"], jnp.float32)
-    assert_equal(got.transformer, read_files([write(tmp_path, "exact", exact)]).transformer)
-    half = tmp_path / "half.gguf"
-    half.write_bytes((tmp_path / "flux.gguf").read_bytes()[:999])
-    with pytest.raises(ValueError, match="no complete GGUF file"):
-        read_files([half])
+    actual = read_files([tmp_path / "flux.gguf"], jnp.float32)
+    assert_equal(actual.transformer, read_files([write(tmp_path, "exact", exact)]).transformer)
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes((tmp_path / "flux.gguf").read_bytes()[:999])
+    with pytest.raises(ValueError, match="not a complete GGUF file"):
+        read_files([truncated])
 
 
 def test_schnell_has_no_guidance(tmp_path, states):
@@ -306,31 +309,32 @@ def test_schnell_has_no_guidance(tmp_path, states):
     assert (config.text_length, config.dynamic_shift, config.shift) == (256, False, 1.0)
 
 
-def test_what_does_not_fit_is_told_in_the_files_own_names(tmp_path, states):
+def test_mismatches_are_reported_with_the_names_in_the_file(tmp_path, states):
     state = original_transformer(states["transformer"])
     state["single_blocks.1.linear1.weight"] = state["single_blocks.1.linear1.weight"][:-1]
     del state["txt_in.bias"]
     state["double_blocks.0.img_attn.scale_weight"] = np.ones((), np.float32)
-    with pytest.raises(ConversionError) as told:
+    with pytest.raises(ConversionError) as caught:
         read_files([write(tmp_path, "bad", state)])
     for line in (
-        "wrong shape: single_blocks.1.linear1.weight is [447, 64], expected [448, 64]",
+        "wrong shape: single_blocks.1.linear1.weight has shape [447, 64]; expected [448, 64]",
         "missing key: txt_in.bias [64]",
         "unmatched key: double_blocks.0.img_attn.scale_weight",
-        "3 key(s)",
+        "3 mismatched key(s)",
     ):
-        assert line in str(told.value)
+        assert line in str(caught.value)
     del state["img_in.weight"]
     with pytest.raises(ConversionError, match=r"missing key: img_in\.weight"):
         read_files([write(tmp_path, "worse", state)])
 
 
-def test_another_model_is_named_by_what_is_nearest(tmp_path):
+def test_unknown_model_is_reported_with_the_closest_layout(tmp_path):
     state = {f"double_blocks.{i}.img_mlp.0.weight": np.ones((2, 2), np.float32) for i in range(3)}
-    with pytest.raises(ValueError, match=r"nearest is 'FLUX transformer, original release'"):
+    closest = r"closest layout is 'FLUX transformer, original release': it shares 1 of 1 names"
+    with pytest.raises(ValueError, match=closest):
         read_files([write(tmp_path, "chroma", state)])
-    (tmp_path / "text.safetensors").write_text("not at all")
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         read_files([tmp_path / "text.safetensors"])
     with pytest.raises(FileNotFoundError, match="is neither a safetensors"):
         read_files([tmp_path / "nowhere.safetensors"])
@@ -338,10 +342,10 @@ def test_another_model_is_named_by_what_is_nearest(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
 def test_full_size_layouts(layout):
-    """FLUX.1-dev's names and shapes are recognised, and give FLUX.1-dev's configuration."""
+    """The names and shapes of FLUX.1-dev give its layout and configuration."""
     shapes = full_size_names(layout)
-    (found,) = recognise(shapes, "file")
-    assert found.layout is layout
+    (model,) = recognise(shapes, "file")
+    assert model.layout is layout
     assert layout.config(shapes) == type(CONFIGS[layout.model])()
 
 
@@ -351,10 +355,10 @@ def test_parts_are_saved_and_loaded(tmp_path, states):
     loaded = jitjax.load(tmp_path / "saved")
     assert loaded.config == params.config
     assert_equal(loaded.transformer, params.transformer)
-    given = jitjax.Conditioning(text=jnp.ones((1, 5, 6)), pooled=jnp.ones((1, 64)))
+    conditioning = jitjax.Conditioning(text=jnp.ones((1, 5, 6)), pooled=jnp.ones((1, 64)))
     noise = jax.random.normal(jax.random.key(0), (1, 16, 16))
     plan = jitjax.Plan(2)
-    out = jitjax.denoise(loaded, given, noise, plan=plan)
+    out = jitjax.denoise(loaded, conditioning, noise, plan=plan)
     assert np.isfinite(out).all()
     with pytest.raises(ValueError, match="have no autoencoder, only transformer"):
         jitjax.decode(loaded, out, grid=(4, 4))
@@ -366,8 +370,8 @@ def test_parts_are_saved_and_loaded(tmp_path, states):
         jitjax.load(tmp_path / "saved", parts="transformer")
 
 
-def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, capsys):
-    """Single files by option, then a folder with another transformer."""
+def test_command_with_models_from_several_files(tmp_path, states, trees, capsys):
+    """Single files given by option, then a folder with another transformer."""
     for name in ("tokenizer", "tokenizer_2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer_config.json").write_text("{}")
@@ -375,41 +379,42 @@ def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, 
     ae = str(write(tmp_path, "ae", original_autoencoder(states["autoencoder"])))
     t5, clip = (str(write(tmp_path, name, states[name])) for name in ("t5", "clip"))
     encoders = ["--t5", t5, "--clip", clip, "--tokenizers", str(tmp_path)]
-    exact, first = ["--dtype", "float32"], str(tmp_path / "first")
-    assert main([flux, "--vae", ae, *encoders, *exact, "--out", first]) == 0
+    dtype, first = ["--dtype", "float32"], str(tmp_path / "first")
+    assert main([flux, "--vae", ae, *encoders, *dtype, "--out", first]) == 0
     loaded = jitjax.load(first)
     assert loaded.config == FluxConfig(**CONFIGS)
     for name, tree in trees.items():
         assert_equal(getattr(loaded, name), tree)
 
-    folder, other = str(tmp_path / "folder"), dict(states["transformer"])
+    folder, changed_state = str(tmp_path / "folder"), dict(states["transformer"])
     assert main([first, "--to-diffusers", "--out", folder]) == 0
-    other["proj_out.bias"] = other["proj_out.bias"] + 1
-    changed = str(write(tmp_path, "other", original_transformer(other)))
+    changed_state["proj_out.bias"] = changed_state["proj_out.bias"] + 1
+    changed = str(write(tmp_path, "changed", original_transformer(changed_state)))
     second = str(tmp_path / "second")
     assert main([folder, "--transformer", changed, "--out", second]) == 0
     loaded = jitjax.load(second)
-    bias = np.asarray(other["proj_out.bias"].astype(jnp.bfloat16))  # bfloat16 by default
+    # The command's default dtype is bfloat16.
+    bias = np.asarray(changed_state["proj_out.bias"].astype(jnp.bfloat16))
     np.testing.assert_array_equal(loaded.transformer["image_out"]["bias"], bias)
     assert_equal(
         loaded.t5["final_norm"]["scale"], trees["t5"]["final_norm"]["scale"].astype(jnp.bfloat16)
     )
 
     third = ["--transformer", f"{folder}/transformer", "--out", str(tmp_path / "third")]
-    assert main([*third, *exact]) == 0  # the folder of one model
+    assert main([*third, *dtype]) == 0  # the folder of one model
     assert_equal(jitjax.load(tmp_path / "third").transformer, trees["transformer"])
 
-    alone = ["--parts", "transformer", "--out", str(tmp_path / "alone")]
-    assert main([folder, *alone]) == 0
-    assert not jitjax.load(tmp_path / "alone").t5
+    transformer_only = ["--parts", "transformer", "--out", str(tmp_path / "transformer_only")]
+    assert main([folder, *transformer_only]) == 0
+    assert not jitjax.load(tmp_path / "transformer_only").t5
     out = ["--out", str(tmp_path / "none")]
     for arguments, message in (
         (out, "nothing to convert"),
-        ([ae, "--parts", "t5", *out], "no file holds t5; found nothing"),
-        ([ae, "--t5", ae, *out], "no file holds t5"),
-        ([flux, "--t5", t5, *out], "need their tokenizers"),
+        ([ae, "--parts", "t5", *out], "no file contains t5; requested models found: none"),
+        ([ae, "--t5", ae, *out], "no file contains t5"),
+        ([flux, "--t5", t5, *out], "text encoders need tokenizers"),
         ([folder, "--tokenizers", str(tmp_path), *out], "has its own tokenizers"),
-        ([first, "--to-diffusers", "--vae", ae, *out], "takes a checkpoint, --out, and nothing"),
+        ([first, "--to-diffusers", "--vae", ae, *out], "takes only a checkpoint, --out and"),
     ):
         capsys.readouterr()
         assert main(arguments) == 2
@@ -417,44 +422,45 @@ def test_the_command_takes_parts_from_different_places(tmp_path, states, trees, 
     assert not (tmp_path / "none").exists()
 
 
-def test_a_repository_on_the_hub(tmp_path, states, trees, monkeypatch, capsys):
-    """The hub itself is stood in for: nothing can be fetched here."""
+def test_repository_on_the_hub(tmp_path, states, trees, monkeypatch, capsys):
+    """With a fake `snapshot_download`, since tests have no network."""
     import huggingface_hub
     from huggingface_hub import errors
 
     folder = tmp_path / "cache"
     for component in COMPONENTS:
         (folder / component.folder).mkdir(parents=True)
-    asked = {}
+    requested = {}
 
-    def stand_in(repository, *, allow_patterns):
-        asked[repository] = allow_patterns
+    def fake_download(repository, *, allow_patterns):
+        requested[repository] = allow_patterns
         if isinstance(outcome, Exception):
             raise outcome
         return str(outcome)
 
-    def http(kind):
-        error = kind.__new__(kind)  # it wants a response, of a library that depends on the version
-        Exception.__init__(error, "told so")
+    def http_error(cls):
+        # `__init__` needs a response object whose class depends on the version of huggingface_hub.
+        error = cls.__new__(cls)
+        Exception.__init__(error, "server error")
         return error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake_download)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     out = ["--out", str(tmp_path / "out")]
     name = "black-forest-labs/FLUX.1-dev"
     for outcome, message in (  # noqa: B007
-        (http(errors.GatedRepoError), "is gated: log in with `hf auth login`"),
-        (http(errors.RepositoryNotFoundError), f"has no repository {name}, or not for no token"),
+        (http_error(errors.GatedRepoError), "is gated; log in with `hf auth login`"),
+        (http_error(errors.RepositoryNotFoundError), f"{name} does not exist on the hub, or it is"),
         (errors.LocalEntryNotFoundError("nothing"), "the hub cannot be reached"),
-        (http(errors.HfHubHTTPError), "broke off (told so)"),
+        (http_error(errors.HfHubHTTPError), f"download of {name} failed (server error)"),
     ):
         assert main([name, *out]) == 2
         assert message in capsys.readouterr().err
-    assert "transformer/*.safetensors" in asked[name]
-    assert not any("flux1" in pattern or pattern.startswith("*") for pattern in asked[name])
+    assert "transformer/*.safetensors" in requested[name]
+    assert not any("flux1" in pattern or pattern.startswith("*") for pattern in requested[name])
     outcome = folder
-    assert main([name, "--parts", "transformer", *out]) == 2  # it was taken for the folder
-    assert "is no complete diffusers folder" in capsys.readouterr().err
-    assert "text_encoder_2/*.safetensors" not in asked[name]
+    assert main([name, "--parts", "transformer", *out]) == 2  # the downloaded folder is opened
+    assert "is not a complete diffusers folder" in capsys.readouterr().err
+    assert "text_encoder_2/*.safetensors" not in requested[name]
     assert main(["nowhere", *out]) == 2
     assert "nowhere is neither a safetensors or GGUF file nor" in capsys.readouterr().err

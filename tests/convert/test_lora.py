@@ -1,4 +1,4 @@
-"""Low-rank updates against a product written out in NumPy, under every name they may have."""
+"""Low-rank updates against a NumPy product, with all supported layer names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jitjax.convert.sources import diffusers_folder
 from jitjax.convert.tables.engine import ConversionError
 
 RNG = np.random.default_rng(7)
-ORIGINAL = {  # layer of the original release -> (diffusers layers, width of each)
+ORIGINAL = {  # layer of the original release -> (its diffusers layers, output width of each)
     "double_blocks.1.img_attn.qkv": (
         [f"transformer_blocks.1.attn.to_{c}" for c in "qkv"],
         [H, H, H],
@@ -33,17 +33,17 @@ ORIGINAL = {  # layer of the original release -> (diffusers layers, width of eac
     ),
     "double_blocks.0.txt_mlp.2": (["transformer_blocks.0.ff_context.net.2"], [H]),
 }  # fmt: skip
-INPUTS = {"double_blocks.0.txt_mlp.2": 4 * H}
+INPUT_WIDTHS = {"double_blocks.0.txt_mlp.2": 4 * H}
 
 
-def pairs(rank: int, scale: float = 0.1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Random A [rank, in] and B [out, rank] of the layers above."""
-    found = {}
+def random_update(rank: int, scale: float = 0.1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return random A [rank, in] and B [out, rank] for each layer in `ORIGINAL`."""
+    update = {}
     for name, (_, widths) in ORIGINAL.items():
-        a = RNG.standard_normal((rank, INPUTS.get(name, H)), np.float32)
+        a = RNG.standard_normal((rank, INPUT_WIDTHS.get(name, H)), np.float32)
         b = RNG.standard_normal((sum(widths), rank), np.float32) * np.float32(scale)
-        found[name] = a, b
-    return found
+        update[name] = a, b
+    return update
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def params(states):
 
 
 def merged(states, *updates: tuple[dict, float]) -> dict:
-    """The oracle: the transformer with `factor * B A` added, rows split by hand."""
+    """Return the expected transformer: `factor * B A` added in float64, rows split here."""
     state = {name: value.astype(np.float64) for name, value in states["transformer"].items()}
     for update, factor in updates:
         for name, (a, b) in update.items():
@@ -70,13 +70,16 @@ def merged(states, *updates: tuple[dict, float]) -> dict:
     return from_state("transformer", state, TRANSFORMER)
 
 
-def assert_close(got, expected) -> None:
+def assert_close(actual, expected) -> None:
     # Sums of at most 8 products of order 1, in float32.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    jax.tree.map(compare, actual, expected)
 
 
 def peft(update: dict, prefix: str = "transformer.") -> dict[str, np.ndarray]:
-    """diffusers' names; the layers of a fused one share their A."""
+    """Return the update with diffusers names; the parts of a fused layer share its A."""
     out = {}
     for name, (a, b) in update.items():
         layers, widths = ORIGINAL[name]
@@ -101,58 +104,58 @@ def kohya(update: dict, alpha: float) -> dict[str, np.ndarray]:
     return out
 
 
-def test_every_way_to_name_a_layer(tmp_path, states, params):
-    update = pairs(4)
-    plain, halved = merged(states, (update, 1.0)), merged(states, (update, 0.5))
+def test_supported_layer_names(tmp_path, states, params):
+    update = random_update(4)
+    full, half = merged(states, (update, 1.0)), merged(states, (update, 0.5))
     before = np.array(params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"])
     for file, expected in (
-        (write(tmp_path, "peft", peft(update)), plain),
-        (write(tmp_path, "model", peft(update, "base_model.model.")), plain),
-        (write(tmp_path, "bare", peft(update, "")), plain),
-        (write(tmp_path, "original", original(update)), plain),
-        (write(tmp_path, "originalbare", original(update, "")), plain),
-        (write(tmp_path, "kohya", kohya(update, 2.0)), halved),
+        (write(tmp_path, "peft", peft(update)), full),
+        (write(tmp_path, "model", peft(update, "base_model.model.")), full),
+        (write(tmp_path, "bare", peft(update, "")), full),
+        (write(tmp_path, "original", original(update)), full),
+        (write(tmp_path, "originalbare", original(update, "")), full),
+        (write(tmp_path, "kohya", kohya(update, 2.0)), half),
     ):
-        got = merge_loras(params, [(file, 1.0)])
-        assert_close(got.transformer, expected)
-        assert got.t5 is params.t5
-    now = params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"]
-    np.testing.assert_array_equal(now, before)
+        result = merge_loras(params, [(file, 1.0)])
+        assert_close(result.transformer, expected)
+        assert result.t5 is params.t5
+    after = params.transformer["double_blocks"]["image_attention"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(after, before)
 
 
-def test_several_at_once_with_scales(tmp_path, states, params):
-    one, two = pairs(4), pairs(8)
-    files = [write(tmp_path, "one", peft(one)), write(tmp_path, "two", kohya(two, 4.0))]
-    got = merge_loras(params, [(files[0], 0.7), (files[1], -0.5)])
-    assert_close(got.transformer, merged(states, (one, 0.7), (two, -0.25)))
+def test_several_updates_with_scales(tmp_path, states, params):
+    first, second = random_update(4), random_update(8)
+    files = [write(tmp_path, "first", peft(first)), write(tmp_path, "second", kohya(second, 4.0))]
+    result = merge_loras(params, [(files[0], 0.7), (files[1], -0.5)])
+    assert_close(result.transformer, merged(states, (first, 0.7), (second, -0.25)))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_pefts_configuration_is_heeded(tmp_path, states, params, rslora):
-    update = pairs(4)
-    told = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.use_rslora": rslora}
-    told["transformer.alpha_pattern"] = {"transformer_blocks.0.ff_context.net.2": 2}
-    path = tmp_path / "told.safetensors"
+def test_peft_metadata(tmp_path, states, params, rslora):
+    update = random_update(4)
+    metadata = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.use_rslora": rslora}
+    metadata["transformer.alpha_pattern"] = {"transformer_blocks.0.ff_context.net.2": 2}
+    path = tmp_path / "metadata.safetensors"
     state = {k: np.ascontiguousarray(v) for k, v in peft(update).items()}
-    save_file(state, path, metadata={"lora_adapter_metadata": json.dumps(told)})
-    name, share = "double_blocks.0.txt_mlp.2", 2 if rslora else 4
-    rest = {k: v for k, v in update.items() if k != name}
-    expected = merged(states, (rest, 8 / share), ({name: update[name]}, 2 / share))
+    save_file(state, path, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    name, divisor = "double_blocks.0.txt_mlp.2", 2 if rslora else 4
+    others = {k: v for k, v in update.items() if k != name}
+    expected = merged(states, (others, 8 / divisor), ({name: update[name]}, 2 / divisor))
     assert_close(merge_loras(params, [(path, 1.0)]).transformer, expected)
 
 
-def test_merged_while_loading(tmp_path, states, params):
-    """By `load`, in the checkpoint's dtype and on the devices asked for; the checkpoint stays."""
-    update, folder = pairs(4), tmp_path / "checkpoint"
+def test_load_merges_updates(tmp_path, states, params):
+    """`load` returns merged device arrays of the requested dtype; the checkpoint is unchanged."""
+    update, folder = random_update(4), tmp_path / "checkpoint"
     lora = write(tmp_path, "lora", original(update))
     jitjax.save(dataclasses.replace(params, t5={}, clip={}), folder)
-    got = jitjax.load(folder, loras=[(lora, 0.5)])
-    assert_close(got.transformer, merged(states, (update, 0.5)))
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got.transformer))
-    half = jitjax.load(folder, parts=("transformer",), dtype=jnp.bfloat16, loras=[(lora, 0.5)])
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.transformer)} == {jnp.dtype(jnp.bfloat16)}
+    loaded = jitjax.load(folder, loras=[(lora, 0.5)])
+    assert_close(loaded.transformer, merged(states, (update, 0.5)))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.transformer))
+    cast = jitjax.load(folder, parts=("transformer",), dtype=jnp.bfloat16, loras=[(lora, 0.5)])
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast.transformer)} == {jnp.dtype(jnp.bfloat16)}
     jax.tree.map(np.testing.assert_array_equal, jitjax.load(folder).transformer, params.transformer)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         jitjax.load(folder, loras=[(tmp_path / "none.safetensors", 1.0)])
 
 
@@ -160,16 +163,16 @@ def test_text_encoders_and_bfloat16(tmp_path, states, params):
     a, b = (RNG.standard_normal(shape, np.float32) for shape in ((2, 64), (10, 2)))
     layer = "text_model_encoder_layers_1_mlp_fc1"
     state = {f"lora_te1_{layer}.lora_down.weight": a, f"lora_te1_{layer}.lora_up.weight": b}
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    got = merge_loras(half, [(write(tmp_path, "te", state), 1.0)]).clip
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    result = merge_loras(cast, [(write(tmp_path, "te", state), 1.0)]).clip
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
     exact = states["clip"][name].astype(jnp.bfloat16).astype(np.float32) + b @ a
-    kernel = got["blocks"]["mlp"]["up"]["kernel"][1]
+    kernel = result["blocks"]["mlp"]["up"]["kernel"][1]
     assert kernel.dtype == jnp.bfloat16
     np.testing.assert_array_equal(kernel, exact.T.astype(jnp.bfloat16))
 
 
-def test_what_does_not_fit_is_told(tmp_path, params):
+def test_mismatches_are_errors(tmp_path, params):
     a, b = np.ones((2, H), np.float32), np.ones((H, 2), np.float32)
     layer = "transformer.transformer_blocks.0.attn.to_q"
     state = {
@@ -179,27 +182,27 @@ def test_what_does_not_fit_is_told(tmp_path, params):
         "transformer.proj_out.lora_B.weight": b,
         f"{layer}.dora_scale": b,
     }
-    with pytest.raises(ConversionError) as told:
+    with pytest.raises(ConversionError) as caught:
         merge_loras(params, [(write(tmp_path, "bad", state), 1.0)])
     for line in (
         "wrong shape: transformer.transformer_blocks.0.attn.to_q has A [2, 64] and B [63, 2]",
         "unknown key: transformer.transformer_blocks.9.attn.to_q.lora_A.weight",
-        "transformer.proj_out has no A",
+        "missing matrix: transformer.proj_out has no A",
         "unknown key: transformer.transformer_blocks.0.attn.to_q.dora_scale",
-        "4 key(s)",
+        "4 mismatched key(s)",
     ):
-        assert line in str(told.value)
-    with pytest.raises(FileNotFoundError, match="is no file"):
+        assert line in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         merge_loras(params, [(tmp_path / "nowhere", 1.0)])
     with pytest.raises(ValueError, match="scale is nan"):
         merge_loras(params, [(tmp_path / "bad.safetensors", float("nan"))])
 
 
-@pytest.mark.parametrize("whole", [0, diffusers_folder.WHOLE])
-def test_merged_while_converting(tmp_path, states, capsys, monkeypatch, whole):
-    """Block by block, as large leaves are written, and whole."""
-    monkeypatch.setattr(diffusers_folder, "WHOLE", whole)
-    update = pairs(4)
+@pytest.mark.parametrize("split_bytes", [0, diffusers_folder.SPLIT_BYTES])
+def test_conversion_merges_updates(tmp_path, states, capsys, monkeypatch, split_bytes):
+    """Stacked leaves are updated block by block, as large leaves are, and in one piece."""
+    monkeypatch.setattr(diffusers_folder, "SPLIT_BYTES", split_bytes)
+    update = random_update(4)
     flux = str(write(tmp_path, "flux", original_transformer(states["transformer"])))
     lora = str(write(tmp_path, "lora", original(update)))
     out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
@@ -212,7 +215,7 @@ def test_merged_while_converting(tmp_path, states, capsys, monkeypatch, whole):
     out[-1] = str(tmp_path / "none")
     assert main([flux, "--lora", str(write(tmp_path, "te", te)), *out]) == 2
     assert main([flux, "--lora", f"{lora}:much", *out]) == 2
-    told = capsys.readouterr().err
-    assert "te.safetensors, for transformer: 2 key(s)" in told
-    assert "unknown key: lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight" in told
-    assert "'much' is no number" in told
+    error = capsys.readouterr().err
+    assert "te.safetensors, for transformer: 2 mismatched key(s)" in error
+    assert "unknown key: lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight" in error
+    assert "'much' is not a number" in error

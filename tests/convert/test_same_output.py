@@ -1,4 +1,4 @@
-"""One set of weights in every layout, converted by the command: the transformer's output is one."""
+"""The same weights converted from every layout give exactly the same transformer output."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FP8 = jnp.float8_e4m3fn
 
 @pytest.fixture(scope="module")
 def state():
-    """Weights that fp8 holds exactly, so that no layout has to round."""
+    """Weights that fp8 represents exactly, so that no layout rounds them."""
     random = random_states()["transformer"]
     return {name: (0.1 * value).astype(FP8).astype(np.float32) for name, value in random.items()}
 
 
-def folder_of_shards(path, state):
-    """A diffusers folder in four shards with an index."""
+def sharded_folder(path, state):
+    """Write a diffusers folder in four shards with an index."""
     folder = path / "transformer"
     folder.mkdir()
     names = sorted(state)
@@ -43,7 +43,7 @@ def folder_of_shards(path, state):
 
 
 def gguf(path, state):
-    """The original release's names, in a GGUF file, vectors in float32 and the rest in bfloat16."""
+    """Write a GGUF file with original names; vectors are float32, all others bfloat16."""
     from gguf import GGMLQuantizationType as Kind
     from gguf import GGUFWriter, quants
 
@@ -59,12 +59,12 @@ def gguf(path, state):
 
 
 def fp8(path, state, scaled=False):
-    """ComfyUI's: matrices in fp8, halved with a scale of 2 or as they are."""
+    """Write a ComfyUI file with matrices in fp8; if `scaled`, doubled with a scale of 0.5."""
     stored = {}
     for name, value in original_transformer(state).items():
-        matrix = name.endswith("weight") and value.ndim == 2
-        stored[name] = value.astype(FP8) if matrix else value
-        if matrix and scaled:
+        is_matrix = name.endswith("weight") and value.ndim == 2
+        stored[name] = value.astype(FP8) if is_matrix else value
+        if is_matrix and scaled:
             layer = name.removesuffix(".weight")
             stored[name] = (value * 2).astype(FP8)
             stored[f"{layer}.scale_weight"] = np.full((), 0.5, np.float32)
@@ -73,7 +73,7 @@ def fp8(path, state, scaled=False):
 
 LAYOUTS = {
     "diffusers": lambda path, state: write(path, "flux", state),
-    "shards": folder_of_shards,
+    "shards": sharded_folder,
     "original": lambda path, state: write(path, "flux", original_transformer(state)),
     "prefix": lambda path, state: write(
         path, "flux", prefixed("model.diffusion_model.", original_transformer(state))
@@ -87,17 +87,17 @@ LAYOUTS = {
 @jax.jit
 def velocity(params):
     rng = np.random.default_rng(1)
-    places = np.stack([np.zeros(5), np.arange(5) // 2, np.arange(5) % 2], axis=-1)
-    given = {
+    positions = np.stack([np.zeros(5), np.arange(5) // 2, np.arange(5) % 2], axis=-1)
+    inputs = {
         "tokens": rng.standard_normal((1, 5, TRANSFORMER.in_channels)),
-        "positions": places[None],
+        "positions": positions[None],
         "text": rng.standard_normal((1, 3, TRANSFORMER.joint_attention_dim)),
         "pooled": rng.standard_normal((1, TRANSFORMER.pooled_projection_dim)),
         "sigma": np.array([0.6]),
         "guidance": np.array([3.5]),
     }
-    floats = {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
-    return FluxTransformer(TRANSFORMER).apply({"params": params}, **floats)
+    inputs = {name: jnp.asarray(value, jnp.float32) for name, value in inputs.items()}
+    return FluxTransformer(TRANSFORMER).apply({"params": params}, **inputs)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def expected(tmp_path_factory, state):
     path = tmp_path_factory.mktemp("expected")
     file = str(LAYOUTS["diffusers"](path, state))
     assert main([file, "--dtype", "float32", "--out", str(path / "out")]) == 0
-    found = np.asarray(velocity(jitjax.load(path / "out").transformer))
-    assert np.abs(found).max() > 1e-3
-    return found
+    output = np.asarray(velocity(jitjax.load(path / "out").transformer))
+    assert np.abs(output).max() > 1e-3
+    return output
 
 
 @pytest.mark.parametrize("by_block", [False, True])
@@ -115,9 +115,9 @@ def expected(tmp_path_factory, state):
 def test_every_layout_gives_the_same_output(
     tmp_path, state, expected, layout, by_block, monkeypatch
 ):
-    """Exactly: `by_block` writes every stacked leaf block by block, as large ones are."""
+    """With `by_block`, every stacked leaf is written block by block, as large leaves are."""
     if by_block:
-        monkeypatch.setattr(diffusers_folder, "WHOLE", 0)
+        monkeypatch.setattr(diffusers_folder, "SPLIT_BYTES", 0)
     source = str(LAYOUTS[layout](tmp_path, state))
     out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
     assert main(["--transformer", source, *out]) == 0

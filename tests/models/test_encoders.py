@@ -17,10 +17,10 @@ from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config
 from jitjax.convert.tables.autoencoder import autoencoder_rules
 from jitjax.convert.tables.engine import (
     ConversionError,
-    apply,
-    check,
+    apply_rule,
+    check_keys,
     flatten_dict,
-    invert,
+    invert_rule,
     leaf_shapes,
 )
 from jitjax.convert.tables.text import (
@@ -162,11 +162,11 @@ def test_apply_inverts_invert(name: str):
     rules = RULES[name](config)
     tensors: dict[str, np.ndarray] = {}
     for rule in rules:
-        tensors |= invert(rule, leaves[rule.target])
+        tensors |= invert_rule(rule, leaves[rule.target])
     shapes = leaf_shapes(module.abstract_params(config))
-    check(rules, shapes, {key: tensor.shape for key, tensor in tensors.items()}, what=name)
+    check_keys(rules, shapes, {key: tensor.shape for key, tensor in tensors.items()}, label=name)
     for rule in rules:
-        leaf = apply(rule, tensors.__getitem__, shapes[rule.target], np.float32)
+        leaf = apply_rule(rule, tensors.__getitem__, shapes[rule.target], np.float32)
         np.testing.assert_array_equal(leaf, leaves[rule.target], err_msg=rule.target)
 
 
@@ -187,5 +187,5 @@ def test_aliases_of_tensor_names():
 def test_missing_and_unknown_tensors_are_errors():
     rules, shapes = clip_rules(CLIP), leaf_shapes(clip.abstract_params(CLIP))
     with pytest.raises(ConversionError, match=r"unmatched key: text_projection.weight") as error:
-        check(rules, shapes, {"text_projection.weight": (16, 16)}, what="clip")
+        check_keys(rules, shapes, {"text_projection.weight": (16, 16)}, label="clip")
     assert "missing key: text_model.final_layer_norm.bias [16]" in str(error.value)

@@ -99,7 +99,7 @@ def test_diffusers_loads_inverted_rules(tmp_path):
     leaves = engine.flatten_dict(from_state("autoencoder", numpy_state(model), config), sep="/")
     tensors: dict[str, np.ndarray] = {}
     for rule in autoencoder_rules(config):
-        tensors |= engine.invert(rule, leaves[rule.target])
+        tensors |= engine.invert_rule(rule, leaves[rule.target])
     model.save_config(tmp_path)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     loaded, info = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)

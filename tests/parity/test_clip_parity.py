@@ -135,7 +135,7 @@ def test_transformers_loads_inverted_rules(tmp_path):
     leaves = engine.flatten_dict(from_state("clip", state, config), sep="/")
     tensors: dict[str, np.ndarray] = {}
     for rule in clip_rules(config):
-        tensors |= engine.invert(rule, leaves[rule.target])
+        tensors |= engine.invert_rule(rule, leaves[rule.target])
     assert all(name.startswith("text_model.") for name in tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     torch_config(config).save_pretrained(tmp_path)

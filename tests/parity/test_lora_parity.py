@@ -17,7 +17,7 @@ from jitjax.checkpoint import FluxParams  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
 from jitjax.convert.lora import merge_loras  # noqa: E402
 from jitjax.convert.sources.single_files import whole_config  # noqa: E402
-from jitjax.convert.tables.engine import leaves  # noqa: E402
+from jitjax.convert.tables.engine import leaves_by_path  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -79,14 +79,14 @@ def test_equals_diffusers(tmp_path, kind, scale):
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     pipeline.fuse_lora(lora_scale=scale)
     pipeline.unload_lora_weights()
-    expected = leaves(from_state("transformer", numpy_state(model), CONFIG))
+    expected = leaves_by_path(from_state("transformer", numpy_state(model), CONFIG))
 
     params = FluxParams(
         **trees, t5={}, clip={}, autoencoder={},
         config=whole_config({"transformer": CONFIG}), tokenizer="",
     )  # fmt: skip
     merged = merge_loras(params, [(tmp_path / "lora.safetensors", scale)])
-    got, before = leaves(merged.transformer), leaves(params.transformer)
+    got, before = leaves_by_path(merged.transformer), leaves_by_path(params.transformer)
     changed = 0
     for name, value in expected.items():
         # The order of the float32 sums differs.

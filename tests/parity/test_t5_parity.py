@@ -123,7 +123,7 @@ def test_transformers_loads_inverted_rules(tmp_path):
     leaves = engine.flatten_dict(from_state("t5", state, config), sep="/")
     tensors: dict[str, np.ndarray] = {}
     for rule in t5_rules(config):
-        tensors |= engine.invert(rule, leaves[rule.target])
+        tensors |= engine.invert_rule(rule, leaves[rule.target])
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     torch_config(config).save_pretrained(tmp_path)
     model, info = transformers.T5EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
