@@ -1,1 +1,1 @@
-"""Tables of speed and quality, and the picture checker they rest on."""
+"""Benchmarks of speed and quality, and the image checker that the quality benchmarks use."""

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Measures what only a GPU can show, in about ten minutes, without a network.
+# Runs the benchmarks and tests that need a GPU, in about ten minutes, without a network.
 #
 #   benchmarks/gpu.sh OUT                         all parts; results go to the folder OUT
 #   WHEELS=FOLDER benchmarks/gpu.sh OUT           installs the wheels of FOLDER first
 #   benchmarks/gpu.sh OUT attention speed         some parts, in this order
-#   REHEARSE=1 benchmarks/gpu.sh OUT              tiny sizes on a CPU, to see that nothing fails
+#   REHEARSE=1 benchmarks/gpu.sh OUT              tests this script on a CPU, with tiny sizes
 #
-# Needs Python 3.11 or newer with jax for the GPU and this project's other requirements; `torch` also
-# needs torch and diffusers, `tests` pytest and beartype. Each part has a time limit and result
-# files of its own, so that a run that is cut short keeps what it has.
+# Needs Python 3.11 or newer, JAX for the GPU and this project's other requirements. The part `torch`
+# also needs torch and diffusers, the part `tests` pytest and beartype. Each part has its own time
+# limit and result files, so that an interrupted run keeps the results of finished parts.
 #
 #   speed      FLUX.1-dev's size: one evaluation and whole plans      speed.jsonl, kernels.txt
-#   attention  cuDNN against XLA at the shapes of all stages          attention.jsonl
+#   attention  cuDNN and XLA at the shapes of all stages              attention.jsonl
 #   torch      diffusers' transformer, compiled, at the same shapes   torch.jsonl
 #   tests      the tests marked gpu                                   tests.log
-#   quality    pictures of the bundled checkpoint, judged             quality.jsonl
+#   quality    the quality benchmark on the bundled checkpoint        quality.jsonl
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -27,9 +27,9 @@ trap 'rm -rf "$work"' EXIT
 
 if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" \
-        "$WHEELS"/*.whl || echo "the wheels of $WHEELS cannot be installed"
+        "$WHEELS"/*.whl || echo "cannot install the wheels of $WHEELS"
 fi
-# `convert/` belongs inside the package; an installation would put it there.
+# Installation maps `convert/` to `jitjax.convert`; do the same without installing.
 mkdir "$work/tree"
 for name in jitjax benchmarks training tests pyproject.toml; do
     cp -r "$root/$name" "$work/tree/"
@@ -40,7 +40,7 @@ export PYTHONPATH="$work/tree:$work/site" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-# part NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever happens
+# part NAME SECONDS COMMAND...: run a command with a time limit, log its output, ignore failures
 part() {
     local name=$1 limit=$2 began=$SECONDS
     shift 2
@@ -49,7 +49,7 @@ part() {
 }
 
 small=()
-# Each method is compiled before the first pictures are written, so not all of them by default.
+# Only some methods by default: each takes time to compile.
 default="dense-50 dense-11-beta dense-7-beta 4x 7x tuned-4x 4x:no-lift 7x:no-lift"
 read -ra methods <<<"${QUALITY_METHODS:-$default}"
 if [ -n "${REHEARSE:-}" ]; then
@@ -87,7 +87,7 @@ for which in "${parts[@]}"; do
             --device cpu --dtype float32 --tokens 64 --backends native --no-compile --matmul 256 \
             "${small[@]}" ;;
     quality)
-        # Products of float32 as on a CPU, not rounded to TensorFloat-32.
+        # Full float32 in matrix products, as on a CPU, instead of TensorFloat-32.
         export JAX_DEFAULT_MATMUL_PRECISION=highest
         part quality "${QUALITY_SECONDS:-200}" "$python" -m benchmarks.quality --seeds 1 \
             --batch 100 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;

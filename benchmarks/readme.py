@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme
 
-Each table is known by its header line, which stays as it is, and so does all other text.
+A table is found by its header line. Only the rows below the header change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmarks.quality.methods import REFERENCE
 from benchmarks.quality.prompts import CATEGORIES
 
 Figures = dict[str, dict]
-"""What `benchmarks.report --json` wrote: "methods" by its `summary`, "matched" by its `matched`."""
+"""What `benchmarks.report --json` writes: "methods" from `summarise`, "matched" from
+`match_methods`."""
 AIMS = {
     "single": 0.90,
     "colour": 0.90,
@@ -25,10 +26,10 @@ AIMS = {
     "position": 0.60,
     "binding": 0.75,
 }
-"""How often 50 dense steps of the bundled checkpoint should be right, so that it can be a judge."""
-JIT = ("4x", "tuned-4x", "7x", "tuned-7x")
-PLANS = {"`dense`": REFERENCE} | {f"`{name}`": name for name in JIT}
-METHODS = {
+"""Share of images by 50 dense steps that the bundled checkpoint should get right, by category."""
+JIT_PLANS = ("4x", "tuned-4x", "7x", "tuned-7x")
+PLAN_LABELS = {"`dense`": REFERENCE} | {f"`{name}`": name for name in JIT_PLANS}
+METHOD_LABELS = {
     "`dense-50`": REFERENCE,
     "`dense-28`": "dense-28",
     "`dense-18`": "dense-18",
@@ -48,7 +49,7 @@ METHODS = {
     "`teacache-6`, 28 steps": "teacache-6",
     "`taylor-6`, 28 steps": "taylor-6",
 }
-VARIANTS = {
+VARIANT_LABELS = {
     "the plan itself": "",
     "random later anchors": ":random",
     "fixed grid": ":grid",
@@ -60,139 +61,149 @@ VARIANTS = {
     "hit, initial noise": ":hit-initial",
 }
 
-RIVALS = {  # methods that cost about as much as "4x", and as "7x"
+RIVALS = {  # label: (method that costs about as much as "4x", the same for "7x")
     "dense steps on the plan's sigmas": ("dense-11-beta", "dense-7-beta"),
     "dense steps on FLUX's sigmas": ("dense-11", "dense-7"),
     "TeaCache's rule": ("teacache-11", "teacache-6"),
     "the Taylor forecast": ("taylor-11", "taylor-6"),
     "the paper's plan": ("4x", "7x"),
-} | {label: (f"4x{suffix}", f"7x{suffix}") for label, suffix in VARIANTS.items() if suffix}
+} | {label: (f"4x{suffix}", f"7x{suffix}") for label, suffix in VARIANT_LABELS.items() if suffix}
 
 
-def share(value: float) -> str:
-    """A share in whole per cent."""
+def percent(value: float) -> str:
+    """Format a share in whole per cent."""
     return f"{100 * value:.0f}%"
 
 
-def around(interval: list[float], sign: str = "") -> str:
-    """An interval of shares in whole per cent, without the sign for per cent."""
+def format_interval(interval: list[float], sign: str = "") -> str:
+    """Format an interval of shares in whole per cent, without the per cent sign."""
     low, high = (round(100 * end) for end in interval)
     return f"{low:{sign}d} to {high:{sign}d}"
 
 
-def scored(row: dict) -> str:
-    """How often a method is right, and the interval."""
-    return f"{share(row['right'])} ({around(row['interval'])})"
+def format_right(row: dict) -> str:
+    """Format a method's share of right images and its interval."""
+    return f"{percent(row['right'])} ({format_interval(row['interval'])})"
 
 
-def points(difference: float, interval: list[float]) -> str:
-    """A paired difference and its interval, in points."""
-    return f"{round(100 * difference):+d} ({around(interval, '+')})"
+def format_difference(difference: float, interval: list[float]) -> str:
+    """Format a paired difference and its interval in percentage points."""
+    return f"{round(100 * difference):+d} ({format_interval(interval, '+')})"
 
 
-def plans(figures: Figures) -> list[list[str]]:
-    """Per plan how often it is right, by category."""
+def plan_rows(figures: Figures) -> list[list[str]]:
+    """Return a row per plan: share of right images, its interval, and the share by category."""
     rows = figures["methods"]
     return [
         [
             label,
-            share(rows[name]["right"]),
-            around(rows[name]["interval"]),
-            *(share(rows[name]["categories"][category]["right"]) for category in CATEGORIES),
+            percent(rows[name]["right"]),
+            format_interval(rows[name]["interval"]),
+            *(percent(rows[name]["categories"][category]["right"]) for category in CATEGORIES),
         ]
-        for label, name in PLANS.items()
+        for label, name in PLAN_LABELS.items()
     ]
 
 
-def methods(figures: Figures) -> list[list[str]]:
-    """Methods with their operations and their distance to 50 dense steps."""
-    rows, found = figures["methods"], []
-    for label, name in METHODS.items():
+def method_rows(figures: Figures) -> list[list[str]]:
+    """Return a row per method: operations, share of right images, comparison with `REFERENCE`."""
+    rows, result = figures["methods"], []
+    for label, name in METHOD_LABELS.items():
         row = rows[name]
-        cells = [label, f"{row['fewer_flops']:.2g}", scored(row), "", "", ""]
+        cells = [label, f"{row['fewer_flops']:.2g}", format_right(row), "", "", ""]
         if name != REFERENCE:
             cells[3:] = [
-                points(row["against_dense"], row["against_dense_interval"]),
+                format_difference(row["against_dense"], row["against_dense_interval"]),
                 f"{row['psnr']['mean']:.0f} dB",
                 f"{row['features']['mean']:.2f}",
             ]
-        found.append(cells)
-    return found
+        result.append(cells)
+    return result
 
 
-def variants(figures: Figures) -> list[list[str]]:
-    """What each choice of a plan is worth."""
-    rows, found = figures["methods"], []
-    for label, suffix in VARIANTS.items():
+def variant_rows(figures: Figures) -> list[list[str]]:
+    """Return a row per ablation: share of right images and PSNR, for "4x" and "7x"."""
+    rows, result = figures["methods"], []
+    for label, suffix in VARIANT_LABELS.items():
         cells = [label]
         for plan in ("4x", "7x"):
             row = rows[plan + suffix]
-            cells += [scored(row), f"{row['psnr']['mean']:.1f} dB"]
-        found.append(cells)
-    return found
+            cells += [format_right(row), f"{row['psnr']['mean']:.1f} dB"]
+        result.append(cells)
+    return result
 
 
-def rivals(figures: Figures) -> list[list[str]]:
-    """What each plan has more in `right` than its rivals; ablations are of the plan itself."""
-    found = []
-    for label, (about_4x, about_7x) in RIVALS.items():
+def rival_rows(figures: Figures) -> list[list[str]]:
+    """Return a row per rival: the paired difference in right images, for each of `JIT_PLANS`.
+
+    A plan is compared with its own ablations only.
+    """
+    result = []
+    for label, (rival_of_4x, rival_of_7x) in RIVALS.items():
         cells = [label]
-        for plan in JIT:
-            name = about_7x if plan.endswith("7x") else about_4x
-            own = ":" not in name or name.startswith(plan)
-            against = figures["matched"][plan].get(name) if own else None
-            cells.append(points(against["difference"], against["interval"]) if against else "")
-        found.append(cells)
-    return found
+        for plan in JIT_PLANS:
+            name = rival_of_7x if plan.endswith("7x") else rival_of_4x
+            applies = ":" not in name or name.startswith(plan)
+            entry = figures["matched"][plan].get(name) if applies else None
+            cells.append(format_difference(entry["difference"], entry["interval"]) if entry else "")
+        result.append(cells)
+    return result
 
 
-def aims(figures: Figures) -> list[list[str]]:
-    """How often 50 dense steps are right, by category."""
-    found = figures["methods"][REFERENCE]["categories"]
+def aim_rows(figures: Figures) -> list[list[str]]:
+    """Return a row per category: the aim, and the share of right images by `REFERENCE`."""
+    rows = figures["methods"][REFERENCE]["categories"]
     return [
-        [name, share(aim), share(found[name]["right"]), around(found[name]["interval"])]
+        [name, percent(aim), percent(rows[name]["right"]), format_interval(rows[name]["interval"])]
         for name, aim in AIMS.items()
     ]
 
 
-TABLES: dict[str, Callable[[Figures], list[list[str]]]] = {
-    f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plans,
+TABLE_ROWS: dict[str, Callable[[Figures], list[list[str]]]] = {
+    f"| plan | right | 95 % interval | {' | '.join(CATEGORIES)} |": plan_rows,
     f"| method | FLOPs ÷ | right | paired difference to `{REFERENCE}` | PSNR to it | features |": (
-        methods
+        method_rows
     ),
-    "| variant | `4x` right | PSNR | `7x` right | PSNR |": variants,
-    f"| the plan has more than | {' | '.join(f'`{name}`' for name in JIT)} |": rivals,
+    "| variant | `4x` right | PSNR | `7x` right | PSNR |": variant_rows,
+    f"| the plan has more than | {' | '.join(f'`{name}`' for name in JIT_PLANS)} |": rival_rows,
 }
-DENSE = "| kind | aim | right | 95 % interval |"
+DENSE_HEADER = "| kind | aim | right | 95 % interval |"
 
 
-def filled(text: str, figures: Figures, dense: Figures) -> str:
-    """The README with its tables made anew.
+def fill_tables(text: str, figures: Figures, dense: Figures) -> str:
+    """Replace the rows of all tables.
 
     Args:
         text: the README.
-        figures: those of all methods that its tables name.
-        dense: those of many pictures by 50 dense steps.
+        figures: results of all methods that the tables name.
+        dense: results of `REFERENCE` on more images, for the table of aims.
+
+    Returns:
+        The new README.
 
     Raises:
-        ValueError: a table's header is not there, once; or a method has no figures.
+        ValueError: a table's header does not occur exactly once, or a method has no results.
     """
-    wanted = {*METHODS.values()} | {p + v for p in ("4x", "7x") for v in VARIANTS.values()}
-    if missing := sorted(wanted - set(figures["methods"])):
-        raise ValueError(f"no figures of {', '.join(missing)}; expected all that README names")
+    required = {*METHOD_LABELS.values()} | {
+        p + v for p in ("4x", "7x") for v in VARIANT_LABELS.values()
+    }
+    if missing := sorted(required - set(figures["methods"])):
+        raise ValueError(f"no results for {', '.join(missing)}; expected all methods of the README")
     lines = text.split("\n")
-    tables = {header: make(figures) for header, make in TABLES.items()} | {DENSE: aims(dense)}
+    tables = {header: make_rows(figures) for header, make_rows in TABLE_ROWS.items()} | {
+        DENSE_HEADER: aim_rows(dense)
+    }
     for header, rows in tables.items():
         if lines.count(header) != 1:
             raise ValueError(f"README has {lines.count(header)} lines {header!r}; expected one")
-        start = lines.index(header) + 2  # past the rule
+        start = lines.index(header) + 2  # skip the header and the rule below it
         end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
         lines[start:end] = ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Rewrite the tables in place."""
+    """Rewrite the README in place."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,7 +212,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
     figures, dense = (json.loads(path.read_text()) for path in (args.json, args.dense))
-    args.readme.write_text(filled(args.readme.read_text(), figures, dense))
+    args.readme.write_text(fill_tables(args.readme.read_text(), figures, dense))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Runs this project's sampler on a recording of another program, and compares array by array.
+"""Replays a run that another program recorded, and compares the two array by array.
 
     python -m benchmarks.replay RECORDING.npz --transformer WEIGHTS.safetensors --config CONFIG.json
 
-A recording holds what the other program was given (`grid, prompt_embeds, pooled_prompt_embeds,
-guidance, noise_tokens, microflow_noise, anchors_initial`), its constants (`sigmas, stage_steps,
-densities, microflow_relax_steps`) and its result (`latents_final`); arrays of what happened on the
-way (`states`, and `importance_k`, `anchors_next_k`, `x0_k`, `microflow_*_k` for the k-th
-transition) are compared where they are there. Everything is computed in float32.
+A recording contains:
+
+    inputs       grid, prompt_embeds, pooled_prompt_embeds, noise_tokens, microflow_noise,
+                 anchors_initial, and guidance (optional)
+    constants    sigmas, stage_steps, densities, microflow_relax_steps
+    result       latents_final
+    optional     states; and importance_k, anchors_next_k, x0_k, microflow_new_k,
+                 microflow_target_k, microflow_before_k, microflow_after_k for transition k
+
+The result and the optional arrays are compared. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from jitjax.sampler.plan import Plan
 from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
 
-NEEDED = (
+REQUIRED = (
     "grid",
     "prompt_embeds",
     "pooled_prompt_embeds",
@@ -47,51 +52,76 @@ NEEDED = (
 
 
 def read_recording(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a recording. Raises `ValueError` that lists the missing ones."""
+    """Read the arrays of a recording.
+
+    Raises:
+        ValueError: the file is damaged or not an .npz file, or required arrays are missing.
+        OSError: the file cannot be read.
+    """
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except (ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} is no whole .npz file: {error}") from None
-    missing = [name for name in NEEDED if name not in arrays]
+        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
+    missing = [name for name in REQUIRED if name not in arrays]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; expected {', '.join(NEEDED)}")
+        raise ValueError(f"{path} has no {', '.join(missing)}; expected {', '.join(REQUIRED)}")
     return arrays
 
 
-def read_transformer(weights: Path, config: Path) -> FluxParams:
-    """A transformer in the diffusers layout, as parameters without text encoders."""
+def read_transformer(weights: Path, config_path: Path) -> FluxParams:
+    """Read a transformer in the diffusers layout, in float32.
+
+    Args:
+        weights: the .safetensors file of the transformer.
+        config_path: diffusers' config.json of the transformer.
+
+    Returns:
+        Parameters that contain the transformer alone.
+    """
     from jitjax.convert.components import from_state  # pyright: ignore[reportMissingImports]
 
-    transformer = TransformerConfig.from_diffusers(json.loads(config.read_text()))
-    whole = FluxConfig(
+    transformer = TransformerConfig.from_diffusers(json.loads(config_path.read_text()))
+    config = FluxConfig(
         transformer=transformer,
         t5=T5Config(d_model=transformer.joint_attention_dim),
         clip=CLIPConfig(hidden_size=transformer.pooled_projection_dim, num_attention_heads=1),
     )
     params = from_state("transformer", load_file(weights), transformer, jnp.float32)
-    return FluxParams(jax.device_put(params), {}, {}, {}, whole, "")
+    return FluxParams(jax.device_put(params), {}, {}, {}, config, "")
 
 
 def recorded_plan(arrays: Mapping[str, np.ndarray]) -> Plan:
-    """The plan that a recording was made by; its micro-flow noise is handed over, not drawn."""
+    """Return the plan of a recording.
+
+    Where `microflow_relax_steps` is 0, new tokens are set to their target: `microflow="hit"`.
+    """
     steps = len(arrays["sigmas"])
-    relax = float(arrays["microflow_relax_steps"])
+    relax_steps = float(arrays["microflow_relax_steps"])
     return Plan(
         steps,
-        # Rounded: 0.35 in float32 is a little less, and a token may hang on it.
+        # 0.35 in float32 is slightly less than 0.35, which could change a stage's token count.
         tuple(round(float(density), 6) for density in arrays["densities"]),
         tuple(int(s) / steps for s in arrays["stage_steps"]),
         schedule=tuple(arrays["sigmas"].tolist()),
-        microflow="blend" if relax else "hit",
-        relax=relax or 1.0,
+        microflow="blend" if relax_steps else "hit",
+        relax=relax_steps or 1.0,
     )
 
 
 def replay(
     params: FluxParams, arrays: Mapping[str, np.ndarray], plan: Plan
 ) -> tuple[jax.Array, Trace]:
-    """This project's run on what the recording was given."""
+    """Denoise the recording's noise with its conditioning, first anchors and micro-flow noise.
+
+    Args:
+        params: parameters that contain the transformer.
+        arrays: what `read_recording` returns.
+        plan: the plan to run.
+
+    Returns:
+        Clean tokens [batch, n, channels] and the trace.
+    """
     with jax.default_matmul_precision("highest"):
         return denoise(
             params,
@@ -108,76 +138,95 @@ def replay(
         )
 
 
-def pairs(
+def compared_arrays(
     arrays: Mapping[str, np.ndarray], tokens: jax.Array, trace: Trace
 ) -> Iterator[tuple[str, Any, np.ndarray]]:
-    """(name, ours, theirs) of all that can be compared, the result last.
+    """Pair the arrays of a run with those of the recording.
 
-    New tokens are compared in rising order: programs may list a full set in any.
+    New tokens are sorted by index first: their order does not matter.
+
+    Yields:
+        (name, our array, recorded array); the result, `latents_final`, is the last.
     """
     arrays, ours = dict(arrays), {"states": trace.states}
-    for k, happened in enumerate(trace.transitions):
-        if happened is None:
+    for k, transition in enumerate(trace.transitions):
+        if transition is None:
             continue
-        order = np.argsort(happened.new, axis=-1)
-        new, target = f"microflow_new_{k}", f"microflow_target_{k}"
-        if new in arrays:
-            theirs = np.argsort(arrays[new], axis=-1)
-            arrays[new] = np.take_along_axis(arrays[new], theirs, -1)
-            if target in arrays:
-                arrays[target] = np.take_along_axis(arrays[target], theirs.reshape(1, -1, 1), 1)
+        order = np.argsort(transition.new, axis=-1)
+        new_name, target_name = f"microflow_new_{k}", f"microflow_target_{k}"
+        if new_name in arrays:
+            recorded_order = np.argsort(arrays[new_name], axis=-1)
+            arrays[new_name] = np.take_along_axis(arrays[new_name], recorded_order, -1)
+            if target_name in arrays:
+                arrays[target_name] = np.take_along_axis(
+                    arrays[target_name], recorded_order.reshape(1, -1, 1), 1
+                )
         ours |= {
-            f"importance_{k}": happened.scores,
+            f"importance_{k}": transition.scores,
             f"x0_{k}": trace.clean[k],
             f"anchors_next_{k}": np.sort(trace.anchors[k + 1], axis=-1),
-            new: np.take_along_axis(np.asarray(happened.new), order, -1),
-            target: np.take_along_axis(np.asarray(happened.target), order[..., None], 1),
-            f"microflow_before_{k}": happened.before,
-            f"microflow_after_{k}": happened.after,
+            new_name: np.take_along_axis(np.asarray(transition.new), order, -1),
+            target_name: np.take_along_axis(np.asarray(transition.target), order[..., None], 1),
+            f"microflow_before_{k}": transition.before,
+            f"microflow_after_{k}": transition.after,
         }
     ours["latents_final"] = tokens
     for name, value in ours.items():
         if name in arrays:
-            theirs = np.sort(arrays[name]) if name.startswith("anchors") else arrays[name]
-            yield name, np.asarray(value).reshape(theirs.shape), theirs
+            recorded = np.sort(arrays[name]) if name.startswith("anchors") else arrays[name]
+            yield name, np.asarray(value).reshape(recorded.shape), recorded
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Greatest absolute difference, and its ratio to the greatest value; NaN is not forgiven."""
-    gap = float(np.abs(np.asarray(ours, np.float64) - theirs).max())
-    return gap, gap / max(float(np.abs(theirs).max()), 1e-30)
+def difference(ours: np.ndarray, recorded: np.ndarray) -> tuple[float, float]:
+    """Return the maximum absolute difference, and its ratio to the maximum recorded value.
+
+    NaN in either array gives NaN.
+    """
+    absolute = float(np.abs(np.asarray(ours, np.float64) - recorded).max())
+    return absolute, absolute / max(float(np.abs(recorded).max()), 1e-30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 within the tolerance, 1 above it, 2 for what the user can mend."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 if `latents_final` is within the tolerance, 1 if not, 2 for an unusable
+        input file.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recording", type=Path, metavar="RECORDING.npz")
     parser.add_argument(
-        "--transformer", type=Path, required=True, help="weights, diffusers' names (.safetensors)"
+        "--transformer",
+        type=Path,
+        required=True,
+        help=".safetensors file in diffusers' layout",
     )
-    parser.add_argument("--config", type=Path, required=True, help="diffusers' config.json of it")
+    parser.add_argument("--config", type=Path, required=True, help="diffusers' config.json for it")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-3, help="relative, of latents_final (default: 1e-3)"
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest relative difference of latents_final (default: 1e-3)",
     )
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        arrays = read_recording(options.recording)
-        params = read_transformer(options.transformer, options.config)
+        arrays = read_recording(args.recording)
+        params = read_transformer(args.transformer, args.config)
         plan = recorded_plan(arrays)
-        compared = list(pairs(arrays, *replay(params, arrays, plan)))
+        comparisons = list(compared_arrays(arrays, *replay(params, arrays, plan)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     relative = np.inf
-    for name, ours, theirs in compared:
-        if np.issubdtype(theirs.dtype, np.integer):
-            print(f"{name} not_in_common={len(np.setdiff1d(ours, theirs))}/{theirs.size}")
+    for name, ours, recorded in comparisons:
+        if np.issubdtype(recorded.dtype, np.integer):
+            print(f"{name} not_in_common={len(np.setdiff1d(ours, recorded))}/{recorded.size}")
             continue
-        absolute, relative = difference(ours, theirs)
+        absolute, relative = difference(ours, recorded)
         print(f"{name} max_abs={absolute:.3e} rel={relative:.3e}")
-    return 0 if relative <= options.tolerance else 1
+    return 0 if relative <= args.tolerance else 1
 
 
 if __name__ == "__main__":

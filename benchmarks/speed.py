@@ -1,14 +1,16 @@
-"""Times the transformer and whole plans: seconds, FLOP/s, compilation, memory.
+"""Measures the transformer and whole plans: seconds, FLOP/s, compilation time and memory.
 
     python -m benchmarks.speed --model flux-dev --attention cudnn --out speed.jsonl    on a GPU
     python -m benchmarks.speed --model middle --size 512 --dtype float32               on a CPU
     python -m benchmarks.speed --model flux-dev --plans --profile kernels.txt          kernels
 
-Weights are random and made on the device. Rows come in this order, each written as soon as it is
-known: a large matrix product, one evaluation of the transformer at each number of tokens that the
-plans run, then each plan from noise to clean tokens. "share" is the FLOP/s over those of the matrix
-product; "outside" the share of a plan's time that its evaluations alone do not explain. FLOPs are
-those of `benchmarks.quality.flops`, attention counted.
+Weights are random and created on the device. There is a row for a large matrix product, then one
+for a single evaluation of the transformer at each number of tokens that the plans use, then one for
+each plan from noise to clean tokens. Each row is written as soon as it is measured.
+
+"share" is the FLOP/s of the row over the FLOP/s of the matrix product. "outside" is the share of a
+plan's time beyond the time of its evaluations, measured separately. FLOPs are counted by
+`benchmarks.quality.flops`, attention included.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ import numpy as np
 
 import jitjax
 from benchmarks.quality import flops
-from benchmarks.timing import append, compiled, device, matmul_rate, measure, random_params
+from benchmarks.timing import (
+    compile_for,
+    device_info,
+    matmul_rate,
+    measure,
+    random_params,
+    record_row,
+)
 from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.models.flux import abstract_params
@@ -47,7 +56,15 @@ PLANS = ("dense", "4x", "7x")
 
 
 class Bench:
-    """A model of random weights, and one sample to run it on."""
+    """A transformer with random weights, and the inputs for one sample.
+
+    Args:
+        config: configuration of the transformer.
+        side: side of the image in pixels, a multiple of 16.
+        text: number of text tokens.
+        dtype: dtype of the weights.
+        attention: implementation of attention, "xla" or "cudnn".
+    """
 
     def __init__(self, config: TransformerConfig, side: int, text: int, dtype: Any, attention: str):
         self.config, self.grid, self.text = config, (side // 16, side // 16), text
@@ -66,16 +83,22 @@ class Bench:
         jax.block_until_ready((self.params, self.noise))
 
     def forward(self, tokens: int) -> tuple[Callable[[], Any], float]:
-        """One evaluation on the first `tokens` tokens, and the seconds to compile it."""
-        places = positions(jnp.arange(tokens), self.grid)[None]
-        y = self.noise[:, :tokens]
-        return compiled(self._evaluate, y, places, jnp.float32(0.9), self.args)
+        """Compile one evaluation on the first `tokens` tokens.
 
-    def _evaluate(self, y: jax.Array, places: jax.Array, sigma: jax.Array, args: Any) -> jax.Array:
-        return self.velocity(y, places, sigma, None, args)
+        Returns:
+            The compiled call, and the seconds that compilation took.
+        """
+        token_positions = positions(jnp.arange(tokens), self.grid)[None]
+        y = self.noise[:, :tokens]
+        return compile_for(self._evaluate, y, token_positions, jnp.float32(0.9), self.args)
+
+    def _evaluate(
+        self, y: jax.Array, token_positions: jax.Array, sigma: jax.Array, args: Any
+    ) -> jax.Array:
+        return self.velocity(y, token_positions, sigma, None, args)
 
     def plan(self, plan: jitjax.Plan) -> Callable[[], Any]:
-        """Noise to clean tokens."""
+        """Return a call that runs `plan` from noise to clean tokens; its first call compiles."""
         budget = plan.budgets(self.tokens, self.text)[0]
         anchors = np.random.default_rng(0).permutation(self.tokens)[None, :budget]
         sparse = budget < self.tokens
@@ -93,97 +116,122 @@ class Bench:
         )
 
 
-def kernels(call: Callable[[], Any], folder: Path, most: int = 40) -> str:
-    """The operations of one call that take most of the device's time, by JAX's profiler."""
+def kernels(call: Callable[[], Any], folder: Path, limit: int = 40) -> str:
+    """Profile one call with JAX's profiler.
+
+    Args:
+        call: the function to profile.
+        folder: where the profiler writes its trace.
+        limit: number of operations to list.
+
+    Returns:
+        A table of the operations that take the most time on the device, with time, share and count.
+    """
     jax.block_until_ready(call())
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(call())
-    found = sorted(folder.glob("**/*.xplane.pb"))
-    planes = [p for f in found for p in jax.profiler.ProfileData.from_file(str(f)).planes]
-    spent, times = Counter(), Counter()
+    files = sorted(folder.glob("**/*.xplane.pb"))
+    planes = [p for file in files for p in jax.profiler.ProfileData.from_file(str(file)).planes]
+    durations, counts = Counter(), Counter()
     for plane in [p for p in planes if "GPU" in p.name or "TPU" in p.name] or planes:
         for line in plane.lines:
             if "GPU" in plane.name and "Stream" not in line.name:
                 continue
             for event in line.events:
-                spent[event.name] += event.duration_ns
-                times[event.name] += 1
-    total = sum(spent.values())
-    rows = [f"{total / 1e6:10.3f} ms in all, {len(spent)} names"]
+                durations[event.name] += event.duration_ns
+                counts[event.name] += 1
+    total = sum(durations.values())
+    rows = [f"{total / 1e6:10.3f} ms in all, {len(durations)} names"]
     rows += [
-        f"{ns / 1e6:10.3f} ms {ns / max(total, 1):6.1%} {times[name]:6d} x  {name[:160]}"
-        for name, ns in spent.most_common(most)
+        f"{ns / 1e6:10.3f} ms {ns / max(total, 1):6.1%} {counts[name]:6d} x  {name[:160]}"
+        for name, ns in durations.most_common(limit)
     ]
     return "\n".join(rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--out", type=Path, help="JSON lines; rows are added")
+    p.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
     p.add_argument("--model", default="flux-dev", choices=list(MODELS))
     p.add_argument("--size", type=int, default=1024, help="side in pixels (default: 1024)")
     p.add_argument("--text", type=int, default=512, help="text tokens (default: 512)")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--attention", default="xla", help="xla or cudnn (default: xla)")
-    p.add_argument("--plans", nargs="*", default=list(PLANS), help="none: the transformer alone")
-    p.add_argument("--rounds", type=int, default=5, help="calls that are timed (default: 5)")
-    p.add_argument("--matmul", type=int, default=8192, help="size of the matrix product")
-    p.add_argument("--minutes", type=float, default=60, help="begin no row after this long")
-    p.add_argument("--profile", type=Path, help="write what one dense evaluation spends time on")
+    p.add_argument("--plans", nargs="*", default=list(PLANS), help="empty: only the transformer")
+    p.add_argument("--rounds", type=int, default=5, help="timed calls per row (default: 5)")
+    p.add_argument("--matmul", type=int, default=8192, help="side of the matrices (default: 8192)")
+    p.add_argument("--minutes", type=float, default=60, help="start no row later (default: 60)")
+    p.add_argument("--profile", type=Path, help="write a profile of one dense evaluation")
     return p
 
 
 def main() -> None:
-    """Print a JSON row for each thing measured."""
-    args = parser().parse_args()
+    """Print a JSON row per measurement."""
+    args = make_parser().parse_args()
     start = time.perf_counter()
 
-    def late() -> bool:
+    def out_of_time() -> bool:
         return time.perf_counter() - start > 60 * args.minutes
 
     config = MODELS[args.model]
-    facts = {
+    run_info = {
         "model": args.model,
         "size": args.size,
         "dtype": args.dtype,
         "attention": args.attention,
-        **device(),
+        **device_info(),
     }
-    ceiling = matmul_rate(args.dtype, args.matmul)
-    append(args.out, {"row": "matmul", "tflops_per_second": ceiling / 1e12, **facts})
+    matmul_speed = matmul_rate(args.dtype, args.matmul)
+    record_row(args.out, {"row": "matmul", "tflops_per_second": matmul_speed / 1e12, **run_info})
     bench = Bench(config, args.size, args.text, args.dtype, args.attention)
     plans = {name: jitjax.PLANS[name] for name in args.plans}
     slots = {name: flops.slots(plan, bench.tokens, args.text) for name, plan in plans.items()}
     counts = sorted({bench.tokens, *(s for run in slots.values() for s in run)}, reverse=True)
-    alone: dict[int, float] = {}
+    evaluation_seconds: dict[int, float] = {}
     for count in counts:
-        if late():
+        if out_of_time():
             return
-        call, seconds = bench.forward(count)
+        call, compile_seconds = bench.forward(count)
         timing = measure(call, args.rounds)
         assert bool(jnp.isfinite(call()).all()), "the velocity is not finite"
-        rate = flops.forward(config, count, args.text) / timing.median
-        alone[count] = timing.median
-        row = {"row": "forward", "tokens": count, "compile": seconds, **timing.row()}
-        row |= {"tflops_per_second": rate / 1e12, "share": rate / ceiling, "peak_gb": _peak_gb()}
-        append(args.out, row | facts)
+        speed = flops.forward(config, count, args.text) / timing.median
+        evaluation_seconds[count] = timing.median
+        row = {"row": "forward", "tokens": count, "compile": compile_seconds, **timing.row()}
+        row |= {
+            "tflops_per_second": speed / 1e12,
+            "share": speed / matmul_speed,
+            "peak_gb": _peak_gb(),
+        }
+        record_row(args.out, row | run_info)
     for name, plan in sorted(plans.items(), key=lambda item: len(slots[item[0]])):
-        if late():
+        if out_of_time():
             return
-        call, first = bench.plan(plan), time.perf_counter()
+        call, call_start = bench.plan(plan), time.perf_counter()
         tokens = jax.block_until_ready(call())
-        first = time.perf_counter() - first
+        first_seconds = time.perf_counter() - call_start
         assert bool(jnp.isfinite(tokens).all()), f"{name}: the result is not finite"
         timing = measure(call, max(3, args.rounds // 2))
-        work = flops.run(config, slots[name], args.text)
-        rate, inside = work / timing.median, sum(alone[s] for s in slots[name])
-        row = {"row": "plan", "plan": name, "first": first, **timing.row(), "tflop": work / 1e12}
-        row |= {"tflops_per_second": rate / 1e12, "share": rate / ceiling}
-        row |= {"outside": 1 - inside / timing.median, "peak_gb": _peak_gb()}
-        append(args.out, row | facts)
+        operations = flops.run(config, slots[name], args.text)
+        speed, forward_seconds = (
+            operations / timing.median,
+            sum(evaluation_seconds[s] for s in slots[name]),
+        )
+        row = {
+            "row": "plan",
+            "plan": name,
+            "first": first_seconds,
+            **timing.row(),
+            "tflop": operations / 1e12,
+        }
+        row |= {
+            "tflops_per_second": speed / 1e12,
+            "share": speed / matmul_speed,
+        }
+        row |= {"outside": 1 - forward_seconds / timing.median, "peak_gb": _peak_gb()}
+        record_row(args.out, row | run_info)
     if args.profile:
         table = kernels(bench.forward(bench.tokens)[0], args.profile.with_suffix(".trace"))
         args.profile.write_text(table + "\n")

@@ -1,4 +1,4 @@
-"""Timing on a device: warm medians, the FLOP/s of a large matrix product, random weights."""
+"""Timing of compiled functions, random weights to time, and rows of results as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of several warm calls."""
+    """Seconds of several calls after warm-up."""
 
     median: float
     lowest: float
     highest: float
 
     def row(self) -> dict[str, float]:
-        """For a JSON line."""
+        """Return the fields of a JSON line."""
         return {"seconds": self.median, "lowest": self.lowest, "highest": self.highest}
 
 
 def measure(call: Callable[[], Any], rounds: int) -> Timing:
-    """Time `rounds` calls, after one that is not counted; each is waited for."""
+    """Time `rounds` calls to completion, after one warm-up call that does not count."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(rounds):
@@ -39,46 +39,62 @@ def measure(call: Callable[[], Any], rounds: int) -> Timing:
     return Timing(float(np.median(seconds)), min(seconds), max(seconds))
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
-    """`function` compiled for `args` and bound to them, and the seconds that compiling took."""
+def compile_for(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
+    """Compile `function` for `args`.
+
+    Returns:
+        The compiled function, bound to `args`, and the seconds that lowering and compilation took.
+    """
     start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    return lambda: program(*args), time.perf_counter() - start
+    executable = jax.jit(function).lower(*args).compile()
+    return lambda: executable(*args), time.perf_counter() - start
 
 
 def matmul_rate(dtype: Any, size: int, rounds: int = 10) -> float:
-    """FLOP/s of a square matrix product of random numbers: the ceiling of this device and run."""
+    """Measure the FLOP/s of a matrix product of two random [size, size] arrays.
+
+    It serves as the attainable peak of the device in the same run.
+    """
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
-    call, _ = compiled(jnp.matmul, a, b)
+    call, _ = compile_for(jnp.matmul, a, b)
     return 2 * size**3 / measure(call, rounds).median
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _normal(shape: tuple[int, ...], dtype: Any, key: jax.Array, centre: float) -> jax.Array:
-    return (centre + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
+def _random_leaf(shape: tuple[int, ...], dtype: Any, key: jax.Array, mean: float) -> jax.Array:
+    return (mean + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
 
 
 def random_params(abstract: Any, seed: int = 0) -> Any:
-    """Random weights, made on the device leaf by leaf: normal, 0.02 wide; scales around 1."""
+    """Sample weights on the device, leaf by leaf.
 
-    def leaf(number: int, path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return _normal(shape.shape, shape.dtype, key, centre)
+    Args:
+        abstract: a pytree of `jax.ShapeDtypeStruct`.
+        seed: seed of the weights.
 
-    flat, tree = jax.tree_util.tree_flatten_with_path(abstract)
-    leaves = [leaf(number, path, shape) for number, (path, shape) in enumerate(flat)]
-    return jax.tree_util.tree_unflatten(tree, leaves)
+    Returns:
+        The same pytree with normal values of standard deviation 0.02; their mean is 1 where the
+        path of a leaf contains "scale", else 0.
+    """
+
+    def make_leaf(index: int, path: tuple, leaf_spec: jax.ShapeDtypeStruct) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return _random_leaf(leaf_spec.shape, leaf_spec.dtype, key, mean)
+
+    specs, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    leaves = [make_leaf(index, path, leaf_spec) for index, (path, leaf_spec) in enumerate(specs)]
+    return jax.tree_util.tree_unflatten(structure, leaves)
 
 
-def device() -> dict[str, str]:
-    """What the figures were measured on."""
+def device_info() -> dict[str, str]:
+    """Return the kind of the first device and the version of JAX, for a JSON line."""
     return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
 
-def append(path: Path | None, row: dict[str, Any]) -> None:
-    """Print a row, and add it to a file of JSON lines as soon as it is known."""
+def record_row(path: Path | None, row: dict[str, Any]) -> None:
+    """Print a row and, if a path is given, append it to that file of JSON lines."""
     line = json.dumps(row)
     print(line, flush=True)
     if path:

@@ -1,1 +1,1 @@
-"""How the bundled tiny FLUX checkpoint was made (PyTorch; not part of the installed package)."""
+"""Training of the bundled tiny FLUX checkpoint in PyTorch; not part of the installed package."""

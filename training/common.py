@@ -1,4 +1,4 @@
-"""What both training programs share: atomic checkpoints, averaged weights, a progress line."""
+"""Shared parts of the training programs: atomic checkpoints, averaged weights, progress log."""
 
 from __future__ import annotations
 
@@ -13,54 +13,76 @@ RUNS = Path(os.environ.get("JITJAX_TRAIN", "/var/tmp/jitjax-train"))
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    """Writes beside the target and renames, so a reader never sees half a file."""
+    """Save a checkpoint to a temporary file and rename it, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def load_if_there(path: Path) -> dict | None:
-    """The saved state, or None where there is none."""
+def load_or_none(path: Path) -> dict | None:
+    """Load a checkpoint to the CPU, or return None if the file does not exist."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-class Average:
-    """Exponential moving average of named float tensors; short-sighted in the first steps."""
+class WeightAverage:
+    """Exponential moving average of named tensors, in float32.
 
-    def __init__(self, named: dict[str, torch.Tensor], decay: float):
+    Args:
+        parameters: the tensors by name; their values start the average.
+        decay: decay per step. The first steps use (1 + step) / (10 + step) while it is smaller.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor], decay: float):
         self.decay = decay
-        self.values = {name: value.detach().clone().float() for name, value in named.items()}
+        self.values = {name: value.detach().clone().float() for name, value in parameters.items()}
 
     @torch.no_grad()
-    def update(self, named: dict[str, torch.Tensor], step: int) -> None:
-        """Moves towards `named`; `step` counts from 0."""
-        keep = min(self.decay, (1 + step) / (10 + step))
+    def update(self, parameters: dict[str, torch.Tensor], step: int) -> None:
+        """Update the average with the current values; `step` counts from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
-            list(self.values.values()), [named[name].detach() for name in self.values], 1 - keep
+            list(self.values.values()),
+            [parameters[name].detach() for name in self.values],
+            1 - decay,
         )
 
 
-class Clock:
-    """Prints `step, loss, rate, time left` every so often, to the screen and to a log file."""
+class ProgressLog:
+    """Prints step, mean loss, speed and time left at intervals, and appends them to a log file.
 
-    def __init__(self, log: Path, every: float = 20.0):
+    Args:
+        log: the log file.
+        interval: seconds between lines.
+    """
+
+    def __init__(self, log: Path, interval: float = 20.0):
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log, self.every = log, every
+        self.log, self.interval = log, interval
         self.start = self.last = time.monotonic()
         self.losses: list[float] = []
         self.units = 0
 
-    def tick(self, step: int, loss: float, units: int, left: float, extra: str = "") -> None:
-        """Counts one step; `units` are samples or tokens, `left` the seconds that remain."""
+    def tick(
+        self, step: int, loss: float, units: int, seconds_left: float, extra: str = ""
+    ) -> None:
+        """Record a step, and print a line if the interval has passed.
+
+        Args:
+            step: number of finished steps.
+            loss: loss of the step.
+            units: samples or tokens of the step, for the speed.
+            seconds_left: rest of the time budget.
+            extra: text to append to the line.
+        """
         self.losses.append(loss)
         self.units += units
         now = time.monotonic()
-        if now - self.last < self.every:
+        if now - self.last < self.interval:
             return
         line = (
             f"step {step:6d}  loss {sum(self.losses) / len(self.losses):.4f}  "
-            f"{self.units / (now - self.last):8.0f}/s  left {left / 60:5.1f} min  {extra}"
+            f"{self.units / (now - self.last):8.0f}/s  left {seconds_left / 60:5.1f} min  {extra}"
         )
         print(line, flush=True)
         with self.log.open("a") as file:
@@ -69,5 +91,8 @@ class Clock:
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor multiplies it; elsewhere float32, four times as fast there."""
+    """Return an autocast context: bfloat16 on processors with instructions for it, else float32.
+
+    Without such instructions float32 is four times as fast as bfloat16.
+    """
     return torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16)

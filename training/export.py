@@ -1,9 +1,9 @@
-"""Writes the trained parts as one FLUX pipeline folder that diffusers loads.
+"""Exports the trained models as a FLUX pipeline folder in the diffusers layout.
 
     python -m training.export --out jitjax/checkpoints/tiny
 
-Averaged weights, float16, diffusers layout. The folder is built beside the target, loaded back with
-`FluxPipeline.from_pretrained`, asked for a picture, and only then swapped in.
+The folder has the averaged weights in float16. It is written next to the target and tested: loaded
+with `FluxPipeline.from_pretrained`, it must sample an image before it replaces the target.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from training.common import RUNS, load_if_there
+from training.common import RUNS, load_or_none
 from training.model import TinyFlux, load_autoencoder
 
-SCHEDULER = {  # of FLUX.1-dev
+SCHEDULER = {  # as FLUX.1-dev's
     "num_train_timesteps": 1000,
     "shift": 3.0,
     "use_dynamic_shifting": True,
@@ -31,17 +31,26 @@ SCHEDULER = {  # of FLUX.1-dev
 }
 
 
-def trained(path: Path) -> tuple[TinyFlux, int]:
-    """The averaged model of a flow checkpoint, and its step."""
-    saved = load_if_there(path)
+def load_trained(path: Path) -> tuple[TinyFlux, int]:
+    """Load the model of a flow checkpoint with averaged weights; return it and its step."""
+    checkpoint = load_or_none(path)
     model = TinyFlux().eval().requires_grad_(False)
-    model.load_state_dict(saved["weights"] | saved["average"], strict=True)
-    return model, saved["step"]
+    model.load_state_dict(checkpoint["weights"] | checkpoint["average"], strict=True)
+    return model, checkpoint["step"]
 
 
-def write(folder: Path, flow: Path, autoencoder: Path) -> int:
-    """Saves the pipeline and cleans its configs; returns the training step."""
-    model, step = trained(flow)
+def write_pipeline(folder: Path, flow: Path, autoencoder: Path) -> int:
+    """Write the pipeline to a folder, without local paths in its configs.
+
+    Args:
+        folder: the folder to write.
+        flow: checkpoint of `training.flow`.
+        autoencoder: checkpoint of `training.autoencoder`.
+
+    Returns:
+        The step of the flow checkpoint.
+    """
+    model, step = load_trained(flow)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=load_autoencoder(autoencoder).half(),
@@ -56,11 +65,11 @@ def write(folder: Path, flow: Path, autoencoder: Path) -> int:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # transformers 5 keeps the tokenizer in tokenizer.json alone; older readers want these two.
+    # transformers 5 writes tokenizer.json only; older versions read these two files.
     clip = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in clip["merges"]]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in clip["merges"]]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(clip["vocab"], ensure_ascii=False))
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return step
@@ -74,10 +83,10 @@ def main() -> None:
     parser.add_argument("--prompt", default="a large red striped circle on a plain grey background")
     args = parser.parse_args()
 
-    temporary = args.out.with_name(args.out.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    step = write(temporary, args.flow, args.autoencoder)
-    pipeline = FluxPipeline.from_pretrained(temporary, torch_dtype=torch.float32)
+    new_folder = args.out.with_name(args.out.name + ".new")
+    shutil.rmtree(new_folder, ignore_errors=True)
+    step = write_pipeline(new_folder, args.flow, args.autoencoder)
+    pipeline = FluxPipeline.from_pretrained(new_folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     start = time.monotonic()
     image = pipeline(
@@ -91,15 +100,15 @@ def main() -> None:
     ).images[0]
     image.save(RUNS / "export.png")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    old = args.out.with_name(args.out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old_folder = args.out.with_name(args.out.name + ".old")
+    shutil.rmtree(old_folder, ignore_errors=True)
     if args.out.exists():
-        args.out.rename(old)
-    temporary.rename(args.out)
-    shutil.rmtree(old, ignore_errors=True)
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+        args.out.rename(old_folder)
+    new_folder.rename(args.out)
+    shutil.rmtree(old_folder, ignore_errors=True)
+    total_bytes = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(
-        f"step {step}: {args.out}, {size / 1e6:.2f} MB; a picture took "
+        f"step {step}: {args.out}, {total_bytes / 1e6:.2f} MB; an image took "
         f"{time.monotonic() - start:.1f} s ({RUNS / 'export.png'})"
     )
 

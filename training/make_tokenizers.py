@@ -1,9 +1,10 @@
-"""Trains the two small tokenizers on captions, in the folder layout that diffusers expects.
+"""Builds the two small tokenizers from captions, in the folder layout that diffusers expects.
 
     python -m training.make_tokenizers --out /var/tmp/jitjax-train/tokenizers
 
-`tokenizer` is CLIP's: byte-level BPE with `</w>` endings, lower case, 77 ids. `tokenizer_2` is
-T5's: Unigram over `▁` pieces, 48 ids. Both alphabets hold all printable ASCII: any prompt has ids.
+`tokenizer` is CLIP's: lower-case byte-level BPE with `</w>` endings, 77 ids. `tokenizer_2` is T5's:
+Unigram with `▁` word starts, 48 ids. Both vocabularies contain all printable ASCII characters, so
+that any prompt can be tokenized.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ CLIP_LENGTH, T5_LENGTH = 77, 48
 CLIP_MERGES = 110
 
 
-def corpus(n: int = 6000, seed: int = 7) -> Iterator[str]:
-    """Captions of one to four things, with the words of relations and counts."""
-    for index in range(n):
+def corpus(count: int = 6000, seed: int = 7) -> Iterator[str]:
+    """Yield captions of one to four things, then words that must be tokens, 50 times each."""
+    for index in range(count):
         rng = np.random.default_rng((seed, index))
         things = int(rng.choice((1, 2, 3, 4), p=(0.5, 0.3, 0.1, 0.1)))
         yield caption(random_scene(rng, things, same=bool(rng.uniform() < 0.5)), rng)
@@ -39,22 +40,22 @@ def corpus(n: int = 6000, seed: int = 7) -> Iterator[str]:
 
 
 def make_t5(folder: Path) -> None:
-    """Unigram with T5's special tokens: <pad> 0, </s> 1, <unk> 2.
+    """Write a Unigram tokenizer with T5's special tokens: <pad> 0, </s> 1, <unk> 2.
 
-    The corpus has some seventy words, so each is a piece, scored by its frequency; characters spell
-    everything else (the EM trainer, given so few words, prunes them back to letters).
+    The corpus has about seventy words. Each is a token, scored by its frequency; characters spell
+    all other text. The EM trainer is not used: with so few words it reduces them to letters.
     """
     counts = Counter(word for text in corpus() for word in re.findall(r"[a-z-]+", text))
     total = sum(counts.values())
-    letters = ["▁", *sorted(set(string.printable) - set(string.whitespace))]
+    characters = ["▁", *sorted(set(string.printable) - set(string.whitespace))]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [("▁" + word, math.log(count / total)) for word, count in counts.most_common()]
-    vocabulary += [(letter, -12.0) for letter in letters]
+    vocabulary += [(character, -12.0) for character in characters]
     T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=T5_LENGTH).save_pretrained(folder)
 
 
 def make_clip(folder: Path) -> None:
-    """Byte-level BPE with CLIP's special tokens at the end of the vocabulary."""
+    """Write a byte-level BPE tokenizer with CLIP's special tokens at the vocabulary's end."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,15 +75,15 @@ def make_clip(folder: Path) -> None:
         lines = (Path(temporary) / "merges.txt").read_text().splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#")]
     merges = merges[:CLIP_MERGES]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
+    tokens = [*alphabet, *(character + "</w>" for character in alphabet), *map("".join, merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
-    made.save_pretrained(folder)
+    clip_tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
+    clip_tokenizer.save_pretrained(folder)
 
 
 def token_ids(tokenizer, texts: list[str]):
-    """Ids as FluxPipeline makes them: int64 [batch, model_max_length], padded, no mask."""
+    """Tokenize as FluxPipeline does: int64 [batch, model_max_length], padded, without a mask."""
     return tokenizer(
         texts,
         padding="max_length",

@@ -1,7 +1,7 @@
-"""Muon: the momentum of each matrix, or filter bank seen as a matrix, is orthogonalised.
+"""The Muon optimizer, for matrices and convolution filters.
 
-torch.optim.Muon takes matrices only, one at a time and in bfloat16, which is slow where a processor
-has no instructions for it.
+torch.optim.Muon accepts matrices only, and processes them one at a time in bfloat16, which is slow
+on processors without instructions for it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,18 @@ from training.common import FAST_BFLOAT16
 
 
 def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz on [n, rows, columns]: about U V^T of each matrix's singular decomposition."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # the quintic of Muon's authors
+    """Approximate U V^T of each matrix's singular value decomposition by Newton-Schulz iteration.
+
+    Args:
+        stack: matrices [n, rows, columns].
+        steps: number of iterations.
+
+    Returns:
+        Matrices of the same shape and dtype with singular values near 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # coefficients of Muon's authors
     x = stack / (stack.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    x = x.bfloat16() if FAST_BFLOAT16 else x  # twice as fast, and exact enough
+    x = x.bfloat16() if FAST_BFLOAT16 else x  # twice as fast, and precise enough
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     for _ in range(steps):
@@ -25,7 +33,16 @@ def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over weights of two or more dimensions, matrices of equal shape in one batch."""
+    """Muon for weights of two or more dimensions; the trailing ones are flattened into columns.
+
+    Matrices of equal shape are orthogonalised in one batch.
+
+    Args:
+        params: the parameters.
+        lr: learning rate.
+        momentum: decay of the momentum.
+        weight_decay: decoupled weight decay, relative to the learning rate.
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

@@ -1,9 +1,9 @@
-"""Turns an exported folder back into a checkpoint to train on from, where the run itself is gone.
+"""Makes training checkpoints from an exported folder, to continue where the run was not kept.
 
     python -m training.restore --folder jitjax/checkpoints/tiny
 
-Weights are those of the folder (float16, averaged); the optimizers start anew, the step at 1000, so
-that neither the warm-up nor the first data come again.
+The checkpoints have the folder's weights, averaged and rounded to float16, and no optimizer states.
+The step starts at 1000, after the warm-up and with other data than a new run.
 """
 
 from __future__ import annotations
@@ -26,28 +26,35 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=1000)
     args = parser.parse_args()
     if (args.out / "flow.pt").exists():
-        raise FileExistsError(f"{args.out / 'flow.pt'} is there: train on from it, or move it away")
+        raise FileExistsError(
+            f"{args.out / 'flow.pt'} exists; continue from it with training.flow, or move it away"
+        )
 
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(args.folder / name, args.out / "tokenizers" / name, dirs_exist_ok=True)
     vae = AutoencoderKL.from_pretrained(args.folder / "vae").float()
-    saved = {
+    autoencoder_state = {
         "average": vae.state_dict(),
         "shift": vae.config.shift_factor,
         "scale": vae.config.scaling_factor,
     }
-    save_atomically(saved, args.out / "autoencoder.pt")
+    save_atomically(autoencoder_state, args.out / "autoencoder.pt")
 
     model = TinyFlux(args.out / "tokenizers")
-    for part, cls, name in (
+    for module, cls, name in (
         (model.transformer, FluxTransformer2DModel, "transformer"),
         (model.clip, CLIPTextModel, "text_encoder"),
         (model.t5, T5EncoderModel, "text_encoder_2"),
     ):
-        part.load_state_dict(cls.from_pretrained(args.folder / name).float().state_dict())
+        module.load_state_dict(cls.from_pretrained(args.folder / name).float().state_dict())
     average = {name: p.detach() for name, p in model.named_parameters()}
-    state = {"weights": model.state_dict(), "average": average, "step": args.step, "positions": {}}
-    save_atomically(state, args.out / "flow.pt")
+    flow_state = {
+        "weights": model.state_dict(),
+        "average": average,
+        "step": args.step,
+        "positions": {},
+    }
+    save_atomically(flow_state, args.out / "flow.pt")
     print(f"wrote {args.out / 'autoencoder.pt'}, {args.out / 'flow.pt'} and the tokenizers")
 
 

@@ -1,15 +1,15 @@
-"""Captioned scenes of coloured shapes, drawn with numpy: the world of the tiny checkpoint.
+"""Captioned scenes of coloured shapes, rendered with numpy: the tiny checkpoint's training data.
 
-A `Scene` is a frozen description in units relative to the picture (centres as fractions of width
-and height, radii and texture periods as fractions of the shorter side), so the same scene can be
-drawn at any resolution and aspect ratio. Edges are antialiased through signed distances.
+A `Scene` has units relative to the image: centres are fractions of width and height, radii and
+texture periods are fractions of the shorter side. The same scene can therefore be rendered at any
+resolution and aspect ratio. Edges are antialiased by signed distances.
 
     scene = random_scene(np.random.default_rng(0))
     image = render(scene, 512, 512)                 # float32 [512, 512, 3] in [0, 1]
     text = caption(scene, np.random.default_rng(1))
 
-Some combinations of (shape, colour, size, texture) are held out by hash: training never draws them
-and `evaluation_prompts` asks for nothing else.
+Some combinations of (shape, colour, size, texture), chosen by a hash, are held out: training never
+draws them, and `evaluation_prompts` draws only them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ COLOURS = {
     "purple": (0.50, 0.14, 0.70),
     "pink": (0.98, 0.50, 0.74),
 }
-TOKEN = 1 / 32  # of a picture of 512 px: all centres and radii are multiples, so that tokens repeat
-# Half of the larger side of the bounding box, over the shorter side of the picture.
+# Side of a token in an image of 512 px. All centres and radii are multiples of it, so that tokens
+# repeat between images.
+TOKEN = 1 / 32
+# Half of the larger side of the bounding box, over the shorter side of the image.
 SIZES = {"small": 4 * TOKEN, "medium": 6 * TOKEN, "large": 10 * TOKEN}
 TEXTURES = ("plain", "striped", "checked", "dotted")
 TONES = {"white": 0.97, "black": 0.07}  # the second tone of a textured shape
-BACKGROUNDS = {  # low saturation, well inside the two tones
+BACKGROUNDS = {  # of low saturation, and between the two tones
     "grey": (0.55, 0.55, 0.55),
     "dark grey": (0.36, 0.36, 0.37),
     "light grey": (0.72, 0.72, 0.72),
@@ -46,8 +48,8 @@ BACKGROUNDS = {  # low saturation, well inside the two tones
 GROUNDS = ("plain", "graded")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-# Where the things of a scene stand, before they move together. Of two with a relation, the first is
-# left of or above the other, and "right of" and "below" swap them.
+# Centres of the things of a scene in tokens, (x, y), before a common random shift. Of two things
+# with a relation, the first is left of or above the other; "right of" and "below" swap them.
 BESIDE, STACKED = ((8, 16), (24, 16)), ((16, 8), (16, 24))
 PLACES = {
     1: ((16, 16),),
@@ -55,13 +57,23 @@ PLACES = {
     3: ((16, 8), (8, 24), (24, 24)),
     4: ((8, 8), (24, 8), (8, 24), (24, 24)),
 }
-ALONE, SEVERAL = (-2, 2), (-1, 1)  # how far all things of a scene move, along each axis
+# Choices of the common shift along each axis in tokens, for one thing and for several.
+SHIFTS_OF_ONE, SHIFTS_OF_SEVERAL = (-2, 2), (-1, 1)
 HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. `x`, `y`: centre as fractions of width and height; `radius`: half extent."""
+    """One shape in a scene.
+
+    Attributes:
+        shape, colour, size, texture: words from the tables above.
+        x, y: centre, as fractions of the image's width and height.
+        radius: half of the larger side of the bounding box, over the image's shorter side.
+        rgb: the colour, a random variation of `COLOURS[colour]`, in [0, 1].
+        tone: the second tone of a texture, a key of `TONES`.
+        angle: angle of the stripes in radians.
+    """
 
     shape: str
     colour: str
@@ -72,69 +84,67 @@ class Thing:
     radius: float
     rgb: tuple[float, float, float]
     tone: str = "white"
-    angle: float = 0.0  # of the stripes, radians
+    angle: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to four things on a ground; `ramp` is the change of brightness along `slope`."""
+    """One to four things on a background.
+
+    Attributes:
+        things: the things.
+        background: colour of the background, a key of `BACKGROUNDS`.
+        ground: "plain", or "graded" for a linear change of brightness.
+        slope: direction of the change in radians.
+        ramp: amount of the change; 0 for none.
+        relation: one of `RELATIONS`, of things[0] to things[1]; "" for none.
+    """
 
     things: tuple[Thing, ...]
     background: str
     ground: str = "plain"
-    slope: float = 0.0  # radians
+    slope: float = 0.0
     ramp: float = 0.0
-    relation: str = ""  # of things[0] to things[1]
+    relation: str = ""
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
 def held_out(shape: str, colour: str, size: str, texture: str) -> bool:
-    """Whether this combination is kept from training (one in `HELD_OUT_ONE_IN`)."""
+    """Whether a combination is held out from training, as one in `HELD_OUT_ONE_IN` is."""
     return zlib.crc32(f"{shape}/{colour}/{size}/{texture}".encode()) % HELD_OUT_ONE_IN == 0
 
 
-def _pick(rng: np.random.Generator, names, p=None) -> str:
+def _choose(rng: np.random.Generator, names, p=None) -> str:
     names = tuple(names)
     return names[int(rng.choice(len(names), p=p))]
 
 
 def _attributes(rng, sizes, unseen: bool) -> tuple[str, str, str, str]:
-    """(shape, colour, size, texture), on the wanted side of the hold-out."""
+    """Draw (shape, colour, size, texture), held out from training if `unseen`, else not."""
     while True:
-        found = (
-            _pick(rng, SHAPES),
-            _pick(rng, COLOURS),
-            _pick(rng, sizes),
-            _pick(rng, TEXTURES, (0.7, 0.1, 0.1, 0.1)),
+        drawn = (
+            _choose(rng, SHAPES),
+            _choose(rng, COLOURS),
+            _choose(rng, sizes),
+            _choose(rng, TEXTURES, (0.7, 0.1, 0.1, 0.1)),
         )
-        if held_out(*found) == unseen:
-            return found
+        if held_out(*drawn) == unseen:
+            return drawn
 
 
 def _thing(rng, shape, colour, size, texture, place: np.ndarray) -> Thing:
-    """A thing with the named attributes at `place` (in tokens); all else is random."""
+    """Return a thing with these attributes at `place` (x, y in tokens); the rest is random."""
     x, y = (float(v) * TOKEN for v in place)
     jitter = rng.uniform(-0.025, 0.025, 3)
     rgb = tuple(float(v) for v in np.clip(np.add(COLOURS[colour], jitter), 0, 1))
     angle = float(rng.integers(4)) * np.pi / 4
-    return Thing(
-        shape,
-        colour,
-        size,
-        texture,
-        x,
-        y,
-        SIZES[size],
-        rgb,
-        _pick(rng, TONES),
-        angle,
-    )
+    return Thing(shape, colour, size, texture, x, y, SIZES[size], rgb, _choose(rng, TONES), angle)
 
 
-def holds(relation: str, a: Thing, b: Thing) -> bool:
-    """Whether `a` stands in `relation` to `b`, clearly (the other axis differs less)."""
+def relation_holds(relation: str, a: Thing, b: Thing) -> bool:
+    """Whether `a` stands in `relation` to `b`: apart, and closer to its axis than to the other."""
     dx, dy = a.x - b.x, a.y - b.y
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     sign = -1 if relation in ("left of", "above") else 1
@@ -142,42 +152,42 @@ def holds(relation: str, a: Thing, b: Thing) -> bool:
 
 
 def _ground(rng) -> tuple[str, str, float, float]:
-    ground = _pick(rng, GROUNDS)
+    ground = _choose(rng, GROUNDS)
     ramp = float(rng.uniform(0.09, 0.15)) if ground == "graded" else 0.0
-    return _pick(rng, BACKGROUNDS), ground, float(rng.uniform(0, 2 * np.pi)), ramp
+    return _choose(rng, BACKGROUNDS), ground, float(rng.uniform(0, 2 * np.pi)), ramp
 
 
 def random_scene(
     rng: np.random.Generator, things: int = 1, same: bool = False, unseen: bool = False
 ) -> Scene:
-    """A random scene.
+    """Draw a random scene.
 
     Args:
         rng: source of all randomness.
-        things: how many shapes, 1 to 4.
-        same: whether they share shape, colour, size and texture (for "two green rings").
-        unseen: whether every combination comes from the held-out set instead of the training set.
+        things: number of things, 1 to 4.
+        same: whether they share shape, colour, size and texture ("two green rings").
+        unseen: whether all combinations are held-out ones; otherwise none is.
     """
     sizes = tuple(SIZES) if things == 1 else ("small", "medium")
     first = _attributes(rng, sizes, unseen)
-    wanted = [first if same else _attributes(rng, sizes, unseen) for _ in range(things - 1)]
+    others = [first if same else _attributes(rng, sizes, unseen) for _ in range(things - 1)]
     places, relation = PLACES[things], ""
     if things == 2 and not same:
-        relation = _pick(rng, RELATIONS)
+        relation = _choose(rng, RELATIONS)
         places = BESIDE if relation in ("left of", "right of") else STACKED
         if relation in ("right of", "below"):
             places = places[::-1]
-    places = np.add(places, rng.choice(ALONE if things == 1 else SEVERAL, 2))
-    found = tuple(
+    places = np.add(places, rng.choice(SHIFTS_OF_ONE if things == 1 else SHIFTS_OF_SEVERAL, 2))
+    drawn = tuple(
         _thing(rng, *attributes, place)
-        for attributes, place in zip((first, *wanted), places, strict=True)
+        for attributes, place in zip((first, *others), places, strict=True)
     )
     background, ground, slope, ramp = _ground(rng)
-    return Scene(found, background, ground, slope, ramp, relation)
+    return Scene(drawn, background, ground, slope, ramp, relation)
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
-    """One thing in two scenes of five; else two that differ, or two to four that are alike."""
+    """Draw one thing (40 %), two different things (35 %), or two to four that are alike (25 %)."""
     kind = rng.uniform()
     if kind < 0.4:
         return random_scene(rng)
@@ -190,13 +200,13 @@ def training_scene(rng: np.random.Generator) -> Scene:
 
 
 def _phrase(rng, thing: Thing, size: bool, texture: bool, plural: bool = False) -> str:
-    """ "large red striped circle" and its like, without an article."""
+    """Name a thing without an article, as in "large red striped circle"."""
     size_word = {
-        "medium": _pick(rng, ("medium", "medium-sized"), (0.8, 0.2)),
-        "large": _pick(rng, ("large", "big"), (0.8, 0.2)),
-        "small": _pick(rng, ("small", "little"), (0.8, 0.2)),
+        "medium": _choose(rng, ("medium", "medium-sized"), (0.8, 0.2)),
+        "large": _choose(rng, ("large", "big"), (0.8, 0.2)),
+        "small": _choose(rng, ("small", "little"), (0.8, 0.2)),
     }[thing.size]
-    texture_word = {"checked": _pick(rng, ("checked", "chequered"), (0.8, 0.2))}.get(
+    texture_word = {"checked": _choose(rng, ("checked", "chequered"), (0.8, 0.2))}.get(
         thing.texture, thing.texture
     )
     words = [thing.colour]
@@ -220,9 +230,15 @@ def caption(
     background: bool | None = None,
     relation: bool | None = None,
 ) -> str:
-    """A caption that names shapes and colours always, and the rest as asked.
+    """Write a caption of a scene. It always names shapes and colours.
 
-    None: at random where it goes without saying (medium, plain, whatever background), else always.
+    Args:
+        scene: the scene.
+        rng: source of all randomness.
+        size: whether to name sizes; None names "medium" at random and other sizes always.
+        texture: whether to name textures; None names "plain" at random and others always.
+        background: whether to name the background; None decides at random.
+        relation: whether to name the relation; None names "left of" at random and others always.
     """
 
     def mentions(thing: Thing) -> tuple[bool, bool]:
@@ -235,7 +251,8 @@ def caption(
 
     first = scene.things[0]
     count = len(scene.things)
-    spoken = 0.4 if scene.relation == "left of" else 1.0  # unsaid: the first is the left one
+    # Without a relation in the caption, the first thing is the left one.
+    p_relation = 0.4 if scene.relation == "left of" else 1.0
     same = count > 1 and len({(t.shape, t.colour, t.size, t.texture) for t in scene.things}) == 1
     if same:
         text = f"{NUMBERS[count]} {_phrase(rng, first, *mentions(first), plural=True)}"
@@ -243,15 +260,15 @@ def caption(
         phrases = [_a(_phrase(rng, thing, *mentions(thing))) for thing in scene.things]
         if count == 1:
             text = phrases[0]
-        elif scene.relation and (rng.uniform() < spoken if relation is None else relation):
+        elif scene.relation and (rng.uniform() < p_relation if relation is None else relation):
             text = f"{phrases[0]} {scene.relation} {phrases[1]}"
         else:
             text = ", ".join(phrases[:-1]) + " and " + phrases[-1]
     if rng.uniform() < 0.4 if background is None else background:
         kind = "" if rng.uniform() < 0.4 else scene.ground + " "
-        where = _pick(rng, ("on", "against"), (0.8, 0.2))
+        where = _choose(rng, ("on", "against"), (0.8, 0.2))
         text += f" {where} {_a(kind + scene.background)} background"
-    opening = _pick(rng, ("", "a picture of ", "there is "), (0.84, 0.08, 0.08))
+    opening = _choose(rng, ("", "a picture of ", "there is "), (0.84, 0.08, 0.08))
     return (opening if not (same and opening == "there is ") else "there are ") + text
 
 
@@ -259,10 +276,17 @@ def caption(
 
 
 def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distance to the outline, negative inside; the bounding box is [-1, 1] along its larger side.
+    """Compute the signed distance to the outline of a shape, negative inside.
 
-    `v` points down. Distances are exact near the outline away from corners, which is all that
-    antialiasing needs.
+    Distances are exact near the outline and away from corners, which suffices for antialiasing.
+
+    Args:
+        shape: one of `SHAPES`.
+        u: horizontal coordinates; the bounding box is [-1, 1] along its larger side.
+        v: vertical coordinates, downwards.
+
+    Raises:
+        ValueError: `shape` is unknown.
     """
     if shape == "circle":
         return np.hypot(u, v) - 1
@@ -279,7 +303,7 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "star":
         outer = 1 / np.sin(np.radians(72))
         inner = 0.44 * outer
-        middle = outer * (1 - np.cos(np.radians(36))) / 2  # of the bounding box, above the centre
+        middle = outer * (1 - np.cos(np.radians(36))) / 2  # from the bounding box's centre
         v = v - middle
         sector = 2 * np.pi / 5
         angle = np.arctan2(u, -v)  # from the upper tip
@@ -288,18 +312,25 @@ def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         a, b = r * np.cos(angle), r * np.sin(angle)
         ex, ey = inner * np.cos(sector / 2) - outer, inner * np.sin(sector / 2)
         return ((a - outer) * ey - b * ex) / np.hypot(ex, ey)
-    raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
+    raise ValueError(f"shape is {shape!r}; expected one of {SHAPES}")
 
 
-PERIOD = 3 * TOKEN  # of every texture
+PERIOD = 3 * TOKEN  # period of all textures
 
 
 def second_tone(thing: Thing, x: np.ndarray, y: np.ndarray, pixels: int) -> np.ndarray:
-    """Coverage by the second tone in [0, 1]; `x`, `y` relative to the centre, in shorter sides."""
-    scale = PERIOD * pixels  # pixels in a period
+    """Compute the coverage by the second tone of a texture, in [0, 1].
+
+    Args:
+        thing: the thing.
+        x: horizontal offsets from its centre, over the image's shorter side.
+        y: vertical offsets from its centre, over the image's shorter side.
+        pixels: the image's shorter side in pixels.
+    """
+    scale = PERIOD * pixels  # pixels per period
 
     def stripe(s: np.ndarray) -> np.ndarray:
-        """Distance (pixels, negative inside) to stripes that fill half of each period."""
+        """Signed distance in pixels to stripes that fill half of each period."""
         return (np.abs(np.mod(s, 1) - 0.5) - 0.25) * scale
 
     if thing.texture == "striped":
@@ -316,7 +347,7 @@ def second_tone(thing: Thing, x: np.ndarray, y: np.ndarray, pixels: int) -> np.n
 
 
 def render(scene: Scene, height: int, width: int) -> np.ndarray:
-    """Draws a scene: float32 [height, width, 3] in [0, 1]."""
+    """Render a scene as an image: float32 [height, width, 3] in [0, 1]."""
     short = min(height, width)
     image = np.empty((height, width, 3), np.float32)
     image[:] = np.asarray(BACKGROUNDS[scene.background], np.float32)
@@ -347,17 +378,21 @@ def render(scene: Scene, height: int, width: int) -> np.ndarray:
 
 
 def evaluation_prompts(n: int = 120, seed: int = 2026) -> list[tuple[str, Scene, int]]:
-    """Unseen single-shape prompts as (caption, scene, seed of the noise), always the same.
+    """Return prompts of one held-out thing; the first `n` of a fixed list for each seed.
 
-    Colour, shape and size are always named; texture in half of them (and always where it is not
-    plain), the background in a third. Only the named attributes may be judged.
+    A prompt always names colour, shape and size. It names the texture where that is not plain, and
+    otherwise at random; it names the background in a third of the cases. Only named attributes can
+    be judged.
+
+    Returns:
+        (caption, scene, seed of the noise) for each prompt.
     """
-    found = []
+    drawn = []
     for index in range(n):
         rng = np.random.default_rng((seed, index))
         scene = random_scene(rng, unseen=True)
         texture = scene.things[0].texture != "plain" or bool(rng.uniform() < 0.3)
         background = bool(rng.uniform() < 1 / 3)
         text = caption(scene, rng, size=True, texture=texture, background=background)
-        found.append((text, scene, int(rng.integers(2**31))))
-    return found
+        drawn.append((text, scene, int(rng.integers(2**31))))
+    return drawn

@@ -1,1 +1,1 @@
-"""The table that judges samplers: `python -m benchmarks.quality --help`."""
+"""The quality benchmark, which compares samplers: `python -m benchmarks.quality --help`."""

@@ -1,4 +1,4 @@
-"""Operations of the network, counted by hand from its configuration; a product and sum are two."""
+"""FLOPs of the transformer, computed from its configuration; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -11,26 +11,38 @@ from jitjax.sampler.plan import Plan
 
 
 def forward(config: TransformerConfig, tokens: int, text: int) -> float:
-    """Operations of one evaluation on `tokens` image tokens and `text` text tokens, one sample.
+    """Count the FLOPs of one evaluation of one sample.
 
-    Matrix products of the token streams, attention included; the adaLN vectors, one row per
-    sample, are left out (under a thousandth at any size of interest).
+    Counts the matrix products of the token streams, attention included. The adaLN modulation, one
+    row per sample, is left out: it is less than a thousandth at any size of interest.
+
+    Args:
+        config: configuration of the transformer.
+        tokens: number of image tokens.
+        text: number of text tokens.
     """
     hidden, length = config.hidden, tokens + text
     blocks = config.num_layers + config.num_single_layers
-    # Per token 12 h^2 weights in either kind of block: qkv 3, output 1, MLP 8.
-    inside = blocks * (24 * hidden**2 * length + 4 * hidden * length**2)
-    outside = 2 * hidden * (2 * config.in_channels * tokens + config.joint_attention_dim * text)
-    return float(inside + outside)
+    # Double and single blocks both have 12 hidden^2 weights per token: QKV 3, output 1, MLP 8.
+    blocks_flops = blocks * (24 * hidden**2 * length + 4 * hidden * length**2)
+    # Image tokens in and out, text tokens in.
+    projections = 2 * config.in_channels * tokens + config.joint_attention_dim * text
+    return float(blocks_flops + 2 * hidden * projections)
 
 
 def run(config: TransformerConfig, slots: Sequence[int], text: int) -> float:
-    """Operations of one picture: `slots` image tokens in each evaluation."""
+    """Count the FLOPs of one image, given the number of image tokens in each evaluation."""
     return sum(forward(config, tokens, text) for tokens in slots)
 
 
 def slots(plan: Plan, tokens: int, text: int) -> list[int]:
-    """Image tokens that each step of `plan` runs, padding included, on a grid of `tokens`."""
+    """Return the number of image tokens in each step of a plan, padding included.
+
+    Args:
+        plan: the plan.
+        tokens: number of tokens of the whole grid.
+        text: number of text tokens.
+    """
     budgets = plan.budgets(tokens, text)
     stages = [tokens if k == tokens else plan.slots(k, text) for k in budgets]
     return np.repeat(stages, np.diff([0, *plan.stage_steps])).tolist()

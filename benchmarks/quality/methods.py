@@ -1,4 +1,4 @@
-"""What is compared: plans of this project, dense solves of fewer steps, and two peers."""
+"""Methods of the quality benchmark: JiT's plans and ablations, dense solves, TeaCache, Taylor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jitjax.sampler.plan import PLANS, Plan, get_plan
 
 REFERENCE = "dense-50"
 PEER_STEPS = 28
-"""Steps that the peers skip evaluations of, as in the paper's table."""
+"""Number of steps of TeaCache and Taylor, as in the paper's table; some are not evaluated."""
 VARIANTS = {
     "random": {"activation": "random"},
     "grid": {"activation": "grid"},
@@ -45,7 +45,13 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A `plan`; or, with `peer`, that peer at `evaluations` of the plan's steps."""
+    """A sampling method.
+
+    Attributes:
+        plan: the plan to sample with; for a peer, its number of steps and schedule.
+        peer: "teacache", "taylor", or "" for the plan itself.
+        evaluations: for a peer, the number of evaluations.
+    """
 
     plan: Plan
     peer: str = ""
@@ -53,33 +59,48 @@ class Method:
 
 
 def parse_plan(text: str) -> Plan:
-    """NAME or NAME:FIELD=VALUE:..., such as 4x:lift=linear or "4x:densities=(0.5,1):steps=12".
+    """Parse a plan written as NAME or NAME:FIELD=VALUE:...
+
+    Examples are 4x:lift=linear and "4x:densities=(0.5,1):steps=12".
 
     Raises:
-        ValueError: no such plan, no such field, or a value that the field cannot have.
+        ValueError: the plan or the field is unknown, or the field cannot have the value.
     """
     name, *changes = text.split(":")
-    known, changed = {field.name for field in fields(Plan)}, {}
+    field_names, overrides = {field.name for field in fields(Plan)}, {}
     for change in changes:
         field, _, value = change.partition("=")
-        if field not in known:
-            raise ValueError(f"{text!r} changes {field!r}; expected FIELD=VALUE of {sorted(known)}")
+        if field not in field_names:
+            raise ValueError(f"{text!r} changes {field!r}; expected one of {sorted(field_names)}")
         try:
-            changed[field] = ast.literal_eval(value)
+            overrides[field] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            changed[field] = value  # a word
-    return get_plan(name).replace(**changed)
+            overrides[field] = value  # an unquoted string
+    return get_plan(name).replace(**overrides)
 
 
 def matched_steps(config: TransformerConfig, plan: Plan, tokens: int, text: int) -> int:
-    """Dense steps nearest in operations to a picture by `plan`."""
-    whole = flops.run(config, flops.slots(plan, tokens, text), text)
-    return round(whole / flops.forward(config, tokens, text))
+    """Return the number of dense steps whose FLOPs are nearest to those of `plan`.
+
+    Args:
+        config: configuration of the transformer.
+        plan: the plan.
+        tokens: number of tokens of the whole grid.
+        text: number of text tokens.
+    """
+    operations = flops.run(config, flops.slots(plan, tokens, text), text)
+    return round(operations / flops.forward(config, tokens, text))
 
 
 def all_methods(config: TransformerConfig, tokens: int, text: int) -> dict[str, Method]:
-    """Every method by name; what "matched" means depends on the picture's size."""
-    found = {
+    """Return all methods by name; which ones match a plan in cost depends on the image's size.
+
+    Args:
+        config: configuration of the transformer.
+        tokens: number of tokens of the whole grid.
+        text: number of text tokens.
+    """
+    methods = {
         f"dense-{steps}": Method(Plan(steps, schedule="shifted"))
         for steps in (50, 28, 18, 12, 11, 7)
     }
@@ -87,69 +108,82 @@ def all_methods(config: TransformerConfig, tokens: int, text: int) -> dict[str, 
         if name == "dense":
             continue
         plan = PLANS[name]
-        found[name] = Method(plan)
+        methods[name] = Method(plan)
         steps = matched_steps(config, plan, tokens, text)
-        found[f"dense-{steps}"] = Method(Plan(steps, schedule="shifted"))
-        found[f"dense-{steps}-beta"] = Method(Plan(steps))
+        methods[f"dense-{steps}"] = Method(Plan(steps, schedule="shifted"))
+        methods[f"dense-{steps}-beta"] = Method(Plan(steps))
         for peer in ("teacache", "taylor"):
-            found[f"{peer}-{steps}"] = Method(Plan(PEER_STEPS, schedule="shifted"), peer, steps)
+            methods[f"{peer}-{steps}"] = Method(Plan(PEER_STEPS, schedule="shifted"), peer, steps)
         for variant, changes in VARIANTS.items():
-            # Our own plans were chosen among such variants.
+            # The tuned plans have no ablations: they were chosen among such variants.
             if not name.startswith("tuned") and plan.replace(**changes) != plan:
-                found[f"{name}:{variant}"] = Method(plan.replace(**changes))
-    return found
+                methods[f"{name}:{variant}"] = Method(plan.replace(**changes))
+    return methods
 
 
 def modulated_input(
     tokens: Float[Array, "b n c"], sigma: Array, args: tuple[dict, jitjax.Conditioning, Array]
 ) -> Array:
-    """What the first block makes of the tokens at `sigma`: TeaCache's indicator for FLUX."""
+    """Compute TeaCache's indicator for FLUX: the modulated input of the first block.
+
+    Args:
+        tokens: the noisy tokens.
+        sigma: the noise level.
+        args: transformer's parameters, conditioning, and guidance scale [batch].
+
+    Returns:
+        The image tokens after the first block's modulated norm, [batch, n, hidden].
+    """
     params, conditioning, guidance = args
 
-    def vector(name: str, value: Array) -> Array:
+    def embed(name: str, value: Array) -> Array:
         hidden = params["image_in"]["bias"].shape[0]
-        made = MLP(hidden, hidden, "silu").apply({"params": params[name]}, value)
-        assert isinstance(made, jax.Array)
-        return made
+        output = MLP(hidden, hidden, "silu").apply({"params": params[name]}, value)
+        assert isinstance(output, jax.Array)
+        return output
 
-    def scalar(name: str, value: Array) -> Array:
+    def embed_scalar(name: str, value: Array) -> Array:
         value = jnp.broadcast_to(value, tokens.shape[:1])
-        return vector(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
+        return embed(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
 
-    told = scalar("sigma_in", sigma) + vector("pooled_in", conditioning.pooled)
+    embedding = embed_scalar("sigma_in", sigma) + embed("pooled_in", conditioning.pooled)
     if "guidance_in" in params:
-        told = told + scalar("guidance_in", guidance)
+        embedding = embedding + embed_scalar("guidance_in", guidance)
     first = jax.tree.map(lambda leaf: leaf[0], params["double_blocks"]["image_modulation"])
-    parts = jnp.einsum("bh,hpk->bpk", jax.nn.silu(told), first["kernel"]) + first["bias"][None]
+    modulation = (
+        jnp.einsum("bh,hpk->bpk", jax.nn.silu(embedding), first["kernel"]) + first["bias"][None]
+    )
     image = tokens @ params["image_in"]["kernel"] + params["image_in"]["bias"][None, None]
-    return modulate(image, parts[:, 0], parts[:, 1])
+    return modulate(image, modulation[:, 0], modulation[:, 1])
 
 
 class Runner:
-    """Makes pictures' tokens by any method, and says what they cost.
+    """Runs methods on one checkpoint and image size, and reports their cost.
 
     Args:
-        params: parameters.
+        params: parameters of the pipeline.
         grid: rows and columns of tokens.
-        guidance: strength of the guidance embedding.
+        guidance: guidance scale.
     """
 
     def __init__(self, params: jitjax.FluxParams, grid: Grid, guidance: float = 3.5):
         self.params, self.grid, self.guidance = params, grid, guidance
         self.tokens = grid[0] * grid[1]
         self.velocity = FluxVelocity(params.config.transformer)
-        self.rules: dict[int, tuple[Polynomial, float]] = {}
-        self.curve: tuple[np.ndarray, np.ndarray] | None = None
-        self._evaluate = jax.jit(self._everywhere)
+        self.fitted_rules: dict[int, tuple[Polynomial, float]] = {}
+        self.calibration_changes: tuple[np.ndarray, np.ndarray] | None = None
+        self._evaluate = jax.jit(self._evaluate_dense)
         self._indicate = jax.jit(modulated_input)
 
-    def _everywhere(self, tokens: Array, sigma: Array, args: Any) -> Array:
-        places = positions(jnp.arange(self.tokens), self.grid)
-        places = jnp.broadcast_to(places, (tokens.shape[0], *places.shape))
-        return self.velocity(tokens, places, sigma, None, args)
+    def _evaluate_dense(self, tokens: Array, sigma: Array, args: Any) -> Array:
+        token_positions = positions(jnp.arange(self.tokens), self.grid)
+        token_positions = jnp.broadcast_to(
+            token_positions, (tokens.shape[0], *token_positions.shape)
+        )
+        return self.velocity(tokens, token_positions, sigma, None, args)
 
     def sigmas(self, plan: Plan) -> Array:
-        """The plan's noise levels, [steps + 1]."""
+        """Return the plan's noise levels, [steps + 1]."""
         return jnp.asarray(flux_sigmas(plan, self.tokens, self.params.config))
 
     def __call__(
@@ -159,7 +193,17 @@ class Runner:
         noise: Float[Array, "b n d"],
         keys: Array,
     ) -> tuple[Float[Array, "b n d"], Sequence[int]]:
-        """Clean tokens, and the number of image tokens in each evaluation."""
+        """Sample with a method.
+
+        Args:
+            method: the method.
+            conditioning: the prompts' conditioning.
+            noise: the noisy tokens.
+            keys: a key per sample, for the plans' random choices.
+
+        Returns:
+            Clean tokens, and the number of image tokens in each evaluation.
+        """
         plan = method.plan
         if not method.peer:
             tokens = jitjax.denoise(
@@ -173,8 +217,8 @@ class Runner:
             steps = peers.evaluated_steps(plan.steps, method.evaluations)
             tokens, evaluations = peers.taylor(evaluate, noise, sigmas, steps)
         else:
-            rule = self.rule(method)
-            tokens, evaluations = peers.teacache(evaluate, indicate, noise, sigmas, *rule)
+            teacache_rule = self.teacache_rule(method)
+            tokens, evaluations = peers.teacache(evaluate, indicate, noise, sigmas, *teacache_rule)
         return tokens, [self.tokens] * evaluations
 
     def _functions(
@@ -187,21 +231,24 @@ class Runner:
             lambda tokens, sigma: self._indicate(tokens, sigma, args),
         )
 
-    def rule(self, method: Method) -> tuple[Polynomial, float]:
-        """TeaCache's polynomial and threshold, fitted on prompts of the development split."""
-        if method.evaluations not in self.rules:
-            chosen = prompts(1, "dev", seeds=1)[:4]
-            conditioning = jitjax.encode_prompt(self.params, [p.text for p in chosen])
-            keys = jnp.stack([jax.random.key(p.seeds[0]) for p in chosen])
+    def teacache_rule(self, method: Method) -> tuple[Polynomial, float]:
+        """Return TeaCache's polynomial and threshold for the method's number of evaluations.
+
+        Both are fitted on four prompts of the development split, once per number of evaluations.
+        """
+        if method.evaluations not in self.fitted_rules:
+            dev_prompts = prompts(1, "dev", seeds=1)[:4]
+            conditioning = jitjax.encode_prompt(self.params, [p.text for p in dev_prompts])
+            keys = jnp.stack([jax.random.key(p.seeds[0]) for p in dev_prompts])
             noise = draw_noise(keys, self.grid, self.params.config.transformer.in_channels)
-            given = (*self._functions(conditioning), noise, self.sigmas(method.plan))
-            self.curve = self.curve or peers.changes(*given)
-            rescale = peers.calibrate(*self.curve)
-            highest = float(np.abs(rescale(self.curve[0])).sum())
+            inputs = (*self._functions(conditioning), noise, self.sigmas(method.plan))
+            self.calibration_changes = self.calibration_changes or peers.relative_changes(*inputs)
+            rescale = peers.calibrate(*self.calibration_changes)
+            upper = float(np.abs(rescale(self.calibration_changes[0])).sum())
             threshold = peers.find_threshold(
-                lambda threshold: peers.teacache(*given, rescale, threshold)[1],
+                lambda threshold: peers.teacache(*inputs, rescale, threshold)[1],
                 method.evaluations,
-                highest,
+                upper,
             )
-            self.rules[method.evaluations] = rescale, threshold
-        return self.rules[method.evaluations]
+            self.fitted_rules[method.evaluations] = rescale, threshold
+        return self.fitted_rules[method.evaluations]

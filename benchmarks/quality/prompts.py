@@ -1,10 +1,9 @@
-"""Six kinds of prompts, GenEval's in miniature, each with what the checker must find.
+"""Prompts of the quality benchmark: six categories after GenEval, each with what must be right.
 
-Things come from the combinations of attributes that training never drew, and the prompt names these
-attributes, so that little else fits it: shape, colour and size (that they are plain goes without
-saying), and the background. A prompt's scene, caption and noise seeds derive from (split, category,
-its number) alone: more prompts begin with the same ones, and what is tuned on "dev" has not seen
-"test".
+All things have combinations of attributes that were held out from training. A prompt names their
+shape, colour and size, and the background; all things are plain, which captions need not say.
+A prompt's scene, text and noise seeds depend on its split, category and number only. A longer list
+therefore begins with the shorter one, and "dev" and "test" are drawn independently.
 """
 
 from __future__ import annotations
@@ -24,19 +23,20 @@ CATEGORIES = {
     "position": ("shape",),
     "binding": ("colour", "shape"),
 }
-"""Attributes that must be right, beside the number of things (and the relation of "position")."""
+"""Attributes that must be right in each category, besides the number of things. The relation must
+be right too in "position"."""
 SPLITS = ("dev", "test")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw and how to judge it.
+    """A prompt, and what an image of it must show.
 
     Attributes:
-        text: the prompt.
-        scene: what it asks for; of what it does not name, such as places, one example.
+        text: the prompt's text.
+        scene: a scene that fits the text; only attributes in `CATEGORIES` are judged.
         category: a key of `CATEGORIES`.
-        seeds: of the noise, one per picture.
+        seeds: seeds of the noise, one per image.
     """
 
     text: str
@@ -46,13 +46,17 @@ class Prompt:
 
 
 def prompt(category: str, number: int, split: str = "test", seeds: int = 3) -> Prompt:
-    """Prompt `number` of a category, with `seeds` noise seeds."""
+    """Return prompt `number` of a category, with `seeds` noise seeds (at most 16).
+
+    Raises:
+        ValueError: `category` or `split` is unknown.
+    """
     if category not in CATEGORIES:
         raise ValueError(f"category is {category!r}; expected one of {tuple(CATEGORIES)}")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
     rng = np.random.default_rng((zlib.crc32(f"{split}/{category}".encode()), number))
-    noise = tuple(int(seed) for seed in rng.integers(2**31, size=16)[:seeds])
+    noise_seeds = tuple(int(seed) for seed in rng.integers(2**31, size=16)[:seeds])
     if category in ("single", "colour"):
         scene = _scene(rng)
     elif category == "counting":
@@ -62,21 +66,21 @@ def prompt(category: str, number: int, split: str = "test", seeds: int = 3) -> P
     if category != "position":
         scene = replace(scene, relation="")
     text = caption(scene, rng, size=True, texture=False, background=True, relation=True)
-    return Prompt(text, scene, category, noise)
+    return Prompt(text, scene, category, noise_seeds)
 
 
-def _scene(rng: np.random.Generator, differing: tuple[str, ...] = (), **options) -> Scene:
-    """Unseen things, all plain; no two are alike in any of `differing`."""
+def _scene(rng: np.random.Generator, distinct: tuple[str, ...] = (), **options) -> Scene:
+    """Draw a scene of plain, held-out things; no two have equal values in any of `distinct`."""
     while True:
         scene = random_scene(rng, unseen=True, **options)
-        plain = all(thing.texture == "plain" for thing in scene.things)
-        kinds = (len({getattr(thing, name) for thing in scene.things}) for name in differing)
-        if plain and all(count == len(scene.things) for count in kinds):
+        all_plain = all(thing.texture == "plain" for thing in scene.things)
+        counts = (len({getattr(thing, name) for thing in scene.things}) for name in distinct)
+        if all_plain and all(count == len(scene.things) for count in counts):
             return scene
 
 
 def prompts(per_category: int, split: str = "test", seeds: int = 3) -> list[Prompt]:
-    """`per_category` prompts of each category, the categories taking turns."""
+    """Return `per_category` prompts of each category, the categories interleaved."""
     return [
         prompt(category, number, split, seeds)
         for number in range(per_category)

@@ -1,4 +1,4 @@
-"""How far one picture is from another, and how sure a mean is."""
+"""A perceptual distance between images, and bootstrap intervals of means."""
 
 from __future__ import annotations
 
@@ -32,9 +32,19 @@ def _features(config: AutoencoderConfig, params: dict, images: Array) -> list[Ar
 def feature_distance(
     params: FluxParams, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]
 ) -> Float[Array, " b"]:
-    """Mean squared distance of the autoencoder's features, each of length 1, over its levels.
+    """Compute the distance between images in feature space of the checkpoint's autoencoder.
 
-    LPIPS's formula without its learned weights and with this encoder (Zhang et al., 2018).
+    The formula is that of LPIPS (Zhang et al., 2018) without its learned weights: features are
+    normalised to unit length at each position; their squared distances are averaged over positions,
+    then over the encoder's levels.
+
+    Args:
+        params: parameters that include the autoencoder.
+        a: images [batch, height, width, 3] in [0, 1].
+        b: images of the same shape.
+
+    Returns:
+        One distance per pair of images, 0 for equal images.
     """
     config, weights = params.config.autoencoder, params.autoencoder
     pairs = zip(_features(config, weights, a), _features(config, weights, b), strict=True)
@@ -43,17 +53,23 @@ def feature_distance(
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval (percentiles) of the mean of `values` [prompts]; NaN left out.
+    """Compute the 95 % bootstrap interval (percentile method) of a mean.
 
-    Give one mean per prompt, so that seeds of one prompt are drawn together; for a paired
-    comparison give differences.
+    Args:
+        values: one value per prompt, the mean over its seeds: seeds of one prompt are not
+            independent. For a paired comparison, differences. Values that are not finite are
+            ignored.
+        seed: seed of the resampling.
+
+    Returns:
+        The lower and the upper end; both are the mean where there is nothing to resample.
     """
     values = np.asarray(values, np.float64)
     values = values[np.isfinite(values)]
     if len(values) < 2 or np.ptp(values) == 0:
         mean = float(values.mean()) if len(values) else float("nan")
         return mean, mean
-    found = bootstrap(
+    result = bootstrap(
         (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(seed)
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(result.low), float(result.high)

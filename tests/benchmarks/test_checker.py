@@ -1,28 +1,28 @@
-"""The picture checker against drawn scenes, clean and spoilt, and against wrong prompts."""
+"""Tests of the image checker on rendered scenes, clean and degraded, and on wrong claims."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.agreement import WAYS, agreement
+from benchmarks.agreement import DEGRADATIONS, run_checks
 from benchmarks.checker import check, describe
 from training.scenes import COLOURS, SHAPES, SIZES, TEXTURES, random_scene, render
 
 
-@pytest.mark.parametrize(("side", "n"), [(256, 80), (512, 40)])
-@pytest.mark.parametrize("how", WAYS)
-def test_agrees_with_drawn_scenes(side, n, how):
-    """Of one thing; some thousands of scenes of up to four: `python -m benchmarks.agreement`."""
-    results = [result for _, result in agreement(1, False, side, how, n)]
-    assert sum(r["right"] for r in results) >= n - 1
-    assert sum(r["texture"] for r in results) >= 0.95 * n
+@pytest.mark.parametrize(("side", "count"), [(256, 80), (512, 40)])
+@pytest.mark.parametrize("degradation", DEGRADATIONS)
+def test_agrees_with_scenes_of_one_thing(side, count, degradation):
+    """`python -m benchmarks.agreement` checks thousands of scenes of up to four things."""
+    results = [result for _, result in run_checks(1, False, side, degradation, count)]
+    assert sum(r["right"] for r in results) >= count - 1
+    assert sum(r["texture"] for r in results) >= 0.95 * count
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("degradation", DEGRADATIONS)
 @pytest.mark.parametrize(("things", "same"), [(2, False), (4, True)])
-def test_agrees_with_drawn_scenes_of_several_things(things, same, how):
-    results = [result for _, result in agreement(things, same, 512, how, 12)]
+def test_agrees_with_scenes_of_several_things(things, same, degradation):
+    results = [result for _, result in run_checks(things, same, 512, degradation, 12)]
     assert all(r["right"] for r in results)
 
 
@@ -39,12 +39,12 @@ def test_rejects_a_wrong_attribute(attribute, values):
     for i in range(24):
         scene = random_scene(np.random.default_rng((8, i)))
         image = render(scene, 256, 256)
-        true = getattr(scene.things[0], attribute)
+        actual = getattr(scene.things[0], attribute)
         for value in values:
             claimed = replace(scene, things=(replace(scene.things[0], **{attribute: value}),))
             result = check(image, claimed, mentioned=("colour", "shape", "size", "texture"))
-            assert result[attribute] == (value == true)
-            assert not result["right"] or value == true
+            assert result[attribute] == (value == actual)
+            assert not result["right"] or value == actual
 
 
 def test_rejects_a_wrong_count():
@@ -55,7 +55,7 @@ def test_rejects_a_wrong_count():
     assert not check(np.full((256, 256, 3), 0.5, np.float32), one)["right"]
 
 
-def test_several_things_relations_and_counts():
+def test_relations_and_counts_of_several_things():
     wrong = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     right = 0
     for i in range(40):
@@ -71,8 +71,8 @@ def test_several_things_relations_and_counts():
     assert right >= 79
 
 
-def test_a_deformed_shape_is_no_shape():
-    """Half of a disc, a disc with a bite, and a soft blob are not circles, squares or stars."""
+def test_deformed_shapes_have_no_shape():
+    """Half a disc and a disc with a bite match no outline."""
     y, x = np.mgrid[-1:1:256j, -1:1:256j]
     disc = np.hypot(x, y) < 0.4
     for mask in (disc & (y > 0), disc & (np.hypot(x - 0.4, y) > 0.35)):
@@ -80,18 +80,18 @@ def test_a_deformed_shape_is_no_shape():
         assert describe(image.astype(np.float32))[0].shape == ""
 
 
-def test_where_and_what():
+def test_position_extent_and_uint8_input():
     scene = random_scene(np.random.default_rng(3))
     thing = scene.things[0]
     for height, width in ((256, 256), (512, 512), (256, 384)):
-        found = describe(render(scene, height, width))
-        assert len(found) == 1
-        assert found[0].x == pytest.approx(thing.x, abs=0.03)
-        assert found[0].extent == pytest.approx(thing.radius, abs=0.02)
-    whole = (render(scene, 256, 256) * 255).round().astype(np.uint8)
-    assert describe(whole)[0].shape == thing.shape
+        detected = describe(render(scene, height, width))
+        assert len(detected) == 1
+        assert detected[0].x == pytest.approx(thing.x, abs=0.03)
+        assert detected[0].extent == pytest.approx(thing.radius, abs=0.02)
+    pixels = (render(scene, 256, 256) * 255).round().astype(np.uint8)
+    assert describe(pixels)[0].shape == thing.shape
 
 
-def test_wrong_shape_of_array_is_refused():
-    with pytest.raises(ValueError, match="height, width, 3"):
+def test_wrong_array_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"shape \[64, 64\]; expected \[height, width, 3\]"):
         describe(np.zeros((64, 64), np.float32))

@@ -1,4 +1,4 @@
-"""The harness that judges samplers: prompts, counted operations, peers, distances, report."""
+"""Tests of the quality benchmark: prompts, FLOPs, peers, distances, resuming and reports."""
 
 import dataclasses
 import itertools
@@ -15,8 +15,8 @@ import pytest
 import jitjax
 from benchmarks import readme, report
 from benchmarks.quality import flops, peers, scores
-from benchmarks.quality.__main__ import opened, part_of, remaining
-from benchmarks.quality.judging import mark, similarity
+from benchmarks.quality.__main__ import open_results, select_part, unfinished_tasks
+from benchmarks.quality.judging import judge_images, similarity
 from benchmarks.quality.methods import (
     REFERENCE,
     Runner,
@@ -35,7 +35,7 @@ NOISE = jax.random.normal(jax.random.key(0), (2, 5, 3))
 
 
 def decay(tokens, sigma):
-    """A velocity that is neither constant nor a polynomial along the path."""
+    """A velocity function that is neither constant nor polynomial along the path."""
     return jnp.sin(3 * sigma) + tokens / (1 + sigma)
 
 
@@ -45,12 +45,12 @@ def euler(velocity, y=NOISE):
     return y
 
 
-def test_prompts_are_the_same_ones_and_unseen():
-    few, many = prompts(4), prompts(12)
-    assert few == many[: len(few)]
-    assert {p.category for p in few} == set(CATEGORIES)
-    assert not {p.text for p in prompts(12, "dev")} >= {p.text for p in many}
-    for p in many:
+def test_prompts_are_deterministic_and_held_out():
+    short, long = prompts(4), prompts(12)
+    assert short == long[: len(short)]
+    assert {p.category for p in short} == set(CATEGORIES)
+    assert not {p.text for p in prompts(12, "dev")} >= {p.text for p in long}
+    for p in long:
         assert len(set(p.seeds)) == 3
         for thing in p.scene.things:
             assert held_out(thing.shape, thing.colour, thing.size, thing.texture)
@@ -74,9 +74,7 @@ def test_prompts_are_the_same_ones_and_unseen():
 
 
 @pytest.mark.parametrize(("tokens", "text"), [(96, 16), (256, 48)])
-def test_counted_operations_are_what_xla_counts(tokens, text):
-    # One block of each kind: XLA counts the body of a scan once. On few heads of full width, so
-    # that elementwise work is small beside the products.
+def test_flops_match_the_matrix_products_of_the_jaxpr(tokens, text):
     config = TransformerConfig(
         num_layers=1, num_single_layers=1, num_attention_heads=8, joint_attention_dim=64
     )
@@ -88,20 +86,20 @@ def test_counted_operations_are_what_xla_counts(tokens, text):
         "sigma": (1,),
         "guidance": (1,),
     }
-    given = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     def products(jaxpr):
-        """Operations of all matrix products of a program, loops unrolled."""
+        """Count the FLOPs of all matrix products in a jaxpr, each iteration of a loop included."""
         total = 0
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                (left, _), _ = equation.params["dimension_numbers"]
-                inner = np.prod([equation.invars[0].aval.shape[axis] for axis in left])
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
                 total += 2 * inner * np.prod(equation.outvars[0].aval.shape)
             times = equation.params.get("length", 1)
             branches = equation.params.get("branches")
-            inside = [branches[0]] if branches else [*equation.params.values()]
-            for value in inside:
+            nested = [branches[0]] if branches else [*equation.params.values()]
+            for value in nested:
                 value = getattr(value, "jaxpr", value)
                 if hasattr(value, "eqns"):
                     total += times * products(value)
@@ -109,16 +107,16 @@ def test_counted_operations_are_what_xla_counts(tokens, text):
 
     model = FluxTransformer(config)
     traced = jax.make_jaxpr(lambda p, g: model.apply({"params": p}, **g))(
-        abstract_params(config), given
+        abstract_params(config), inputs
     )
     expected = products(traced.jaxpr)
-    # What we leave out: the vectors of each sample, one row beside the tokens' many.
+    # `forward` leaves out the adaLN modulation, one row per sample.
     assert flops.forward(config, tokens, text) == pytest.approx(expected, rel=0.03)
     assert flops.forward(config, tokens, text) < expected
 
 
-def test_flops_of_the_paper():
-    """Design note: 74 TFLOP a forward at 1024 px, plans at 4.14 and 6.96 times fewer."""
+def test_flops_at_full_size():
+    """At 1024 px: 74 TFLOP per evaluation; the plans need 4.14 and 6.96 times fewer in all."""
     config = TransformerConfig()
     assert flops.forward(config, 4096, 512) == pytest.approx(74e12, rel=0.01)
     dense = flops.run(config, [4096] * 50, 512)
@@ -131,7 +129,7 @@ def test_flops_of_the_paper():
     assert [(k + 512) % 128 for k in padded] == [0] * 18
 
 
-def test_matched_methods_cost_what_they_match():
+def test_methods_include_matches_of_each_plan():
     config = TransformerConfig()
     methods = all_methods(config, 4096, 512)
     assert {"dense-50", "dense-12", "dense-7", "dense-12-beta", "teacache-12", "taylor-7"} <= set(
@@ -142,10 +140,10 @@ def test_matched_methods_cost_what_they_match():
     assert [name for name in methods if name.startswith("tuned")] == ["tuned-4x", "tuned-7x"]
 
 
-def test_a_plan_in_words():
+def test_parse_plan():
     assert parse_plan("4x") == jitjax.PLANS["4x"]
-    got = parse_plan("4x:lift=linear:steps=12:densities=(0.5, 1.0):stage_ends=(0.25, 1.0)")
-    assert got == jitjax.Plan(12, (0.5, 1.0), (0.25, 1.0), lift="linear")
+    actual = parse_plan("4x:lift=linear:steps=12:densities=(0.5, 1.0):stage_ends=(0.25, 1.0)")
+    assert actual == jitjax.Plan(12, (0.5, 1.0), (0.25, 1.0), lift="linear")
     with pytest.raises(ValueError, match="unknown plan '5x'"):
         parse_plan("5x:lift=linear")
     with pytest.raises(ValueError, match="changes 'lifter'"):
@@ -155,90 +153,92 @@ def test_a_plan_in_words():
 
 
 @pytest.mark.parametrize("evaluations", [3, 7, 12, 28])
-def test_taylor_evaluates_as_often_as_told(evaluations):
+def test_taylor_evaluates_the_requested_number_of_times(evaluations):
     steps = peers.evaluated_steps(28, evaluations)
     assert len(steps) == len(set(steps)) == evaluations
     assert steps[:2] == (0, 1)
     assert steps[-1] < 28
-    seen = []
+    evaluated_sigmas = []
 
     def counted(tokens, sigma):
-        seen.append(float(sigma))
+        evaluated_sigmas.append(float(sigma))
         return decay(tokens, sigma)
 
     _, count = peers.taylor(counted, NOISE, SIGMAS, steps)
-    assert len(seen) == count == evaluations
+    assert len(evaluated_sigmas) == count == evaluations
 
 
-def test_taylor_at_all_steps_is_euler_and_forecasts_what_is_linear_in_steps():
-    every = peers.taylor(decay, NOISE, SIGMAS, range(28))[0]
-    np.testing.assert_allclose(every, euler(decay), rtol=1e-5)
+def test_taylor_at_all_steps_is_euler_and_forecasts_linear_velocities():
+    dense = peers.taylor(decay, NOISE, SIGMAS, range(28))[0]
+    np.testing.assert_allclose(dense, euler(decay), rtol=1e-5)
 
-    def line(tokens, sigma):
+    def linear(tokens, sigma):
         return jnp.ones_like(tokens) * (2 - 3 * sigma)
 
-    # Rounding of sigmas is amplified by the second difference: 1e-6 over steps 1 and 2 apart.
-    sparse = peers.taylor(line, NOISE, SIGMAS, peers.evaluated_steps(28, 7))[0]
-    np.testing.assert_allclose(sparse, euler(line), atol=1e-4)
-    held = peers.taylor(line, NOISE, SIGMAS, peers.evaluated_steps(28, 7), order=0)[0]
-    assert float(jnp.abs(held - euler(line)).max()) > 0.05
+    # The second difference amplifies the rounding of the sigmas.
+    sparse = peers.taylor(linear, NOISE, SIGMAS, peers.evaluated_steps(28, 7))[0]
+    np.testing.assert_allclose(sparse, euler(linear), atol=1e-4)
+    order_0 = peers.taylor(linear, NOISE, SIGMAS, peers.evaluated_steps(28, 7), order=0)[0]
+    assert float(jnp.abs(order_0 - euler(linear)).max()) > 0.05
     with pytest.raises(ValueError, match="evaluations is 2"):
         peers.evaluated_steps(28, 2)
 
 
-def test_teacache_at_threshold_0_is_euler_and_calibration_meets_the_count():
+def test_teacache_without_reuse_is_euler_and_threshold_meets_the_count():
     def indicate(tokens, sigma):
         return tokens * (1 + sigma)
 
-    given = decay, indicate, NOISE, SIGMAS
-    rescale = peers.calibrate(*peers.changes(*given))
-    for wanted in (7, 12):
+    inputs = decay, indicate, NOISE, SIGMAS
+    rescale = peers.calibrate(*peers.relative_changes(*inputs))
+    for target in (7, 12):
         threshold = peers.find_threshold(
-            lambda threshold: peers.teacache(*given, rescale, threshold)[1], wanted, 10.0
+            lambda threshold: peers.teacache(*inputs, rescale, threshold)[1], target, 10.0
         )
-        # Not every count need be met: two evaluations can fall away at one threshold.
-        assert abs(peers.teacache(*given, rescale, threshold)[1] - wanted) <= 1
-    full, count = peers.teacache(*given, rescale, -np.inf)
+        # The count may change by two at one threshold, so that some counts do not occur.
+        assert abs(peers.teacache(*inputs, rescale, threshold)[1] - target) <= 1
+    full, count = peers.teacache(*inputs, rescale, -np.inf)
     assert count == 28
     np.testing.assert_allclose(full, euler(decay), rtol=1e-5)
 
 
-def test_the_indicator_is_the_first_blocks_input(small):
-    """Against the module itself, all of whose intermediate values are captured."""
+def test_indicator_is_the_first_blocks_modulated_input(small):
+    """Compares with the transformer's own intermediate values."""
     config = dataclasses.replace(small.config.transformer, num_layers=1, num_single_layers=1)
     params = dict(small.transformer)
     for name in ("double_blocks", "single_blocks"):
         params[name] = jax.tree.map(lambda leaf: leaf[:1], params[name])
     conditioning = jitjax.encode_prompt(small, "a red circle")
     tokens = jax.random.normal(jax.random.key(1), (1, 16, config.in_channels))
-    got = modulated_input(tokens, jnp.float32(0.7), (params, conditioning, jnp.full((1,), 3.5)))
-    places = jnp.zeros((1, 16, 3))
-    told = conditioning.text, conditioning.pooled, 0.7, 3.5
+    actual = modulated_input(tokens, jnp.float32(0.7), (params, conditioning, jnp.full((1,), 3.5)))
+    token_positions = jnp.zeros((1, 16, 3))
+    conditions = conditioning.text, conditioning.pooled, 0.7, 3.5
     capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    _, state = FluxTransformer(config).apply({"params": params}, tokens, places, *told, **capture)
-    own = state["intermediates"].items()
-    values = {name: value["__call__"][0] for name, value in own if name != "__call__"}
+    _, state = FluxTransformer(config).apply(
+        {"params": params}, tokens, token_positions, *conditions, **capture
+    )
+    outputs = state["intermediates"].items()
+    values = {name: value["__call__"][0] for name, value in outputs if name != "__call__"}
     vector = sum(values[name] for name in ("sigma_in", "pooled_in", "guidance_in"))
-    first = jax.tree.map(lambda leaf: leaf[0], params["double_blocks"])
+    first_block = jax.tree.map(lambda leaf: leaf[0], params["double_blocks"])
     ids = jnp.zeros((1, 16 + conditioning.text.shape[1], 3))
     streams = values["text_in"], values["image_in"]
     _, state = DoubleBlock(config, jnp.float32).apply(
-        {"params": first},
+        {"params": first_block},
         streams,
         jax.nn.silu(vector),
         rotary_embedding(ids, config.axes_dims_rope),
         None,
         **capture,
     )
-    parts = state["intermediates"]["image_modulation"]["__call__"][0]  # [b, 6, h]
+    modulation = state["intermediates"]["image_modulation"]["__call__"][0]  # [b, 6, h]
     image = values["image_in"]
     centred = image - image.mean(-1, keepdims=True)
-    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-    expected = normal * (1 + parts[:, 1, None]) + parts[:, 0, None]
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+    normalised = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    expected = normalised * (1 + modulation[:, 1, None]) + modulation[:, 0, None]
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
-def test_distances(small):
+def test_distances_grow_with_the_difference(small):
     a = np.random.default_rng(0).uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
     near, far = np.clip(a + 0.02, 0, 1), 1 - a
 
@@ -248,24 +248,24 @@ def test_distances(small):
     assert np.allclose(features(a), 0, atol=1e-9)
     assert max(features(near)) < min(features(far))
     assert similarity(a[0], a[0])["ssim"] == pytest.approx(1)
-    close, wide = similarity(near[0], a[0]), similarity(far[0], a[0])
-    assert close["psnr"] > 30 > 15 > wide["psnr"]
-    assert close["ssim"] > wide["ssim"]
+    near_scores, far_scores = similarity(near[0], a[0]), similarity(far[0], a[0])
+    assert near_scores["psnr"] > 30 > 15 > far_scores["psnr"]
+    assert near_scores["ssim"] > far_scores["ssim"]
 
 
-def test_marks_in_other_processes_are_the_same():
-    asked = prompts(1, seeds=1)[:2]
-    scenes = [render(prompt.scene, 64, 64).astype(np.float32) for prompt in asked]
-    given = (asked, scenes, [{"a": scenes[0], "b": scenes[1]}] * 2)
+def test_judging_in_other_processes_gives_the_same_results():
+    batch_prompts = prompts(1, seeds=1)[:2]
+    scenes = [render(prompt.scene, 64, 64).astype(np.float32) for prompt in batch_prompts]
+    inputs = (batch_prompts, scenes, [{"a": scenes[0], "b": scenes[1]}] * 2)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        there = list(pool.map(mark, *given))
-    here = list(map(mark, *given))
-    assert there == here
-    assert np.isinf(here[0]["a"]["psnr"])
-    assert here[1]["a"]["psnr"] < 40
+        parallel = list(pool.map(judge_images, *inputs))
+    serial = list(map(judge_images, *inputs))
+    assert parallel == serial
+    assert np.isinf(serial[0]["a"]["psnr"])
+    assert serial[1]["a"]["psnr"] < 40
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+def test_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(0)
     covered = 0
     for i in range(200):
@@ -278,126 +278,122 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 def test_every_method_runs_on_a_small_model(small):
     grid = (4, 4)
     methods = all_methods(small.config.transformer, 16, small.config.text_length)
-    wanted = [
-        "4x",
-        "7x:hit-initial",
-        *(n for n in methods if n.split("-")[0] in ("teacache", "taylor")),
-    ]
+    peer_names = [name for name in methods if name.split("-")[0] in ("teacache", "taylor")]
     runner = Runner(small, grid)
     conditioning = jitjax.encode_prompt(small, ["a red circle", "a blue star"])
     keys = jax.random.split(jax.random.key(0), 2)
     noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
-    for name in wanted:
+    for name in ("4x", "7x:hit-initial", *peer_names):
         tokens, slots = runner(methods[name], conditioning, noise, keys)
         assert tokens.shape == noise.shape
         assert bool(jnp.isfinite(tokens).all())
-        wanted_count = methods[name].evaluations or methods[name].plan.steps
-        assert abs(len(slots) - wanted_count) <= (3 if "teacache" in name else 0)
+        expected_count = methods[name].evaluations or methods[name].plan.steps
+        assert abs(len(slots) - expected_count) <= (3 if "teacache" in name else 0)
 
 
-def test_parts_are_all_tasks_once():
+def test_parts_partition_the_tasks():
     tasks = list(range(11))
-    assert [task for k in (1, 2, 3) for task in part_of(tasks, f"{k}/3")] == tasks
+    assert [task for k in (1, 2, 3) for task in select_part(tasks, f"{k}/3")] == tasks
     for wrong in ("0/2", "3/2", "2", "a/b"):
         with pytest.raises(ValueError, match="expected K/N"):
-            part_of(tasks, wrong)
+            select_part(tasks, wrong)
 
 
-def test_a_file_is_gone_on_with(tmp_path):
+def test_existing_results_are_resumed(tmp_path):
     path, settings = tmp_path / "lines.jsonl", {"split": "test", "side": 512}
-    assert opened(path, settings, {"command": "one"}) == {}
-    line = json.dumps({"method": "4x", "prompt": 3, "seed": 5})
-    path.write_text(path.read_text() + line + '\n{"method": "dense-')
+    assert open_results(path, settings, {"command": "one"}) == {}
+    row = json.dumps({"method": "4x", "prompt": 3, "seed": 5})
+    path.write_text(path.read_text() + row + '\n{"method": "dense-')
     for command in ("one", "two", "two", "one"):
-        assert opened(path, settings, {"command": command}) == {(3, 5): {"4x"}}
+        assert open_results(path, settings, {"command": command}) == {(3, 5): {"4x"}}
     head, *rest = path.read_text().splitlines()
     assert json.loads(head) == settings | {"command": "one && two"}
-    assert rest == [line]
+    assert rest == [row]
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match=r"'side': 512}; expected .*256"):
-        opened(path, settings | {"side": 256}, {"command": "one"})
+        open_results(path, settings | {"side": 256}, {"command": "one"})
     path.write_text("{")
-    with pytest.raises(ValueError, match="no whole line"):
-        opened(path, settings, {"command": "one"})
+    with pytest.raises(ValueError, match="no complete line"):
+        open_results(path, settings, {"command": "one"})
 
 
-def test_only_what_some_method_has_not_drawn_remains():
-    one, two = prompts(1)[:2]
-    tasks = [(n, p, seed) for n, p in enumerate((one, two)) for seed in p.seeds]
-    first = (0, one.seeds[0])
-    done = {first: {"dense-50", "4x"}, (1, two.seeds[0]): {"dense-50"}}
-    left = remaining(tasks, {"dense-50", "4x"}, done)
-    assert left == [task for task in tasks if (task[0], task[2]) != first]
-    assert remaining(tasks, {"dense-50"}, done) == [
-        task for task in tasks if task[2] in (*one.seeds[1:], *two.seeds[1:])
+def test_unfinished_tasks_lack_some_method():
+    first, second = prompts(1)[:2]
+    tasks = [(n, p, seed) for n, p in enumerate((first, second)) for seed in p.seeds]
+    first_task = (0, first.seeds[0])
+    done = {first_task: {"dense-50", "4x"}, (1, second.seeds[0]): {"dense-50"}}
+    pending = unfinished_tasks(tasks, {"dense-50", "4x"}, done)
+    assert pending == [task for task in tasks if (task[0], task[2]) != first_task]
+    assert unfinished_tasks(tasks, {"dense-50"}, done) == [
+        task for task in tasks if task[2] in (*first.seeds[1:], *second.seeds[1:])
     ]
 
 
 def test_report(tmp_path):
-    def line(method, number, seed, right, tflops):
-        found = {"method": method, "prompt": number, "seed": seed, "category": "single"}
-        found |= {"verdict": {"right": right, "shape": right}, "tflops": tflops, "evaluations": 5}
-        found |= {"seconds": tflops / 10, "dense": 1.0}
-        return found | {} if method == REFERENCE else found | dict.fromkeys(report.METRICS, 0.5)
+    def make_row(method, number, seed, right, tflops):
+        row = {"method": method, "prompt": number, "seed": seed, "category": "single"}
+        row |= {"verdict": {"right": right, "shape": right}, "tflops": tflops, "evaluations": 5}
+        row |= {"seconds": tflops / 10, "dense": 1.0}
+        return row | {} if method == REFERENCE else row | dict.fromkeys(report.METRICS, 0.5)
 
-    rows = [line(REFERENCE, n, s, n % 2 == 0, 10.0) for n in range(20) for s in (1, 2)]
-    rows += [line("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
-    rows += [line("dense-11", n, s, n % 5 == 0, 2.3) for n in range(20) for s in (1, 2)]
+    rows = [make_row(REFERENCE, n, s, n % 2 == 0, 10.0) for n in range(20) for s in (1, 2)]
+    rows += [make_row("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
+    rows += [make_row("dense-11", n, s, n % 5 == 0, 2.3) for n in range(20) for s in (1, 2)]
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
-    with path.open("a") as file:  # a run that was killed while it wrote
+    with path.open("a") as file:  # a run that was killed while writing
         file.write('{"method": "4x", "pro')
-    settings, lines = report.merged([path])
+    settings, lines = report.merge([path])
     assert settings == {"split": "test"}
-    rows = report.summary(lines)
-    got = rows["4x"]
-    assert got["right"] == pytest.approx(0.25)
-    assert got["against_dense"] == pytest.approx(-0.25)
-    assert got["against_dense_interval"][0] < -0.25 < got["against_dense_interval"][1]
-    assert got["fewer_flops"] == pytest.approx(4)
-    assert got["faster"] == pytest.approx(4)
-    assert got["pictures"] == 40
-    assert got["wrong"] == {"shape": 30}
-    equal = report.matched(lines, rows)
-    assert set(equal) == {"4x"}
-    assert set(equal["4x"]) == {"dense-11"}  # not the full solve, of four times the operations
-    assert equal["4x"]["dense-11"]["difference"] == pytest.approx(0.05)
-    low, high = equal["4x"]["dense-11"]["interval"]
+    rows = report.summarise(lines)
+    actual = rows["4x"]
+    assert actual["right"] == pytest.approx(0.25)
+    assert actual["against_dense"] == pytest.approx(-0.25)
+    assert actual["against_dense_interval"][0] < -0.25 < actual["against_dense_interval"][1]
+    assert actual["fewer_flops"] == pytest.approx(4)
+    assert actual["faster"] == pytest.approx(4)
+    assert actual["pictures"] == 40
+    assert actual["wrong"] == {"shape": 30}
+    comparisons = report.match_methods(lines, rows)
+    assert set(comparisons) == {"4x"}
+    assert set(comparisons["4x"]) == {"dense-11"}  # REFERENCE has four times the FLOPs
+    assert comparisons["4x"]["dense-11"]["difference"] == pytest.approx(0.05)
+    low, high = comparisons["4x"]["dense-11"]["interval"]
     assert low < 0.05 < high
-    assert "| `dense-11` | +5.0% (" in report.markdown_matched(equal)
+    assert "| `dense-11` | +5.0% (" in report.markdown_matched(comparisons)
     other = tmp_path / "more.jsonl"
-    more = [line(m, 20, 1, True, 5.0) for m in lines] + [line("4x", 21, 1, True, 5.0)]
-    other.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *more]) + "\n")
-    together = report.merged([path, other])[1]
-    assert {name: len(own) for name, own in together.items()} == dict.fromkeys(lines, 41)
+    more_rows = [make_row(m, 20, 1, True, 5.0) for m in lines] + [make_row("4x", 21, 1, True, 5.0)]
+    other.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *more_rows]) + "\n")
+    combined = report.merge([path, other])[1]
+    assert {name: len(own_rows) for name, own_rows in combined.items()} == dict.fromkeys(lines, 41)
     other.write_text(json.dumps({"split": "dev"}) + "\n")
     with pytest.raises(ValueError, match="split 'dev'; expected 'test'"):
-        report.merged([path, other])
-    told, table = report.markdown(rows, settings).split("\n\n")
-    assert told == "split: `test`  "
+        report.merge([path, other])
+    settings_text, table = report.markdown(rows, settings).split("\n\n")
+    assert settings_text == "split: `test`  "
     assert table.count("\n") == 5
     assert "`4x`" in table
 
 
-def test_the_readme_has_the_figures_of_the_table():
+def test_readme_has_the_figures_of_the_json_files():
     root = Path(__file__).parents[2]
     figures, dense = (
         json.loads((root / f"docs/{name}.json").read_text()) for name in ("quality", "dense")
     )
     rows = figures["methods"]
     text = (root / "README.md").read_text()
-    assert readme.filled(text, figures, dense) == text
-    few = figures | {"methods": {n: row for n, row in rows.items() if n != "7x:grid"}}
-    with pytest.raises(ValueError, match=r"no figures of 7x:grid; expected"):
-        readme.filled(text, few, dense)
+    assert readme.fill_tables(text, figures, dense) == text
+    incomplete = figures | {"methods": {n: row for n, row in rows.items() if n != "7x:grid"}}
+    with pytest.raises(ValueError, match=r"no results for 7x:grid; expected"):
+        readme.fill_tables(text, incomplete, dense)
     rows["4x"]["right"] += 0.02
-    assert readme.filled(text, figures, dense) != text
+    assert readme.fill_tables(text, figures, dense) != text
     rows["4x"]["right"] -= 0.02
     figures["matched"]["tuned-7x"]["7x"]["difference"] += 0.02
-    assert readme.filled(text, figures, dense) != text
+    assert readme.fill_tables(text, figures, dense) != text
     figures["matched"]["tuned-7x"]["7x"]["difference"] -= 0.02
     dense["methods"][REFERENCE]["categories"]["two"]["right"] += 0.02
-    assert readme.filled(text, figures, dense) != text
-    header = next(iter(readme.TABLES))
+    assert readme.fill_tables(text, figures, dense) != text
+    header = next(iter(readme.TABLE_ROWS))
     with pytest.raises(ValueError, match="README has 0 lines"):
-        readme.filled(text.replace(header, ""), figures, dense)
+        readme.fill_tables(text.replace(header, ""), figures, dense)

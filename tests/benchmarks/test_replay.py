@@ -1,4 +1,4 @@
-"""The sampler against recordings of the authors' program (see golden/README.md)."""
+"""Tests of the sampler on recordings of the authors' program (see tests/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def params():
     return replay.read_transformer(build.TRANSFORMER, CONFIG)
 
 
-def run(recording, capsys, *more: str) -> tuple[int, str]:
+def run_replay(recording, capsys, *more: str) -> tuple[int, str]:
     status = replay.main(
         [str(recording), "--transformer", str(build.TRANSFORMER), "--config", str(CONFIG), *more]
     )
@@ -27,16 +27,16 @@ def run(recording, capsys, *more: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", build.RECORDINGS)
-def test_replay_of_the_authors_program(name, capsys):
-    """Every array on the way, and the result. Float32 on both sides, summed in other orders."""
-    status, out = run(build.HERE / f"{name}.npz", capsys, "--tolerance", "1e-4")
+def test_matches_the_authors_program(name, capsys):
+    """Intermediate arrays and the result agree, up to rounding in float32."""
+    status, out = run_replay(build.HERE / f"{name}.npz", capsys, "--tolerance", "1e-4")
     print(out)
     assert status == 0
     lines = out.strip().splitlines()
     assert lines[-1].startswith("latents_final max_abs=")
-    told = {line.split()[0] for line in lines}
+    printed = {line.split()[0] for line in lines}
     recorded = set(np.load(build.HERE / f"{name}.npz").files)
-    assert told == recorded - set(replay.NEEDED) - {"guidance"} | {"latents_final"}
+    assert printed == recorded - set(replay.REQUIRED) - {"guidance"} | {"latents_final"}
     relative = [float(value) for value in re.findall(r"rel=(\S+)", out)]
     assert max(relative) < 1e-4
     assert set(re.findall(r"not_in_common=(\d+)/", out)) == {"0"}
@@ -44,7 +44,7 @@ def test_replay_of_the_authors_program(name, capsys):
 
 @pytest.mark.parametrize("pad_to", [64, 128])
 @pytest.mark.parametrize("name", build.RECORDINGS)
-def test_padding_changes_nothing(params, name, pad_to):
+def test_padding_does_not_change_the_result(params, name, pad_to):
     arrays = replay.read_recording(build.HERE / f"{name}.npz")
     plan = replay.recorded_plan(arrays).replace(pad_to=pad_to)
     tokens, trace = replay.replay(params, arrays, plan)
@@ -52,42 +52,42 @@ def test_padding_changes_nothing(params, name, pad_to):
     assert replay.difference(np.asarray(tokens), arrays["latents_final"])[1] < 1e-4
 
 
-def test_a_recording_with_only_what_is_needed(tmp_path, capsys):
+def test_recording_with_required_arrays_only(tmp_path, capsys):
     arrays = replay.read_recording(build.HERE / "jit_7x_16x16.npz")
-    kept = {name: arrays[name] for name in (*replay.NEEDED, "guidance")}
-    np.savez(tmp_path / "bare.npz", **kept)
-    status, out = run(tmp_path / "bare.npz", capsys)
+    required = {name: arrays[name] for name in (*replay.REQUIRED, "guidance")}
+    np.savez(tmp_path / "bare.npz", **required)
+    status, out = run_replay(tmp_path / "bare.npz", capsys)
     assert status == 0
     assert len(out.strip().splitlines()) == 1
-    # Another result is told, by the exit status too; so is one that is not a number.
-    for wrong in (kept["latents_final"] * 1.01, kept["latents_final"] * np.nan):
-        np.savez(tmp_path / "wrong.npz", **(kept | {"latents_final": wrong}))
-        assert run(tmp_path / "wrong.npz", capsys)[0] == 1
-    del kept["sigmas"]
-    np.savez(tmp_path / "less.npz", **kept)
-    assert run(tmp_path / "less.npz", capsys)[0] == 2
-    (tmp_path / "half.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:5000])
-    assert run(tmp_path / "half.npz", capsys)[0] == 2
+    # A deviation and NaN both give exit status 1.
+    for wrong in (required["latents_final"] * 1.01, required["latents_final"] * np.nan):
+        np.savez(tmp_path / "wrong.npz", **(required | {"latents_final": wrong}))
+        assert run_replay(tmp_path / "wrong.npz", capsys)[0] == 1
+    del required["sigmas"]
+    np.savez(tmp_path / "incomplete.npz", **required)
+    assert run_replay(tmp_path / "incomplete.npz", capsys)[0] == 2
+    (tmp_path / "truncated.npz").write_bytes((tmp_path / "bare.npz").read_bytes()[:5000])
+    assert run_replay(tmp_path / "truncated.npz", capsys)[0] == 2
 
 
-def test_r_zero_sets_new_tokens_to_their_target(params):
+def test_relax_steps_0_sets_new_tokens_to_their_target(params):
     arrays = replay.read_recording(build.HERE / "jit_7x_16x16.npz")
     arrays["microflow_relax_steps"] = np.array(0)
     plan = replay.recorded_plan(arrays)
     assert plan.microflow == "hit"
     _, trace = replay.replay(params, arrays, plan)
-    happened = trace.transitions[0]
-    after = np.asarray(happened.after)[0, np.asarray(happened.new)[0]]
-    np.testing.assert_allclose(after, happened.target[0], rtol=1e-5, atol=1e-5)
-    # Up to here the run is the recorded one.
-    theirs = arrays["microflow_target_0"]
-    order = np.argsort(happened.new[0]), np.argsort(arrays["microflow_new_0"])
-    ours = np.asarray(happened.target)[0, order[0]]
-    assert replay.difference(ours, theirs[0, order[1]])[1] < 1e-4
+    transition = trace.transitions[0]
+    after = np.asarray(transition.after)[0, np.asarray(transition.new)[0]]
+    np.testing.assert_allclose(after, transition.target[0], rtol=1e-5, atol=1e-5)
+    # The run equals the recording up to the first micro-flow, so its targets agree.
+    recorded = arrays["microflow_target_0"]
+    order = np.argsort(transition.new[0]), np.argsort(arrays["microflow_new_0"])
+    ours = np.asarray(transition.target)[0, order[0]]
+    assert replay.difference(ours, recorded[0, order[1]])[1] < 1e-4
 
 
 @pytest.mark.parametrize("name", build.RECORDINGS)
-def test_the_beta_schedule_is_that_of_the_authors_program(name):
+def test_beta_schedule_matches_the_authors_program(name):
     arrays = replay.read_recording(build.HERE / f"{name}.npz")
     steps = len(arrays["sigmas"])
     np.testing.assert_allclose(beta_sigmas(steps), arrays["sigmas"], rtol=1e-6)

@@ -11,18 +11,11 @@ torch = pytest.importorskip("torch")
 
 import jitjax  # noqa: E402
 from training import grammar  # noqa: E402
-from training.flow import (  # noqa: E402
-    Kind,
-    corner,
-    distilled,
-    draw,
-    frozen,
-    implied,
-    parse_mix,
-)
+from training.flow import distillation_target, implied_velocity, teacher_velocity  # noqa: E402
 from training.model import TinyFlux, positions  # noqa: E402
 from training.muon import orthogonalise  # noqa: E402
-from training.scenes import caption, holds, training_scene  # noqa: E402
+from training.scenes import caption, relation_holds, training_scene  # noqa: E402
+from training.steps import StepKind, draw_batch, parse_mix, window_corner  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TOKENIZERS = Path(jitjax.__file__).parent / "checkpoints" / "tiny"
@@ -30,7 +23,7 @@ TOKENIZERS = Path(jitjax.__file__).parent / "checkpoints" / "tiny"
 
 def test_parse_mix():
     kinds, probabilities = parse_mix("128@4:1,512/16:2,512:1")
-    assert kinds == [Kind(128, 4), Kind(512, 1, 16), Kind(512)]
+    assert kinds == [StepKind(128, 4), StepKind(512, 1, 16), StepKind(512)]
     assert [kind.grid for kind in kinds] == [8, 16, 32]
     np.testing.assert_allclose(probabilities, [0.25, 0.5, 0.25])
 
@@ -44,7 +37,7 @@ def test_window_contains_an_object_or_lies_within_one():
 
     for _ in range(300):
         scene = training_scene(rng)
-        row, column = corner(scene, 32, 16, rng)
+        row, column = window_corner(scene, 32, 16, rng)
         assert 0 <= row <= 16
         assert 0 <= column <= 16
         assert any(
@@ -95,9 +88,9 @@ def test_distillation_extrapolates_from_the_empty_prompt():
         teacher(x, sigma, guidance, *teacher.encode(texts, 24), ids)
         for texts in (["", ""], prompts)
     )
-    target = distilled(
-        frozen(teacher, x, sigma, guidance, prompts, ids, 24),
-        frozen(teacher, x, sigma, guidance, ["", ""], ids, 24),
+    target = distillation_target(
+        teacher_velocity(teacher, x, sigma, guidance, prompts, ids, 24),
+        teacher_velocity(teacher, x, sigma, guidance, ["", ""], ids, 24),
         guidance,
     )
     assert (prompted - empty).abs().max() > 1e-2
@@ -106,7 +99,9 @@ def test_distillation_extrapolates_from_the_empty_prompt():
     torch.testing.assert_close(
         target[1], empty[1] + 3 * (prompted[1] - empty[1]), rtol=1e-5, atol=1e-5
     )
-    torch.testing.assert_close(implied(target, empty, guidance), prompted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        implied_velocity(target, empty, guidance), prompted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_grammar_labels_match_the_phrases():
@@ -115,7 +110,7 @@ def test_grammar_labels_match_the_phrases():
     for _ in range(200):
         scene = training_scene(rng)
         text = caption(scene, rng)
-        phrases = grammar.answers(scene, text)
+        phrases = grammar.phrase_labels(scene, text)
         for (start, end, labels), thing in zip(phrases, scene.things, strict=False):
             words = text[start:end]
             assert thing.shape in words
@@ -129,15 +124,15 @@ def test_grammar_labels_match_the_phrases():
             assert values[2:4] == [thing.size, thing.texture]
         if len(phrases) == 2:
             places = [grammar.PLACES[labels[-1]] for _, _, labels in phrases]
-            assert holds(places[0], *scene.things)
-            assert holds(places[1], *scene.things[::-1])
+            assert relation_holds(places[0], *scene.things)
+            assert relation_holds(places[1], *scene.things[::-1])
             pairs += 1
     assert pairs > 40
 
 
 def test_grammar_labels_only_words_of_phrases():
     tokenizer = TinyFlux(TOKENIZERS).t5_tokenizer
-    ids, labels = grammar.batch(tokenizer, np.random.default_rng(1), 16)
+    ids, labels = grammar.labelled_batch(tokenizer, np.random.default_rng(1), 16)
     assert ids.shape == (16, grammar.WIDTH)
     assert labels.shape == (16, grammar.WIDTH, len(grammar.HEADS))
     for row, label in zip(ids, labels, strict=True):
@@ -154,7 +149,7 @@ def test_stored_encoder_is_loaded_unchanged():
     model = TinyFlux(TOKENIZERS)
     checkpoint = {"weights": model.state_dict(), "average": dict(model.named_parameters())}
     encoder = TinyFlux(TOKENIZERS).t5  # Its embedding has two names in the state dictionary.
-    grammar.store(checkpoint, encoder)
+    grammar.store_encoder(checkpoint, encoder)
     for weights in checkpoint.values():
         model = TinyFlux(TOKENIZERS)
         model.load_state_dict(weights, strict=False)
@@ -167,22 +162,22 @@ class FakeLatents:
 
     count = 512
 
-    def batch(self, position, size):
+    def labelled_batch(self, position, size):
         scenes = [training_scene(np.random.default_rng((position, i))) for i in range(size)]
         return torch.zeros(size, 16, 64, 64), scenes
 
 
 def test_small_windows_prefer_two_objects_and_high_sigma():
     for kind, least_pairs, least_share in (
-        (Kind(512, 1, 8), 40, 0.8),
-        (Kind(512, 1, 16), 0, 0.25),
+        (StepKind(512, 1, 8), 40, 0.8),
+        (StepKind(512, 1, 16), 0, 0.25),
     ):
-        x0, _, sigma, _, captions, _, ids = draw(FakeLatents(), kind, (0, 1), 48, 0, 0.0)
+        x0, _, sigma, _, captions, _, ids = draw_batch(FakeLatents(), kind, (0, 1), 48, 0, 0.0)
         assert x0.shape == (48, kind.grid**2, 64)
         assert ids.shape == (48, kind.grid**2, 3)
-        pairs = sum(bool(grammar.BETWEEN.search(text)) for text in captions)
+        pairs = sum(bool(grammar.SEPARATOR.search(text)) for text in captions)
         assert pairs >= least_pairs
-        high = 0.978 if kind.within else 0.949  # Sigma 0.85 and 0.7, shifted by 8.
+        high = 0.978 if kind.is_within_thing else 0.949  # Sigma 0.85 and 0.7, shifted by 8.
         assert (sigma > high).float().mean() >= least_share
         assert sigma.max() <= 1
 
@@ -190,7 +185,9 @@ def test_small_windows_prefer_two_objects_and_high_sigma():
 def test_wide_windows_prefer_large_objects_rings_and_crosses():
     large, large_or_hard, large_and_hard = 0, 0, 0
     for seed in range(20):
-        *_, captions, weight, ids = draw(FakeLatents(), Kind(512, 1, 24), (seed,), 7, 0, 0.0)
+        *_, captions, weight, ids = draw_batch(
+            FakeLatents(), StepKind(512, 1, 24), (seed,), 7, 0, 0.0
+        )
         assert weight.shape == (7, 24 * 24, 1)
         assert ids.max() <= 31
         for text in captions:
