@@ -162,7 +162,7 @@ class FakeLatents:
 
     count = 512
 
-    def labelled_batch(self, position, size):
+    def batch(self, position, size):
         scenes = [training_scene(np.random.default_rng((position, i))) for i in range(size)]
         return torch.zeros(size, 16, 64, 64), scenes
 
