@@ -4,8 +4,9 @@
     python -m benchmarks.conversion --double 1 --single 2 --shard-mb 256
 
 Writes a diffusers transformer with a few blocks of full width and random bfloat16 weights. Each
-round copies it, converts it and verifies the result, each in a process of its own and with an empty
-page cache (Linux only).
+round copies it, converts it and verifies the result, each in a process of its own. The files are
+dropped from the page cache before each of the three, so that they are read from the disk (Linux
+only).
 
 Times run from the start of the process until all data is on the disk. Peak memory is the highest
 resident size of the converting process, memory-mapped files included; "floor MB" is the peak of a

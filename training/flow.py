@@ -11,11 +11,11 @@ A run consists of phases. Each phase is one command, which continues from the la
 
     128      images of 128 px, with FLUX's positions
     128@4    images of 128 px, with positions four apart, as in an image of 512 px
-    512/16   windows of 16 x 16 tokens from images of 512 px, each on a thing, with the positions
-             and the caption of the whole image (Patch Diffusion, arXiv 2304.12526): they teach
-             outlines with a quarter of the tokens; whole images teach what spans more than a window
-    512/8    windows within a thing, of scenes with two different things, mostly at noise levels
-             that hide which of the two it is, so that the caption must tell
+    512/16   windows of 16 x 16 tokens around a thing in an image of 512 px, with their positions in
+             it and its whole caption (Patch Diffusion, arXiv 2304.12526): they teach outlines with
+             a quarter of the tokens; whole images teach what spans more than a window
+    512/8    windows within a thing, preferably of scenes with two different things, mostly at noise
+             levels that hide which of the two it is, so that the caption must tell
     512/24   windows for large things, which are wider than 16 tokens and occur in one scene of
              seven, and for rings and crosses
 
@@ -29,8 +29,8 @@ unchanged.
 `--distil` teaches guidance, so that one forward pass replaces two, as in FLUX.1-dev. The target is
 `u0 + g (u - u0)`, where u and u0 are the velocities of the frozen averaged weights with and without
 the prompt, and g is the guidance scale given to the model (Meng et al., arXiv 2210.03142). Unlike
-`noise - x0`, it is a function of the noisy tokens. Before distillation the guidance scale is random
-and has no effect to learn.
+`noise - x0`, it is determined by the model's inputs. Before distillation the guidance scale is
+random and unrelated to the target.
 
 `--refine` trains a model that has learned guidance, and keeps the guidance. If the model's velocity
 v is `u0 + g (u - u0)`, it implies the plain velocity `u = u0 + (v - u0) / g`; that one is compared

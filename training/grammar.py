@@ -1,4 +1,4 @@
-"""Trains the T5 encoder on captions alone, as FLUX's T5 is trained before it is used.
+"""Trains the T5 encoder on captions alone; FLUX's T5 too was trained on text alone.
 
     python -m training.grammar --steps 3000     # creates a checkpoint if there is none
 

@@ -150,7 +150,7 @@ def find_threshold(count: Callable[[float], int], target: int, upper: float) -> 
     """Find the threshold whose number of evaluations is nearest to `target`, by bisection.
 
     Args:
-        count: returns the number of evaluations for a threshold; decreasing.
+        count: returns the number of evaluations for a threshold; it falls with the threshold.
         target: the number of evaluations to reach.
         upper: upper end of the search; the lower end is 0.
     """
