@@ -36,7 +36,7 @@ def load(
             parts of the checkpoint.
         sharding: sharding of all arrays, or a function that returns the sharding of a leaf from its
             path (such as "transformer/single_blocks/out/kernel") and shape. The default is the
-            first device. Each device reads only its own shards.
+            first device. Each device reads its own shards.
         check: compare every array with the digest stored when it was written. This copies each
             array from its device to the host. Arrays sharded across processes are not compared.
         loras: low-rank updates (LoRA) to add, a (safetensors file, scale) pair each. A scale of 1

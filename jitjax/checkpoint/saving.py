@@ -75,6 +75,7 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     Raises:
         FileExistsError: `path` exists, and `overwrite` is false or it is not a checkpoint.
         FileNotFoundError: the text encoders' tokenizer folder does not exist.
+        OSError: a file cannot be written.
         ValueError: all parts are empty.
     """
     parts = [part for part in PARTS if getattr(params, part)]

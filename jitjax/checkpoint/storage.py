@@ -1,7 +1,7 @@
 """Writes and reads the arrays of a checkpoint, in pieces and with a digest of each array.
 
 Each part of a checkpoint is one orbax checkpoint with one Zarr array per leaf. Orbax reads it. This
-module writes it by hand, in orbax's layout:
+module writes orbax's layout by hand, starting from stubs that orbax saves:
 
     params/<part>/                  saved by orbax, with a stub of one element for each leaf
         state/_METADATA             orbax's, with the `write_shape` of each leaf edited
@@ -120,7 +120,7 @@ def split_into_chunks(
 
     Yields:
         index of the chunk, its data (uint8), and the bytes of a full chunk. The data of a chunk at
-        the end of an axis is shorter than a full chunk.
+        the end of an axis may be shorter than a full chunk.
 
     Raises:
         ValueError: `start` is not a multiple of `chunk[0]`.
@@ -142,7 +142,7 @@ class Writer:
     def __init__(self, path: Path):
         self.path = path
         self._leaves_folder = path.with_name(f"{path.name}.leaves")
-        self._arrays: dict[str, Any] = {}  # TensorStore's
+        self._arrays: dict[str, Any] = {}  # TensorStore arrays
         self._digests: dict[str, Digest] = {}
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._pool = ThreadPoolExecutor(2)
