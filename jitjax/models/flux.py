@@ -58,7 +58,7 @@ class DoubleBlock(nn.Module):
 
     config: TransformerConfig
     dtype: Any
-    attention: str
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -104,7 +104,7 @@ class SingleBlock(nn.Module):
 
     config: TransformerConfig
     dtype: Any
-    attention: str
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
