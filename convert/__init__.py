@@ -1,14 +1,16 @@
 """Conversion of PyTorch checkpoints in both directions, and `python -m jitjax.convert`.
 
     tables/  <--  components.py  <--  sources/  <--  lora.py  <--  targets/  <--  __main__.py
+                  original.py
 
 Each of these imports only those to its left. `tables/` maps source tensors to parameter leaves and
-applies the mapping; `components.py` lists the models of a diffusers folder; `sources/` finds and
-reads tensors; `lora.py` adds low-rank updates; `targets/` writes.
+applies the mapping; `components.py` lists the models of a diffusers folder; `original.py` has the
+names of the original release; `sources/` finds and reads tensors; `lora.py` adds low-rank updates;
+`targets/` writes.
 
 To add a layout (the same models with other tensor names):
 
-1. `tables/original.py` maps diffusers names to the names of the original release. Write such a
+1. `original.py` maps diffusers names to the names of the original release. Write such a
    function for the new names (`tables/transformer.py` and its neighbours have the diffusers names).
 2. In `sources/layouts.py`, add a `Layout` to `LAYOUTS`: the name of a tensor that no other layout
    has, and a function that infers the configuration from the shapes.

@@ -31,9 +31,9 @@ from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
 
 from .components import COMPONENTS, component_of
+from .original import Rows, autoencoder_parts, transformer_parts
 from .sources.tensors import Weights, scan
 from .tables.engine import TRANSFORMS, ConversionError, Rule
-from .tables.original import Rows, autoencoder_parts, transformer_parts
 
 ORIGINAL = {"transformer": transformer_parts, "autoencoder": autoencoder_parts}
 PREFIXES = (

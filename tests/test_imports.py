@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config")
 TABLES, SOURCES = "jitjax.convert.tables", "jitjax.convert.sources"
 COMPONENTS, LORA = "jitjax.convert.components", "jitjax.convert.lora"
+ORIGINAL = "jitjax.convert.original"
 
 # Module or package -> what it may import from jitjax, besides itself. For each module the longest
 # name that contains it applies.
@@ -24,9 +25,10 @@ ALLOWED = {
     "jitjax.convert": (),
     "jitjax.convert.tables": BASE,
     "jitjax.convert.components": (TABLES, *BASE),
-    "jitjax.convert.sources": (COMPONENTS, TABLES, *BASE),
-    "jitjax.convert.lora": (SOURCES, COMPONENTS, TABLES, *BASE),
-    "jitjax.convert.targets": (LORA, SOURCES, COMPONENTS, TABLES, *BASE),
+    "jitjax.convert.original": (TABLES, *BASE),
+    "jitjax.convert.sources": (ORIGINAL, COMPONENTS, TABLES, *BASE),
+    "jitjax.convert.lora": (SOURCES, ORIGINAL, COMPONENTS, TABLES, *BASE),
+    "jitjax.convert.targets": (LORA, SOURCES, ORIGINAL, COMPONENTS, TABLES, *BASE),
     # Only the command may import `jitjax.loading`: `--to-diffusers` also takes bundled names.
     "jitjax.convert.__main__": ("jitjax.convert", "jitjax.loading", *BASE),
     "jitjax": ("jitjax",),

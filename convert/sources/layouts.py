@@ -15,8 +15,8 @@ from typing import Any
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
 
 from ..components import component_of
+from ..original import Part, autoencoder_parts, original_shapes, transformer_parts
 from ..tables.engine import Shape
-from ..tables.original import Part, autoencoder_parts, original_shapes, transformer_parts
 
 Shapes = Mapping[str, Shape]
 

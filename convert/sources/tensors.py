@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..original import Part, Rows, original_shapes
 from ..tables.engine import ConversionError, Shape, find_mismatches
-from ..tables.original import Part, Rows, original_shapes
 from ..tables.text import canonical_names
 from .gguf_files import GgufTensor, scan_gguf
 
@@ -164,7 +164,7 @@ class Weights:
 
 
 class OriginalWeights:
-    """Tensors of the original release under diffusers names; see `tables/original.py`.
+    """Tensors of the original release under diffusers names; see `original.py`.
 
     Has the attributes of `Weights`, by diffusers name.
 

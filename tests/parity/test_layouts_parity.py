@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import (  # noqa: E402
 
 from jitjax.config import AutoencoderConfig, TransformerConfig  # noqa: E402
 from jitjax.convert.components import component_of  # noqa: E402
-from jitjax.convert.tables.original import (  # noqa: E402
+from jitjax.convert.original import (  # noqa: E402
     autoencoder_parts,
     original_shapes,
     transformer_parts,

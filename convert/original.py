@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from jitjax.config import AutoencoderConfig, TransformerConfig
 
-from .engine import Shape
+from .tables.engine import Shape
 
 Rows = tuple[tuple[int, int], ...]
 
