@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.checkpoint import FluxParams
-from jitjax.checkpoint.storage import atomic_folder
+from jitjax.checkpoint.atomic import atomic_folder
 from jitjax.config import FluxConfig
 
 from ..components import (

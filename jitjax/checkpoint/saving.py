@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jitjax.checkpoint import storage
+from jitjax.checkpoint.atomic import atomic_folder
 from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 
@@ -135,7 +136,7 @@ def checkpoint_writer(
     for folder in tokenizers:
         if not folder.is_dir():
             raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; expected a folder")
-    with storage.atomic_folder(target, overwrite=overwrite) as new:
+    with atomic_folder(target, overwrite=overwrite) as new:
         for folder in tokenizers:
             shutil.copytree(folder, new / folder.name)
         writers = {part: storage.Writer(new / "params" / part) for part in parts}
