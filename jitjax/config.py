@@ -31,7 +31,6 @@ ConfigT = TypeVar("ConfigT")
 def _from_mapping(
     cls: type[ConfigT],
     raw: Mapping[str, Any],
-    renames: Mapping[str, str],
     supported: Mapping[str, Any],
 ) -> ConfigT:
     """Build `cls` from the dictionary of a diffusers or transformers JSON file.
@@ -39,7 +38,6 @@ def _from_mapping(
     Args:
         cls: a config dataclass. Keys that are no fields of it are ignored.
         raw: the dictionary.
-        renames: keys of `raw` -> fields of `cls`, where they differ.
         supported: keys of `raw` -> the only value implemented.
 
     Raises:
@@ -55,9 +53,8 @@ def _from_mapping(
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in raw.items():
-        name = renames.get(key, key)
-        if name in names and value is not None:
-            values[name] = tuple(value) if isinstance(value, list) else value
+        if key in names and value is not None:
+            values[key] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 
@@ -107,7 +104,7 @@ class TransformerConfig:
                 f"({raw.get('in_channels', 64)})"
             )
         # If the file leaves out guidance_embeds, diffusers takes False; FLUX.1-dev has True.
-        return _from_mapping(cls, {"guidance_embeds": False, **raw}, {}, {"patch_size": 1})
+        return _from_mapping(cls, {"guidance_embeds": False, **raw}, {"patch_size": 1})
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class T5Config:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> T5Config:
         """Build from `text_encoder_2/config.json`; unsupported settings raise `ValueError`."""
-        return _from_mapping(cls, raw, {}, {"feed_forward_proj": "gated-gelu"})
+        return _from_mapping(cls, raw, {"feed_forward_proj": "gated-gelu"})
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class CLIPConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> CLIPConfig:
         """Build from `text_encoder/config.json`; unsupported settings raise `ValueError`."""
-        return _from_mapping(cls, raw, {}, {})
+        return _from_mapping(cls, raw, {})
 
 
 @dataclass(frozen=True)
@@ -225,7 +222,7 @@ class AutoencoderConfig:
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
-        return _from_mapping(cls, raw, {}, supported)
+        return _from_mapping(cls, raw, supported)
 
 
 @dataclass(frozen=True)
