@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
 from jitjax.models import autoencoder, clip, flux, t5
+from jitjax.validation import read_json
 
 from .tables.autoencoder import AUTOENCODER_IGNORED, autoencoder_rules
 from .tables.engine import (
@@ -78,6 +78,14 @@ class Component:
     def source_shapes(self, config: Any) -> dict[str, Shape]:
         """Return canonical name -> shape of every source tensor of a model of `config`."""
         return expected_sources(self.rules(config), leaf_shapes(self.abstract_params(config)))
+
+    def read_config(self, path: Path) -> Any:
+        """Return the configuration in a `config.json`. Raises `ValueError` that names the file."""
+        raw = read_json(path)
+        try:
+            return self.config.from_diffusers(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 COMPONENTS = (
@@ -160,17 +168,6 @@ def from_state(name: str, state: Mapping[str, np.ndarray], config: Any, dtype: A
     check_keys(rules, shapes, sources, label=name, ignored=component.ignored)
     dtypes = leaf_dtypes(rules, {n: state[stored].dtype for n, stored in names.items()}, dtype)
     return build_tree(rules, shapes, dtypes, lambda canonical: state[names[canonical]])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `ValueError` if the file does not contain one."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a complete JSON file: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} contains a {type(raw).__name__}; expected a JSON object")
-    return raw
 
 
 def byte_bar(total: int, label: str, show: bool) -> tqdm:

@@ -1,28 +1,32 @@
 """Frozen, hashable, validated configurations of the models.
 
-A config holds no arrays. `from_diffusers` reads the dictionary of a JSON file in a diffusers
-folder. It raises for a setting that is not implemented, since ignoring one would give a wrong
-image.
+A config holds no arrays. Its annotations give the type and the range of each field. A value of
+another type, or out of range, is a `ValueError`; the limits are far above every FLUX model.
+`from_diffusers` reads the dictionary of a JSON file in a diffusers folder. It raises for a setting
+that is not implemented, since ignoring one would give a wrong image.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from jitjax.validation import Range, check_fields, shown, type_hints
 
 PATCH = 2
 """Latent pixels per side of a patch: FLUX packs 2 x 2 latent pixels into one token."""
 
 
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"{type(config).__name__}.{name} is {value!r}; expected a positive integer"
-            )
+MAX_LEVELS = 8
+"""Largest number of resolutions of an autoencoder; FLUX.1's has 4."""
+Count = Annotated[int, Range(1, 1024)]
+"""Number of blocks, heads, groups or channels, or the width of a head."""
+Width = Annotated[int, Range(1, 2**20)]
+"""Width of a layer, or number of entries of a table; FLUX.1's largest is 49408."""
+TokenId = Annotated[int, Range(0, 2**20)]
+Epsilon = Annotated[float, Range(1e-12, 1)]
+Exponent = Annotated[float, Range(-10, 10)]
 
 
 ConfigT = TypeVar("ConfigT")
@@ -41,21 +45,17 @@ def _from_mapping(
         supported: keys of `raw` -> the only value implemented.
 
     Raises:
-        ValueError: values other than the supported ones; all of them in one message.
+        ValueError: values other than the supported ones; all of them in one message. Or a value
+            of a wrong type, or out of range.
     """
     unsupported = [
-        f"{key} is {raw[key]!r}, only {value!r} is implemented"
+        f"{key} is {shown(raw[key])}, only {value!r} is implemented"
         for key, value in supported.items()
         if key in raw and raw[key] != value
     ]
     if unsupported:
         raise ValueError(f"{cls.__name__}: " + "; ".join(unsupported))
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key in names and value is not None:
-            values[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
+    return cls(**{name: raw[name] for name in type_hints(cls) if name in raw})
 
 
 @dataclass(frozen=True)
@@ -65,23 +65,22 @@ class TransformerConfig:
     Field names are those of diffusers' `transformer/config.json`.
     """
 
-    in_channels: int = 64
-    num_layers: int = 19
-    num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 768
+    in_channels: Width = 64
+    num_layers: Count = 19
+    num_single_layers: Count = 38
+    attention_head_dim: Count = 128
+    num_attention_heads: Count = 24
+    joint_attention_dim: Width = 4096
+    pooled_projection_dim: Width = 768
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "in_channels", "num_layers", "num_single_layers")
-        _check_positive(self, "attention_head_dim", "num_attention_heads")
-        _check_positive(self, "joint_attention_dim", "pooled_projection_dim")
+        check_fields(self)
         if len(self.axes_dims_rope) != 3 or any(d < 0 or d % 2 for d in self.axes_dims_rope):
             raise ValueError(
-                f"TransformerConfig.axes_dims_rope is {self.axes_dims_rope}; expected 3 even widths"
+                f"TransformerConfig.axes_dims_rope is {shown(self.axes_dims_rope)}; "
+                "expected 3 even widths"
             )
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
@@ -100,8 +99,8 @@ class TransformerConfig:
         out = raw.get("out_channels")
         if out is not None and out != raw.get("in_channels", 64):
             raise ValueError(
-                f"TransformerConfig: out_channels is {out}; expected in_channels "
-                f"({raw.get('in_channels', 64)})"
+                f"TransformerConfig: out_channels is {shown(out)}; expected in_channels "
+                f"({shown(raw.get('in_channels', 64))})"
             )
         # If the file leaves out guidance_embeds, diffusers takes False; FLUX.1-dev has True.
         return _from_mapping(cls, {"guidance_embeds": False, **raw}, {"patch_size": 1})
@@ -114,19 +113,25 @@ class T5Config:
     Field names are those of transformers' `text_encoder_2/config.json`.
     """
 
-    vocab_size: int = 32128
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Width = 32128
+    d_model: Width = 4096
+    d_kv: Count = 64
+    d_ff: Width = 10240
+    num_layers: Count = 24
+    num_heads: Count = 64
+    relative_attention_num_buckets: Annotated[int, Range(4, 2**20)] = 32
+    relative_attention_max_distance: Width = 128
+    layer_norm_epsilon: Epsilon = 1e-6
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        _check_positive(self, "relative_attention_num_buckets", "relative_attention_max_distance")
+        check_fields(self)
+        exact = self.relative_attention_num_buckets // 4
+        if self.relative_attention_max_distance <= exact:
+            raise ValueError(
+                f"T5Config.relative_attention_max_distance is "
+                f"{self.relative_attention_max_distance}; expected more than {exact}, a quarter of "
+                "relative_attention_num_buckets"
+            )
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> T5Config:
@@ -143,19 +148,18 @@ class CLIPConfig:
     transformers.
     """
 
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2
+    vocab_size: Width = 49408
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    max_position_embeddings: Width = 77
+    layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: TokenId = 2
     hidden_act: str = "quick_gelu"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _check_positive(self, "num_attention_heads", "max_position_embeddings")
+        check_fields(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"CLIPConfig.hidden_size is {self.hidden_size}; expected a multiple of "
@@ -163,13 +167,14 @@ class CLIPConfig:
             )
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(
-                f"CLIPConfig.hidden_act is {self.hidden_act!r}; expected 'quick_gelu' or 'gelu'"
+                f"CLIPConfig.hidden_act is {shown(self.hidden_act)}; expected 'quick_gelu' or 'gelu'"
             )
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> CLIPConfig:
         """Build from `text_encoder/config.json`; unsupported settings raise `ValueError`."""
-        return _from_mapping(cls, raw, {})
+        # transformers leaves out what equals its default: 8 heads, which no shape shows.
+        return _from_mapping(cls, {"num_attention_heads": 8, **raw}, {})
 
 
 @dataclass(frozen=True)
@@ -180,29 +185,27 @@ class AutoencoderConfig:
     `(mean - shift_factor) * scaling_factor`.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.3611
-    shift_factor: float = 0.1159
+    in_channels: Count = 3
+    out_channels: Count = 3
+    latent_channels: Count = 16
+    block_out_channels: tuple[Width, ...] = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Range(1, 16)] = 2
+    norm_num_groups: Count = 32
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)] = 0.3611
+    shift_factor: Annotated[float, Range(-1e6, 1e6)] = 0.1159
 
     def __post_init__(self) -> None:
-        _check_positive(self, "in_channels", "out_channels", "latent_channels", "layers_per_block")
-        _check_positive(self, "norm_num_groups")
-        if not self.block_out_channels:
-            raise ValueError("AutoencoderConfig.block_out_channels is empty; expected channels")
-        bad = [w for w in self.block_out_channels if w < 1 or w % self.norm_num_groups]
+        check_fields(self)
+        if not 1 <= len(self.block_out_channels) <= MAX_LEVELS:
+            raise ValueError(
+                f"AutoencoderConfig.block_out_channels has {len(self.block_out_channels)} levels; "
+                f"expected 1 to {MAX_LEVELS}"
+            )
+        bad = [w for w in self.block_out_channels if w % self.norm_num_groups]
         if bad:
             raise ValueError(
                 f"AutoencoderConfig.block_out_channels has {bad}; expected positive multiples of "
                 f"norm_num_groups {self.norm_num_groups}"
-            )
-        if not self.scaling_factor > 0:
-            raise ValueError(
-                f"AutoencoderConfig.scaling_factor is {self.scaling_factor}; expected > 0"
             )
 
     @property
@@ -213,7 +216,8 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> AutoencoderConfig:
         """Build from `vae/config.json`; unsupported settings raise `ValueError`."""
-        levels = len(raw.get("block_out_channels", (0,) * 4))
+        channels = raw.get("block_out_channels", (0,) * 4)
+        levels = len(channels) if isinstance(channels, (list, tuple)) else 0
         supported = {
             "act_fn": "silu",
             "use_quant_conv": False,
@@ -247,17 +251,17 @@ class FluxConfig:
     t5: T5Config = field(default_factory=T5Config)
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    text_length: int = 512
-    image_size: int = 1024
+    text_length: Annotated[int, Range(1, 8192)] = 512
+    image_size: Annotated[int, Range(1, 8192)] = 1024
     dynamic_shift: bool = True
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    base_seq: int = 256
-    max_seq: int = 4096
-    shift: float = 3.0
+    base_shift: Exponent = 0.5
+    max_shift: Exponent = 1.15
+    base_seq: Width = 256
+    max_seq: Width = 4096
+    shift: Annotated[float, Range(1e-3, 1e3)] = 3.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "text_length", "image_size", "base_seq", "max_seq")
+        check_fields(self)
         pairs = (
             ("transformer.joint_attention_dim", self.transformer.joint_attention_dim, "t5.d_model",
              self.t5.d_model),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config")
+BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config", "jitjax.validation")
 TABLES, SOURCES = "jitjax.convert.tables", "jitjax.convert.sources"
 COMPONENTS, LORA = "jitjax.convert.components", "jitjax.convert.lora"
 ORIGINAL = "jitjax.convert.original"
@@ -18,10 +18,11 @@ ORIGINAL = "jitjax.convert.original"
 # Module or package -> what it may import from jitjax, besides itself. For each module the longest
 # name that contains it applies.
 ALLOWED = {
-    "jitjax.config": (),
+    "jitjax.validation": (),
+    "jitjax.config": ("jitjax.validation",),
     "jitjax.sampler": (),
     "jitjax.models": ("jitjax.config",),
-    "jitjax.checkpoint": ("jitjax.models", "jitjax.config"),
+    "jitjax.checkpoint": ("jitjax.models", "jitjax.config", "jitjax.validation"),
     "jitjax.convert": (),
     "jitjax.convert.tables": BASE,
     "jitjax.convert.components": (TABLES, *BASE),

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jitjax.checkpoint import METADATA_FILE, PARTS, TEXT_ENCODERS, FluxParams
 from jitjax.config import FluxConfig
+from jitjax.validation import Range, check, listed, read_json, shown, type_hints
 
 from ..components import (
     COMPONENTS,
@@ -28,7 +30,6 @@ from ..components import (
     SHIFT_FIELDS,
     Component,
     byte_bar,
-    read_json,
 )
 from ..tables.engine import (
     ConversionError,
@@ -45,6 +46,8 @@ TEXT_LENGTH = 512
 """Largest number of T5 tokens that FLUX was trained with; the tokenizer may have a lower limit."""
 IMAGE_SIZE = 1024
 """Image side in pixels, if `vae/config.json` has no `sample_size`."""
+MaxLength = Annotated[float, Range(1, math.inf)]
+"""`model_max_length` of a tokenizer; transformers writes 10**30 for no limit."""
 
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -61,7 +64,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are no weights, or a shard of the index is missing.
-        ValueError: there are both a single file and an index.
+        ValueError: there are both a single file and an index, or the index lists files elsewhere.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists() and index.exists():
@@ -69,17 +72,26 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing or not shards:
-            if not shards:
-                raise FileNotFoundError(f"{index} lists no files")
-            raise FileNotFoundError(f"{index} lists missing files: {', '.join(missing)}")
-        return [folder / name for name in shards]
+        return _shards(index)
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
     others += [p.name for p in sorted(folder.glob("*.safetensors"))]
     contents = ", ".join(others) or "no weight files"
     raise FileNotFoundError(f"{folder} has {contents}; expected {single.name} or {index.name}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index lists; they are in its own folder."""
+    names = read_json(index).get("weight_map")
+    shards = sorted(set(check(names, dict[str, str], f"{index}: weight_map").values()))
+    elsewhere = [shown(name) for name in shards if re.search(r"^\.*$|[/\\\0]", name)]
+    if elsewhere:
+        raise ValueError(f"{index} lists {elsewhere[0]}; expected names of files beside it")
+    if not shards:
+        raise FileNotFoundError(f"{index} lists no files")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} lists missing files:{listed(missing)}")
+    return [index.parent / name for name in shards]
 
 
 def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
@@ -110,25 +122,38 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
     pipeline = read_json(folder / "model_index.json").get("_class_name")
     if pipeline != PIPELINE:
         raise ValueError(
-            f"{folder}/model_index.json: _class_name is {pipeline!r}; expected {PIPELINE}"
+            f"{folder}/model_index.json: _class_name is {shown(pipeline)}; expected {PIPELINE}"
         )
     models = {
-        component.name: component.config.from_diffusers(read_json(path))
+        component.name: component.read_config(path)
         for component, path in zip(COMPONENTS, paths, strict=True)
     }
-    limit = read_json(tokenizers[1]).get("model_max_length") or TEXT_LENGTH
-    return FluxConfig(
-        **models,
-        **_read_shift(scheduler),
-        text_length=int(min(TEXT_LENGTH, limit)),
-        image_size=read_json(folder / "vae" / "config.json").get("sample_size", IMAGE_SIZE),
+    limit = _optional(tokenizers[1], "model_max_length", MaxLength, TEXT_LENGTH)
+    size = type_hints(FluxConfig)["image_size"]
+    try:
+        return FluxConfig(
+            **models,
+            **_read_shift(scheduler),
+            text_length=int(min(TEXT_LENGTH, limit)),
+            image_size=_optional(folder / "vae" / "config.json", "sample_size", size, IMAGE_SIZE),
+        )
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from None
+
+
+def _optional(path: Path, key: str, expected: Any, default: Any) -> Any:
+    """Return the value of a key in a JSON file, or `default` if it is missing or null."""
+    return (
+        default
+        if (value := read_json(path).get(key)) is None
+        else check(value, expected, f"{path}: {key}")
     )
 
 
 def _read_shift(path: Path) -> dict[str, Any]:
     raw = read_json(path)
     unsupported = [
-        f"{key} is {raw[key]!r}; only {expected!r} is implemented"
+        f"{key} is {shown(raw[key])}; only {expected!r} is implemented"
         for key, expected in (
             ("_class_name", SCHEDULER),
             ("num_train_timesteps", 1000),
@@ -139,11 +164,15 @@ def _read_shift(path: Path) -> dict[str, Any]:
     switches = ("invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas")
     switches += ("use_exponential_sigmas", "use_karras_sigmas")
     unsupported += [
-        f"{key} is {raw[key]!r}, which is not implemented" for key in switches if raw.get(key)
+        f"{key} is {shown(raw[key])}, which is not implemented" for key in switches if raw.get(key)
     ]
     if unsupported:
         raise ValueError(f"{path}: " + ", and ".join(unsupported))
-    return {name: raw.get(key, default) for key, (name, default) in SHIFT_FIELDS.items()}
+    hints = type_hints(FluxConfig)
+    return {
+        name: check(raw.get(key, default), hints[name], f"{path}: {key}")
+        for key, (name, default) in SHIFT_FIELDS.items()
+    }
 
 
 @dataclass(frozen=True)

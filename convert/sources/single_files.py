@@ -23,7 +23,7 @@ from jitjax.config import (
     TransformerConfig,
 )
 
-from ..components import COMPONENTS, component_of, read_json
+from ..components import COMPONENTS, component_of
 from ..tables.engine import ConversionError
 from .diffusers_folder import (
     TEXT_LENGTH,
@@ -172,7 +172,7 @@ def _configure_and_prepare(
     component, label = component_of(layout.model), f"{path} ({layout.title})"
     try:
         if path.is_dir():
-            config = component.config.from_diffusers(read_json(path / "config.json"))
+            config = component.read_config(path / "config.json")
         else:
             config = layout.config(weights.shapes)
     except KeyError as error:
