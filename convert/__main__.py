@@ -11,13 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jitjax.checkpoint import PARTS, verify
+from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
 from jitjax.loading import load
 
 from .sources.hub import fetch, is_repository
 from .sources.single_files import open_sources
 from .targets.checkpoint import compare_sources, write_checkpoint
-from .targets.diffusers_folder import check_target, write_folder
+from .targets.diffusers_folder import check_complete, check_new_folder, write_folder
 
 DTYPES = {
     "auto": None,
@@ -169,6 +169,7 @@ def _to_checkpoint(options: argparse.Namespace) -> None:
         raise ValueError("nothing to convert; expected SOURCE or files, see --help")
     if options.out.exists() and not options.overwrite:
         raise FileExistsError(f"{options.out} already exists; --overwrite replaces it")
+    check_new_checkpoint(options.out, overwrite=options.overwrite)
     location = options.source
     if location is not None and is_repository(location):
         location = fetch(location, [part for part in options.parts or PARTS if part not in files])
@@ -198,7 +199,8 @@ def _to_diffusers(options: argparse.Namespace) -> None:
     other_options = (*MODEL_OPTIONS, "parts", "tokenizers", "dtype", "lora")
     if options.source is None or any(getattr(options, name) for name in other_options):
         raise ValueError("--to-diffusers takes only a checkpoint, --out and --overwrite")
-    check_target(options.out, options.overwrite)  # fail before the weights are read
+    check_new_folder(options.out, overwrite=options.overwrite)  # fail before weights are read
+    check_complete(Path(options.source))
     params = load(options.source)
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from jitjax.validation import Range, check_fields, shown, type_hints
+from jitjax.validation import Range, check, check_fields, shown, type_hints
 
 PATCH = 2
 """Latent pixels per side of a patch: FLUX packs 2 x 2 latent pixels into one token."""
@@ -55,7 +55,9 @@ def _from_mapping(
     ]
     if unsupported:
         raise ValueError(f"{cls.__name__}: " + "; ".join(unsupported))
-    return cls(**{name: raw[name] for name in type_hints(cls) if name in raw})
+    hints = {name: hint for name, hint in type_hints(cls).items() if name in raw}
+    values = {k: check(raw[k], hint, f"{cls.__name__}.{k}") for k, hint in hints.items()}
+    return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class CLIPConfig:
             )
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(
-                f"CLIPConfig.hidden_act is {shown(self.hidden_act)}; expected 'quick_gelu' or 'gelu'"
+                f"CLIPConfig.hidden_act is {shown(self.hidden_act)}; "
+                "expected 'quick_gelu' or 'gelu'"
             )
 
     @classmethod

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jitjax.checkpoint import PARTS, FluxParams
-from jitjax.checkpoint.restoring import Sharding, load_folder, place_on_devices
+from jitjax.checkpoint.restoring import Sharding, ShardingFor, load_folder, place_on_devices
+from jitjax.validation import shown
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 
@@ -20,7 +24,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Iterable[str] = PARTS,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     check: bool = True,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
@@ -28,17 +32,20 @@ def load(
     """Load the parameters of a pipeline.
 
     Args:
-        path: name of a bundled checkpoint ("tiny"), or a folder written by `save` or by
-            `python -m jitjax.convert`.
-        dtype: floating-point dtype of the parameters and of the computation. The default is the
-            stored dtype; the bundled checkpoint is stored in float16 and loaded as float32.
+        path: name of a bundled checkpoint (the string "tiny"), or a folder written by `save` or by
+            `python -m jitjax.convert`. `"./tiny"` and `Path("tiny")` are folders.
+        dtype: dtype of the parameters and of the computation: bfloat16, float16, float32, or, with
+            `jax_enable_x64`, float64. The default is the stored dtype; the bundled checkpoint is
+            stored in float16 and loaded as float32.
         parts: names of the parts to load, of `PARTS`; the others stay empty. The default is all
             parts of the checkpoint.
         sharding: sharding of all arrays, or a function that returns the sharding of a leaf from its
-            path (such as "transformer/single_blocks/out/kernel") and shape. The default is the
-            first device. Each device reads its own shards.
-        check: compare every array with the digest stored when it was written. This copies each
-            array from its device to the host. Arrays sharded across processes are not compared.
+            path (such as "transformer/single_blocks/out/kernel") and shape. The default is
+            `jax.default_device` or, if it is not set, the first device of this process; the arrays
+            are committed to it. Each device reads its own shards.
+        check: compare every array, and the configuration, with the digest stored when it was
+            written. This copies each array from its device to the host. Arrays sharded across
+            processes are not compared.
         loras: low-rank updates (LoRA) to add, a (safetensors file, scale) pair each. A scale of 1
             is the strength used in training. Changed leaves are computed in host memory, one after
             another.
@@ -48,22 +55,23 @@ def load(
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        TypeError: `path`, `sharding` or `loras` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
-            damaged; a requested part is missing; or an update does not fit the parameters (the
-            message lists all keys that do not fit).
+            damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
+            is missing; or an update does not fit the parameters.
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import merge_loras  # pyright: ignore[reportMissingImports]
     from jitjax.convert.sources.diffusers_folder import read_folder  # pyright: ignore[reportMissingImports]
 
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or isinstance(parts, str) or not parts:
-        raise ValueError(f"parts is {parts!r}; expected some of {PARTS}")
-    sharding_for = (
-        sharding if callable(sharding) else lambda path, shape: sharding or _first_device()
-    )
-    if isinstance(path, str) and (BUNDLED / path / "model_index.json").is_file():
-        params = read_folder(BUNDLED / path, dtype=dtype or jnp.float32, parts=parts)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is {shown(path)}; expected a path, or one of {bundled()}")
+    wanted = _check_parts(parts)
+    kind = None if dtype is None else _check_dtype(dtype)
+    sharding_for = _sharding_function(sharding)
+    _check_loras(loras)
+    if isinstance(path, str) and path in bundled():
+        params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
         params = place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
@@ -72,12 +80,82 @@ def load(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
                 f"`python -m jitjax.convert`, or one of {bundled()}"
             )
-        params = load_folder(folder, dtype, parts, sharding_for, check)
+        params = load_folder(folder, kind, wanted, sharding_for, check)
     return merge_loras(params, loras) if loras else params
 
 
-def _first_device() -> Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _check_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """Return the parts as a tuple. Raises `ValueError` unless they are some of `PARTS`."""
+    wanted = () if isinstance(parts, str) or not isinstance(parts, Iterable) else tuple(parts)
+    if not wanted or any(part not in PARTS for part in wanted):
+        value = wanted or parts
+        raise ValueError(f"parts is {shown(value)}; expected some of {PARTS}")
+    return wanted
+
+
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype. Raises `ValueError` unless parameters can be computed with in it."""
+    names = ["bfloat16", "float16", "float32"]
+    if jnp.zeros((), float).dtype == np.float64:
+        names.append("float64")
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or kind.name not in names:
+        hint = ", and jax_enable_x64 for it" if kind == np.float64 else ""
+        raise ValueError(
+            f"dtype is {kind.name if kind else shown(dtype)}; expected {', '.join(names)}{hint}"
+        )
+    return kind
+
+
+def _sharding_function(sharding: Any) -> ShardingFor:
+    """Return a function from the path and shape of a leaf to its sharding."""
+    if sharding is None:
+        default = jax.sharding.SingleDeviceSharding(_default_device())
+        return lambda path, shape: default
+    if isinstance(sharding, Sharding):
+        return lambda path, shape: sharding
+    if not callable(sharding):
+        raise TypeError(
+            f"sharding is {shown(sharding)}; expected a jax.sharding.Sharding, or a function that "
+            "returns one from the path and shape of a leaf"
+        )
+
+    def checked(path: str, shape: tuple[int, ...]) -> Sharding:
+        found = sharding(path, shape)
+        if not isinstance(found, Sharding):
+            raise TypeError(
+                f"sharding({path!r}, {shape}) is {shown(found)}; expected a jax.sharding.Sharding"
+            )
+        return found
+
+    return checked
+
+
+def _default_device() -> Any:
+    """Return the device of `jax.default_device`, or the first device of this process."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(device, str):  # the name of a platform
+        return jax.local_devices(backend=device)[0]
+    return device or jax.local_devices()[0]
+
+
+def _check_loras(loras: Any) -> None:
+    """Raise an error for what is no list of (existing file, scale), before weights are read."""
+    is_sequence = isinstance(loras, Sequence) and not isinstance(loras, (str, bytes))
+    for pair in loras if is_sequence else (loras,):
+        if not (
+            is_sequence
+            and isinstance(pair, (tuple, list))
+            and len(pair) == 2
+            and isinstance(pair[0], (str, os.PathLike))
+            and isinstance(pair[1], Real)
+        ):
+            raise TypeError(f"loras has {shown(pair)}; expected a list of (file, scale) pairs")
+        if not os.path.exists(pair[0]):
+            raise FileNotFoundError(f"no file {str(pair[0])!r}; expected a LoRA")
 
 
 def bundled() -> list[str]:

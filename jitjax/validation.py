@@ -30,8 +30,8 @@ MAX_LINES = 20
 class Range:
     """Limits of a number, both included: `Annotated[int, Range(1, 8)]`. NaN is never in it."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
 
 
 def check(value: Any, expected: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ Peak memory is a few of the largest blocks, and does not grow with the size of t
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import hashlib
 import math
 import os
@@ -17,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from jitjax import checkpoint
 from jitjax.checkpoint.direct_io import aligned_buffer
+from jitjax.validation import check
 
 from ..components import byte_bar
 from ..lora import read_loras
@@ -91,6 +94,7 @@ def write_checkpoint(
     updates = read_loras(loras, source.config, parts)
     files = [*source.files, *(Path(file) for file, _ in loras)]
     sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
+    stop = threading.Event()
     with (
         ThreadPoolExecutor(1) as pool,
         checkpoint.checkpoint_writer(
@@ -103,26 +107,38 @@ def write_checkpoint(
         ) as add,
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
-        records = pool.submit(file_records, files)
-        for model, rule, start, piece in source.pieces(ArrayPool()):
-            updates.add_to(model.name, rule, piece, start)
-            add(model.name, rule.target, piece, start, model.shapes[rule.target])
-            bar.update(piece.nbytes)
-        sources_metadata["files"] = records.result()
+        records = pool.submit(file_records, files, stop)
+        try:
+            for model, rule, start, piece in source.pieces(ArrayPool()):
+                updates.add_to(model.name, rule, piece, start)
+                add(model.name, rule.target, piece, start, model.shapes[rule.target])
+                bar.update(piece.nbytes)
+            sources_metadata["files"] = [dataclasses.asdict(file) for file in records.result()]
+        finally:
+            stop.set()  # after an error nobody waits for the digests of the files
         sources_metadata["loras"] = [
             {"path": str(Path(file).resolve()), "scale": scale} for file, scale in loras
         ]
 
 
-def file_records(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return path, size in bytes and SHA-256 of each file."""
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that weights were read from: its path, size in bytes and SHA-256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def file_records(files: Sequence[Path], stop: threading.Event | None = None) -> list[SourceFile]:
+    """Return the record of each file; give up if `stop` is set."""
     records = []
     for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        records.append(
-            {"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": digest}
-        )
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+        with path.open("rb", buffering=0) as file:
+            while (size := file.readinto(buffer)) and not (stop and stop.is_set()):
+                digest.update(buffer[:size])
+        records.append(SourceFile(str(path.resolve()), path.stat().st_size, digest.hexdigest()))
     return records
 
 
@@ -136,12 +152,15 @@ def compare_sources(path: str | os.PathLike[str]) -> str:
         A sentence with the numbers of unchanged and of missing source files.
 
     Raises:
-        ValueError: source files have changed; the message lists them.
+        ValueError: source files have changed (the message lists them), or their records in
+            `jitjax.json` are damaged.
     """
-    recorded = checkpoint.read_metadata(path)["sources"].get("files", [])
-    available = [record for record in recorded if Path(record["path"]).is_file()]
-    current = file_records([Path(record["path"]) for record in available])
-    changed = [old["path"] for old, new in zip(available, current, strict=True) if old != new]
+    sources = checkpoint.read_metadata(path)["sources"]
+    label = f"{Path(path) / checkpoint.METADATA_FILE}: sources.files"
+    recorded: list[SourceFile] = check(sources.get("files", []), list[SourceFile], label)
+    available = [record for record in recorded if Path(record.path).is_file()]
+    current = file_records([Path(record.path) for record in available])
+    changed = [old.path for old, new in zip(available, current, strict=True) if old != new]
     if changed:
         raise ValueError(f"source files changed since the conversion: {', '.join(changed)}")
     missing = len(recorded) - len(available)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jitjax.checkpoint import FluxParams
-from jitjax.checkpoint.atomic import atomic_folder
+from jitjax.checkpoint import METADATA_FILE, PARTS, TOKENIZERS, FluxParams, read_metadata
+from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.config import FluxConfig
+from jitjax.validation import listed, read_json, shown
 
 from ..components import (
     COMPONENTS,
@@ -25,12 +26,13 @@ from ..components import (
     SHIFT_FIELDS,
     Component,
     byte_bar,
-    read_json,
 )
 from ..sources.diffusers_folder import read_config
 from ..tables.engine import ConversionError, Rule, invert_rule, leaf_shapes, leaves_by_path
 
 SHARD_BYTES = 5 * 10**9
+OWNED = ("model_index.json", "scheduler", *TOKENIZERS, *(c.folder for c in COMPONENTS))
+"""All that `write_folder` writes into the folder."""
 
 
 def write_folder(
@@ -48,26 +50,29 @@ def write_folder(
     Args:
         params: the parameters. The two tokenizers are copied from `params.tokenizer`.
         folder: the folder to write; parent folders are created.
-        overwrite: replace an existing diffusers folder.
+        overwrite: replace an existing diffusers folder: its `model_index.json` and the subfolders
+            of the models, scheduler and tokenizers. Other files stay.
         shard_bytes: approximate maximum size of one weight file. Larger models are written as
             several files, but a stacked leaf is never split.
         progress: show a progress bar.
 
     Raises:
-        FileExistsError: `folder` exists and may not be replaced.
+        FileExistsError: `folder` exists and may not be replaced, or another process writes it.
         FileNotFoundError: the tokenizers are missing.
         ConversionError: the parameters do not match their config.
-        ValueError: a diffusers folder cannot express the config.
+        ValueError: a part is missing, or a diffusers folder cannot express the config.
     """
-    folder = Path(folder).absolute()
-    check_target(folder, overwrite)
+    check_new_folder(folder, overwrite=overwrite)
+    _check_parts([part for part in PARTS if getattr(params, part)], "params")
     _check_trees(params)
-    tokenizers = [Path(params.tokenizer) / name for name in ("tokenizer", "tokenizer_2")]
+    tokenizers = [Path(params.tokenizer) / name for name in TOKENIZERS]
     for path in tokenizers:
         if not path.is_dir():
             raise FileNotFoundError(f"{path} not found; expected the folder of a tokenizer")
     arrays = jax.tree.leaves([getattr(params, c.name) for c in COMPONENTS])
-    with atomic_folder(folder, overwrite=overwrite) as new:
+    with atomic_folder(
+        folder, overwrite=overwrite, owned=OWNED, check_replaceable=_check_replaceable
+    ) as new:
         for path in tokenizers:
             shutil.copytree(path, new / path.name)
         _write_configs(params.config, new)
@@ -78,16 +83,41 @@ def write_folder(
                 _write_weights(params, component, new, shard_bytes, bar.update)
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise `FileExistsError` if `write_folder` may not write to `folder`."""
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{folder} already exists; expected a new folder, or overwrite")
-    if not folder.is_dir() or (
-        any(folder.iterdir()) and not (folder / "model_index.json").exists()
-    ):
+def check_new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Check that a diffusers folder may be written, without writing; for use before long work.
+
+    Raises:
+        FileExistsError, OSError: as for `write_folder`.
+    """
+    check_target(folder, overwrite, _check_replaceable)
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Raise `ValueError` if a checkpoint lacks models that a diffusers folder needs."""
+    if (checkpoint / METADATA_FILE).is_file():
+        _check_parts(read_metadata(checkpoint)["parts"], str(checkpoint))
+
+
+def _check_parts(parts: Sequence[str], label: str) -> None:
+    if missing := [part for part in PARTS if part not in parts]:
+        raise ValueError(
+            f"{label} has no {', '.join(missing)}; a diffusers folder needs {', '.join(PARTS)}"
+        )
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise `FileExistsError` unless `folder` is a diffusers folder of FLUX, or empty."""
+    index = folder / "model_index.json"
+    if not folder.is_dir() or (any(folder.iterdir()) and not index.is_file()):
         raise FileExistsError(f"{folder} is not a diffusers folder; it is not replaced")
+    try:
+        pipeline = read_json(index).get("_class_name", PIPELINE) if index.is_file() else PIPELINE
+    except ValueError:
+        return  # damaged, and about to be replaced
+    if pipeline != PIPELINE:
+        raise FileExistsError(
+            f"{folder} is a diffusers folder of {shown(pipeline)}; it is not replaced"
+        )
 
 
 def _check_trees(params: FluxParams) -> None:
@@ -106,7 +136,7 @@ def _check_trees(params: FluxParams) -> None:
                     f"{leaf} has shape {list(actual[path])}; expected {list(expected[path])}"
                 )
     if problems:
-        raise ConversionError("parameters do not match their config\n  " + "\n  ".join(problems))
+        raise ConversionError(f"parameters do not match their config{listed(problems)}")
 
 
 def _write_weights(

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder:
 
-    jitjax.json            format version, configuration, parts, sources, digest of each array
+    jitjax.json            format version, configuration, parts, sources, digests of the
+                           configuration and of each array
     tokenizer/             CLIP's tokenizer, as in a diffusers folder
     tokenizer_2/           T5's tokenizer
     params/transformer/    arrays of each part, an orbax checkpoint (see `storage.py`)
@@ -20,7 +21,14 @@ from jitjax.checkpoint.parameters import (
     abstract_params,
 )
 from jitjax.checkpoint.restoring import load_folder, verify
-from jitjax.checkpoint.saving import FORMAT, METADATA_FILE, checkpoint_writer, read_metadata, save
+from jitjax.checkpoint.saving import (
+    FORMAT,
+    METADATA_FILE,
+    check_new_checkpoint,
+    checkpoint_writer,
+    read_metadata,
+    save,
+)
 
 __all__ = [
     "FORMAT",
@@ -30,6 +38,7 @@ __all__ = [
     "TOKENIZERS",
     "FluxParams",
     "abstract_params",
+    "check_new_checkpoint",
     "checkpoint_writer",
     "load_folder",
     "read_metadata",

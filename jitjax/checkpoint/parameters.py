@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,12 @@ TEXT_ENCODERS = ("t5", "clip")
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FluxParams:
     """All parameters of a FLUX pipeline: a pytree of arrays, with the configuration as static data.
+
+    Two `FluxParams` are equal if they are the same object (`jax.tree.map` compares values). `repr`
+    is a summary, which copies nothing from the devices.
 
     Attributes:
         transformer, t5, clip, autoencoder: nested dictionaries of arrays, with the blocks stacked
@@ -37,6 +41,17 @@ class FluxParams:
     config: FluxConfig = dataclasses.field(metadata={"static": True})
     tokenizer: str = dataclasses.field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        parts = [f"{name}={_summary(tree)}" for name in PARTS if (tree := getattr(self, name))]
+        config = self.config
+        if isinstance(config, FluxConfig):
+            blocks = (config.transformer.num_layers, config.transformer.num_single_layers)
+            parts.append(
+                f"config=({blocks[0]} + {blocks[1]} blocks of width {config.transformer.hidden}, "
+                f"{config.text_length} text tokens, {config.image_size} px)"
+            )
+        return f"FluxParams({', '.join(parts)})"
+
     def part(self, name: str) -> dict[str, Any]:
         """Return the parameters of one of `PARTS`.
 
@@ -52,6 +67,26 @@ class FluxParams:
                 f"load or convert a checkpoint that has {name}{hint}"
             )
         return params
+
+
+def _summary(tree: Any) -> str:
+    """Describe a tree of arrays by dtypes, sizes and bytes; only shapes and dtypes are read."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    leaves = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+    counts = [math.prod(leaf.shape) for leaf in leaves]
+    if not leaves:
+        return "no arrays"
+    size = sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
+    dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    return f"{_short(sum(counts))} {dtypes} ({_short(size)}B)"
+
+
+def _short(number: int) -> str:
+    """Return a number with three digits and a decimal prefix, such as "11.9 G"."""
+    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}"
+    return f"{number} "
 
 
 def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxParams:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
@@ -20,8 +23,9 @@ from jitjax.checkpoint.parameters import (
     FluxParams,
     abstract_params,
 )
-from jitjax.checkpoint.saving import read_metadata
+from jitjax.checkpoint.saving import METADATA_FILE, read_metadata
 from jitjax.config import FluxConfig
+from jitjax.validation import listed
 
 Sharding = jax.sharding.Sharding
 ShardingFor = Callable[[str, tuple[int, ...]], Sharding]
@@ -54,7 +58,20 @@ def load_folder(
             f"{str(folder)!r} has no {', '.join(missing)}, only {', '.join(available)}"
         )
     digests = {part: metadata["digests"][part] if check else None for part in requested}
+    if check and not metadata["config_is_intact"]:
+        _check_shapes(folder, metadata["config"], requested)  # a more precise message
+        raise ValueError(f"{_CHANGED_CONFIG.format(folder / METADATA_FILE)}; {_REPAIR}")
     return _load_parts(folder, metadata["config"], digests, dtype, sharding_for)
+
+
+_CHANGED_CONFIG = "{}: the configuration differs from what was written"
+_REPAIR = "convert it again, or pass check=False to load the edited one"
+
+
+def _check_shapes(folder: Path, config: FluxConfig, parts: Sequence[str]) -> None:
+    abstract = _trees_by_part(abstract_params(config))
+    for part in parts:
+        _restore_targets(folder / "params" / part, part, abstract[part], _on_cpu)
 
 
 def _on_cpu(path: str, shape: tuple[int, ...]) -> Sharding:
@@ -98,8 +115,15 @@ def _load_parts(
         path = folder / "params" / part
         targets = _restore_targets(path, part, abstract[part], sharding_for)
         flat = {}
+        wide = [name for name, leaf in targets.items() if leaf.dtype == np.float64]
+        if wide and dtype is None and jnp.zeros((), float).dtype != np.float64:
+            raise ValueError(
+                f"{str(path)!r}: {wide[0]} is float64; expected jax_enable_x64, or pass dtype="
+            )
         for name, array, problem in storage.read_arrays(path, targets, digests[part]):
-            flat[name] = array if array is None or dtype is None else array.astype(dtype)
+            if array is not None and not problem:
+                array, problem = _cast(array, dtype)
+            flat[name] = array
             problems += [f"{part}/{name} {problem}"] if problem else []
         trees[part] = unflatten_dict(flat, sep="/")
     if problems:
@@ -108,10 +132,21 @@ def _load_parts(
     return FluxParams(**trees, config=config, tokenizer=tokenizer)
 
 
+def _cast(array: jax.Array, dtype: DTypeLike | None) -> tuple[jax.Array, str]:
+    """Return the array in a dtype, and a description of an overflow, or ""."""
+    if dtype is None or array.dtype == dtype:
+        return array, ""
+    with jax.enable_x64(True) if array.dtype == np.float64 else nullcontext():
+        cast = array.astype(dtype)
+        if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
+            return cast, ""
+        overflows = bool((jnp.isfinite(array) & ~jnp.isfinite(cast)).any())
+    return cast, f"does not fit into {jnp.dtype(dtype).name}" if overflows else ""
+
+
 def _damage_error(folder: Path, problems: Sequence[str]) -> ValueError:
     return ValueError(
-        f"{str(folder)!r}: {len(problems)} arrays are damaged; convert it again\n  "
-        + "\n  ".join(problems)
+        f"{str(folder)!r}: {len(problems)} arrays are damaged; convert it again{listed(problems)}"
     )
 
 
@@ -136,7 +171,7 @@ def _restore_targets(
     ]
     if problems:
         raise ValueError(
-            f"{str(path)!r}: the arrays do not match the configuration\n  " + "\n  ".join(problems)
+            f"{str(path)!r}: the arrays do not match the configuration{listed(problems)}"
         )
     return {
         name: jax.ShapeDtypeStruct(
@@ -178,6 +213,8 @@ def verify(
             problems += [f"{part}/{name} {problem}"] if problem else []
     if problems:
         raise _damage_error(folder, problems)
+    if not metadata["config_is_intact"]:
+        raise ValueError(f"{_CHANGED_CONFIG.format(folder / METADATA_FILE)}; convert it again")
 
 
 def _trees_by_part(params: FluxParams) -> dict[str, Any]:

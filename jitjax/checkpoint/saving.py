@@ -13,16 +13,30 @@ from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 
 from jitjax.checkpoint import storage
-from jitjax.checkpoint.atomic import atomic_folder
+from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
-from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
+from jitjax.config import FluxConfig
+from jitjax.validation import check, read_json, shown
 
 FORMAT = 3
 """Version of the checkpoint format; `read_metadata` accepts no other."""
 
 METADATA_FILE = "jitjax.json"
+
+OWNED = (METADATA_FILE, "params", *TOKENIZERS)
+"""All that stands in the folder of a checkpoint; anything else there is the user's."""
+
+SCHEMA = {
+    "config": FluxConfig,
+    "parts": list[str],
+    "sources": dict[str, Any],
+    "digests": dict[str, dict[str, str]],
+    "config_digest": str | None,  # older checkpoints have none
+}
+"""Key of `jitjax.json` -> type."""
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -30,7 +44,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         dictionary with "config" (a `FluxConfig`), "parts" (names of the stored parts), "sources"
-        (what the weights were converted from) and "digests" (part -> leaf -> digest).
+        (what the weights were converted from), "digests" (part -> leaf -> digest) and
+        "config_is_intact" (whether the configuration has its digest, or there is none).
 
     Raises:
         ValueError: `path` is not a checkpoint of this format and version.
@@ -49,17 +64,29 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(folder)!r} has no {METADATA_FILE}: not a jitjax checkpoint, or an incomplete one"
         )
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json(file)
         version = raw["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read ({error!r}); write it again") from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); write it again") from None
     if version != FORMAT:
-        raise ValueError(f"{str(folder)!r} has format {version!r}; expected format {FORMAT}")
+        raise ValueError(f"{str(folder)!r} has format {shown(version)}; expected format {FORMAT}")
     try:
-        keys = ("parts", "sources", "digests")
-        return {key: raw[key] for key in keys} | {"config": _config_from_json(raw["config"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a FLUX configuration of this version ({error})") from error
+        checked = {key: check(raw.get(key), hint, key) for key, hint in SCHEMA.items()}
+        parts, digests = checked["parts"], checked["digests"]
+        if len(set(parts)) != len(parts) or not parts or set(parts) - set(PARTS):
+            raise ValueError(f"parts is {shown(parts)}; expected some of {', '.join(PARTS)}")
+        if missing := [part for part in parts if part not in digests]:
+            raise ValueError(f"digests has no {missing[0]}; expected the digests of every part")
+    except ValueError as error:
+        raise ValueError(f"{file}: not a FLUX configuration of this version ({error})") from None
+    config_digest = checked["config_digest"]
+    is_intact = config_digest in (None, digest_of_config(raw["config"]))
+    return checked | {"config_is_intact": is_intact}
+
+
+def digest_of_config(config: Mapping[str, Any]) -> str:
+    """Return the digest of a configuration as it stands in `jitjax.json`."""
+    return xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -71,10 +98,12 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
     Args:
         params: the parameters; empty parts are not saved.
         path: the folder to write.
-        overwrite: replace the checkpoint at `path` if there is one.
+        overwrite: replace the checkpoint at `path` if there is one. Other files in its folder
+            stay.
 
     Raises:
-        FileExistsError: `path` exists, and `overwrite` is false or it is not a checkpoint.
+        FileExistsError: `path` exists, and `overwrite` is false or it is not a checkpoint; it
+            appears meanwhile; or another process is writing it.
         FileNotFoundError: the text encoders' tokenizer folder does not exist.
         OSError: a file cannot be written.
         ValueError: all parts are empty.
@@ -121,14 +150,6 @@ def checkpoint_writer(
         ValueError: `parts` is empty.
         OSError: a file cannot be written.
     """
-    target = Path(path)
-    is_checkpoint = (target / METADATA_FILE).is_file()
-    is_empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not is_checkpoint and not is_empty:
-        raise FileExistsError(
-            f"{str(target)!r} is no jitjax checkpoint; expected a checkpoint, an empty folder or a "
-            "new path"
-        )
     if not parts:
         raise ValueError(f"there are no parameters to save; expected some of {', '.join(PARTS)}")
     has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
@@ -136,31 +157,43 @@ def checkpoint_writer(
     for folder in tokenizers:
         if not folder.is_dir():
             raise FileNotFoundError(f"no tokenizer at {str(folder)!r}; expected a folder")
-    with atomic_folder(target, overwrite=overwrite) as new:
+    with atomic_folder(
+        path, overwrite=overwrite, owned=OWNED, check_replaceable=check_replaceable
+    ) as new:
         for folder in tokenizers:
             shutil.copytree(folder, new / folder.name)
         writers = {part: storage.Writer(new / "params" / part) for part in parts}
-        yield lambda part, *arguments: writers[part].write(*arguments)
+        try:
+            yield lambda part, *arguments: writers[part].write(*arguments)
+            digests = {part: writer.finish() for part, writer in writers.items()}
+        finally:
+            for writer in writers.values():
+                writer.close()
+        raw_config = dataclasses.asdict(config)
         metadata = {
             "format": FORMAT,
-            "config": dataclasses.asdict(config),
+            "config": raw_config,
+            "config_digest": digest_of_config(raw_config),
             "parts": list(parts),
             "sources": sources or {},
-            "digests": {part: writer.finish() for part, writer in writers.items()},
+            "digests": digests,
         }
         (new / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def _config_from_json(raw: dict[str, Any]) -> FluxConfig:
-    classes = {
-        "transformer": TransformerConfig,
-        "t5": T5Config,
-        "clip": CLIPConfig,
-        "autoencoder": AutoencoderConfig,
-    }
+def check_new_checkpoint(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Check that a checkpoint may be written, without writing anything; for use before long work.
 
-    def build(cls: type, values: dict[str, Any]) -> Any:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    Raises:
+        FileExistsError, OSError: as for `save`.
+    """
+    check_target(path, overwrite, check_replaceable)
 
-    models = {name: build(cls, raw[name]) for name, cls in classes.items()}
-    return build(FluxConfig, {**raw, **models})
+
+def check_replaceable(folder: Path) -> None:
+    """Raise `FileExistsError` unless `folder` is a checkpoint or an empty folder."""
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / METADATA_FILE).is_file()):
+        raise FileExistsError(
+            f"{str(folder)!r} is no jitjax checkpoint; expected a checkpoint, an empty folder or a "
+            "new path"
+        )

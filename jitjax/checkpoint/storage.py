@@ -42,17 +42,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jitjax.checkpoint.direct_io import write_file
+from jitjax.validation import Range, check, listed, read_json, shown
 
 MAX_CHUNK_BYTES = 128 * 2**20
 MAX_PENDING_BYTES = 128 * 2**20  # chunks that are still to be written when `Writer.write` returns
+MAX_CHUNKS = 100_000  # of one leaf; FLUX.1's largest leaf has 28
 MAX_GROUP_BYTES = 256 * 2**20  # leaves that are read together; a larger leaf is read alone
 
 
@@ -189,6 +192,10 @@ class Writer:
         self._wrap_errors(self._assemble_checkpoint)
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
+    def close(self) -> None:
+        """Stop writing and end the threads; what is not written yet is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _create_array(self, name: str, piece: np.ndarray, shape: tuple[int, ...]) -> Any:
         """Write a leaf's `zarr.json`; the first piece determines the chunk shape."""
         import tensorstore
@@ -259,8 +266,13 @@ def read_leaf_metadata(path: Path) -> dict[str, Any]:
     """Read orbax's metadata of a part: each leaf's `shape` and `dtype` by name.
 
     Raises:
-        ValueError: the metadata cannot be read.
+        ValueError: the metadata cannot be read, or a leaf's is not as this module writes it.
     """
+    problems = [
+        problem for file in sorted(path.glob("*/*/zarr.json")) if (problem := _read_chunks(file)[1])
+    ]
+    if problems:  # TensorStore would abort the process for a chunk that does not fit into memory
+        raise ValueError(f"{str(path)!r} cannot be read{listed(problems)}")
     try:
         with _orbax_context():
             tree: Any = _orbax().metadata(path.absolute()).metadata
@@ -270,6 +282,58 @@ def read_leaf_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} cannot be read: the metadata of its arrays is damaged")
     leaves: dict[str, Any] = flatten_dict(tree, sep="/")
     return leaves
+
+
+def _read_chunks(file: Path) -> tuple[list[tuple[str, int]], str]:
+    """Read a leaf's `zarr.json`.
+
+    Returns:
+        name below the leaf's folder and size in bytes of each chunk, and a description of what is
+        wrong with the file, or "".
+    """
+    try:
+        raw = read_json(file)
+        shape = check(raw.get("shape"), list[Annotated[int, Range(0, 2**53)]], "shape")
+        grid = check(raw.get("chunk_grid"), dict[str, Any], "chunk_grid")
+        inner = check(grid.get("configuration"), dict[str, Any], "chunk_grid.configuration")
+        chunk = check(inner.get("chunk_shape"), list[int], "chunk_shape")
+        itemsize = _itemsize(check(raw.get("data_type"), str, "data_type"))
+    except (ValueError, OSError) as error:
+        return [], f"{file}: {error}"
+    fits = len(chunk) == len(shape) and all(
+        1 <= c <= max(n, 1) for c, n in zip(chunk, shape, strict=True)
+    )
+    size = itemsize * math.prod(chunk)
+    if not fits or size > max(MAX_CHUNK_BYTES, itemsize):
+        return [], (
+            f"{file}: chunk_shape is {shown(chunk)}; expected at most shape {shown(shape)} and "
+            f"{MAX_CHUNK_BYTES} bytes"
+        )
+    counts = [-(-n // c) for n, c in zip(shape, chunk, strict=True)]
+    if math.prod(counts) > MAX_CHUNKS:
+        return [], f"{file}: shape {shown(shape)} has more than {MAX_CHUNKS} chunks"
+    return [("/".join(("c", *map(str, index))), size) for index in np.ndindex(*counts)], ""
+
+
+def _itemsize(data_type: str) -> int:
+    try:
+        return jnp.dtype(data_type).itemsize
+    except TypeError:
+        raise ValueError(f"data_type is {shown(data_type)}; expected that of an array") from None
+
+
+def _damaged_file(path: Path, name: str) -> str:
+    """Describe the first missing or incomplete file of a leaf, or return ""."""
+    (state,) = (file.parent for file in path.glob("*/_METADATA"))
+    folder = state / _leaf_folder(name)
+    chunks, problem = _read_chunks(folder / "zarr.json")
+    for chunk, size in chunks:
+        file = folder / chunk
+        if not file.is_file():
+            return f"{file} is missing"
+        if (actual := file.stat().st_size) != size:
+            return f"{file} has {actual} bytes; expected {size}"
+    return problem
 
 
 def read_arrays(
@@ -286,7 +350,13 @@ def read_arrays(
     Yields:
         name of a leaf, its array (None if unreadable), and a description of its damage, or "".
     """
-    for group in _group_by_size(targets):
+    intact = {}
+    for name, leaf in targets.items():
+        if problem := _damaged_file(path, name):
+            yield name, None, f"cannot be read: {problem}"
+        else:
+            intact[name] = leaf
+    for group in _group_by_size(intact):
         yield from _read_group(path, targets, group, digests)
 
 
@@ -317,7 +387,7 @@ def _load_leaves(
 ) -> dict[str, jax.Array]:
     # Orbax skips the leaves whose target is `...`.
     target: Any = {name: leaf if name in names else ... for name, leaf in targets.items()}
-    with _orbax_context():
+    with _orbax_context(), jax.enable_x64(True):  # float64 stays float64 for its digest
         tree: Any = _orbax().load(path.absolute(), unflatten_dict(target, sep="/"))
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
     return {name: flat[name] for name in names}
