@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +114,6 @@ def _load_parts(
         path = folder / "params" / part
         targets = _restore_targets(path, part, abstract[part], sharding_for)
         flat = {}
-        wide = [name for name, leaf in targets.items() if leaf.dtype == np.float64]
-        if wide and dtype is None and jnp.zeros((), float).dtype != np.float64:
-            raise ValueError(
-                f"{str(path)!r}: {wide[0]} is float64; expected jax_enable_x64, or pass dtype="
-            )
         for name, array, problem in storage.read_arrays(path, targets, digests[part]):
             if array is not None and not problem:
                 array, problem = _cast(array, dtype)
@@ -136,11 +130,10 @@ def _cast(array: jax.Array, dtype: DTypeLike | None) -> tuple[jax.Array, str]:
     """Return the array in a dtype, and a description of an overflow, or ""."""
     if dtype is None or array.dtype == dtype:
         return array, ""
-    with jax.enable_x64(True) if array.dtype == np.float64 else nullcontext():
-        cast = array.astype(dtype)
-        if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
-            return cast, ""
-        overflows = bool((jnp.isfinite(array) & ~jnp.isfinite(cast)).any())
+    cast = array.astype(dtype)
+    if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
+        return cast, ""
+    overflows = bool((jnp.isfinite(array) & ~jnp.isfinite(cast)).any())
     return cast, f"does not fit into {jnp.dtype(dtype).name}" if overflows else ""
 
 
@@ -172,6 +165,12 @@ def _restore_targets(
     if problems:
         raise ValueError(
             f"{str(path)!r}: the arrays do not match the configuration{listed(problems)}"
+        )
+    wide = [name for name, leaf in leaves.items() if leaf.dtype == np.float64]
+    if wide and jnp.zeros((), float).dtype != np.float64:
+        raise ValueError(
+            f"{str(path)!r}: {wide[0]} is float64; expected JAX_ENABLE_X64=1, or a checkpoint "
+            "converted to float32"
         )
     return {
         name: jax.ShapeDtypeStruct(

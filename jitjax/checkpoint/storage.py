@@ -387,7 +387,7 @@ def _load_leaves(
 ) -> dict[str, jax.Array]:
     # Orbax skips the leaves whose target is `...`.
     target: Any = {name: leaf if name in names else ... for name, leaf in targets.items()}
-    with _orbax_context(), jax.enable_x64(True):  # float64 stays float64 for its digest
+    with _orbax_context():
         tree: Any = _orbax().load(path.absolute(), unflatten_dict(target, sep="/"))
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
     return {name: flat[name] for name in names}
