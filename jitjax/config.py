@@ -60,6 +60,14 @@ def _from_mapping(
     return cls(**values)
 
 
+def _check_levels(channels: tuple[int, ...]) -> None:
+    if not 1 <= len(channels) <= MAX_LEVELS:
+        raise ValueError(
+            f"AutoencoderConfig.block_out_channels has {len(channels)} levels; "
+            f"expected 1 to {MAX_LEVELS}"
+        )
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """The FLUX transformer; the defaults are those of FLUX.1-dev.
@@ -199,11 +207,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 1 <= len(self.block_out_channels) <= MAX_LEVELS:
-            raise ValueError(
-                f"AutoencoderConfig.block_out_channels has {len(self.block_out_channels)} levels; "
-                f"expected 1 to {MAX_LEVELS}"
-            )
+        _check_levels(self.block_out_channels)
         bad = [w for w in self.block_out_channels if w % self.norm_num_groups]
         if bad:
             raise ValueError(
@@ -219,8 +223,11 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> AutoencoderConfig:
         """Build from `vae/config.json`; unsupported settings raise `ValueError`."""
-        channels = raw.get("block_out_channels", (0,) * 4)
-        levels = len(channels) if isinstance(channels, (list, tuple)) else 0
+        name = "block_out_channels"
+        channels = raw.get(name, cls.block_out_channels)
+        channels = check(channels, type_hints(cls)[name], f"{cls.__name__}.{name}")
+        _check_levels(channels)
+        levels = len(channels)
         supported = {
             "act_fn": "silu",
             "use_quant_conv": False,
