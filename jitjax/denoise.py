@@ -17,9 +17,12 @@ from jaxtyping import Array, Float, Int, Key
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
-from jitjax.models.flux import FluxTransformer
+from jitjax.models.flux import EMBEDDING_SCALE, FluxTransformer
 from jitjax.sampler.anchors import first_anchors as draw_first_anchors
-from jitjax.sampler.grid import Grid
+from jitjax.sampler.checks import as_array, concrete
+from jitjax.sampler.checks import check_finite as check_finite_array
+from jitjax.sampler.grid import Grid, as_grid
+from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.sampler.solve import jit_solve
@@ -103,28 +106,45 @@ def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
     """Return one key per sample.
 
     Sample i depends on its own key only, so `key=keys[i : i + 1]` reproduces it in a batch of one.
+    All draws are made with threefry, so that neither the implementation of the key nor JAX's
+    configuration decides how a batch is drawn.
 
     Args:
         key: one `jax.random` key, which is folded with 0, 1, ...; or one key per sample, which are
-            returned unchanged.
+            only turned into threefry keys.
         batch: number of samples.
 
     Raises:
         ValueError: `key` is not a `jax.random` key, or its shape is neither [] nor [batch].
     """
-    key = jnp.asarray(key)
-    if key.dtype == jnp.uint32 and key.ndim and key.shape[-1] == 2:  # from jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(
-            f"key has dtype {key.dtype} and shape {list(key.shape)}; expected "
-            "jax.random.key(seed) or an array of such keys"
-        )
+    key = threefry_keys(key)
     if key.ndim == 0:
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+        return fold_in(jnp.broadcast_to(key, (batch,)), jnp.arange(batch))
     if key.shape != (batch,):
         raise ValueError(f"key has shape {list(key.shape)}; expected [] or [{batch}]")
     return key
+
+
+def _check_guidance(guidance: Any, batch: int) -> Array:
+    """Return the guidance as float32, [] or [batch].
+
+    Raises:
+        ValueError: the shape does not fit, or a known value is not finite or so large that its
+            embedding overflows.
+    """
+    guidance = as_array("guidance", guidance)
+    if guidance.shape not in ((), (batch,)) or not jnp.isrealobj(guidance):
+        raise ValueError(
+            f"guidance has shape {list(guidance.shape)} and dtype {guidance.dtype}; expected real "
+            f"numbers, [] or [{batch}]"
+        )
+    values, largest = concrete(guidance), np.finfo(np.float32).max / EMBEDDING_SCALE
+    if values is not None and not (np.abs(values) <= largest).all():
+        raise ValueError(
+            f"guidance is {values.tolist()}; expected finite values from {-largest:.1e} to "
+            f"{largest:.1e}"
+        )
+    return guidance.astype(jnp.float32)
 
 
 @overload
@@ -183,26 +203,29 @@ def denoise(
     """
     plan = get_plan(plan)
     config = params.config.transformer
+    noise = as_array("noise", noise)
     if noise.ndim != 3 or noise.shape[2] != config.in_channels:
         raise ValueError(
             f"noise has shape {list(noise.shape)}; expected [batch, tokens, {config.in_channels}]"
         )
     b, n, _ = noise.shape
-    grid = grid or (math.isqrt(n), math.isqrt(n))
-    if grid[0] * grid[1] != n or min(grid) < 1:
+    grid = (math.isqrt(n), math.isqrt(n)) if grid is None else as_grid(grid)
+    if grid[0] * grid[1] != n:
         raise ValueError(
             f"noise has {n} tokens; expected {grid[0]} x {grid[1]} (pass `grid` if the image is "
             "not square)"
         )
     conditioning.check(params.config, batch=b)
-    guidance = jnp.asarray(guidance, jnp.float32)
-    if guidance.shape not in ((), (b,)):
-        raise ValueError(f"guidance has shape {list(guidance.shape)}; expected [] or [{b}]")
+    check_finite_array("Conditioning.text", conditioning.text)
+    check_finite_array("Conditioning.pooled", conditioning.pooled)
+    guidance = _check_guidance(guidance, b)
 
     budget = plan.budgets(n, conditioning.text.shape[1])[0]
     must_draw = {
         "first_anchors": first_anchors is None,
-        "microflow_noise": microflow_noise is None and plan.microflow_noise == "fresh",
+        "microflow_noise": microflow_noise is None
+        and plan.microflow_noise == "fresh"
+        and plan.microflow != "none",
         "random activation": plan.activation == "random",
     }
     random_scores = None
@@ -211,29 +234,28 @@ def denoise(
             names = " and ".join(name for name, needed in must_draw.items() if needed)
             raise ValueError(f"key is None; expected a key, which this plan needs for {names}")
         keys = batch_keys(key, b)
-        split_keys = jax.vmap(jax.random.split)(keys)
+        anchor_keys, microflow_keys = split(keys)
         if must_draw["first_anchors"]:
             draw = partial(
                 draw_first_anchors, grid=grid, budget=budget, layout=plan.first, fill=plan.fill
             )
-            first_anchors = jax.vmap(draw)(split_keys[:, 0])
+            first_anchors = jax.vmap(draw)(anchor_keys)
         if must_draw["microflow_noise"]:
-            microflow_noise = draw_noise(split_keys[:, 1], grid, noise.shape[2])
+            microflow_noise = draw_noise(microflow_keys, grid, noise.shape[2])
             microflow_noise = microflow_noise.astype(noise.dtype)
         if must_draw["random activation"]:
-            random_scores = jax.vmap(
-                lambda sample_key: jax.random.uniform(jax.random.fold_in(sample_key, 2), (n,))
-            )(keys)
+            score_keys = fold_in(keys, jnp.full(b, 2))
+            random_scores = jax.vmap(lambda sample_key: uniform(sample_key, (n,)))(score_keys)
     if first_anchors is not None:
-        first_anchors = jnp.asarray(first_anchors)
+        first_anchors = as_array("first_anchors", first_anchors)
         if first_anchors.ndim == 1:
-            first_anchors = jnp.broadcast_to(first_anchors, (b, first_anchors.shape[0]))
+            first_anchors = first_anchors[None].repeat(b, axis=0)
 
     embedded_guidance = jnp.broadcast_to(guidance, (b,)) if config.guidance_embeds else None
     return jit_solve(
         FluxVelocity(config),
         noise,
-        jnp.asarray(flux_sigmas(plan, n, params.config), noise.dtype),
+        flux_sigmas(plan, n, params.config),
         plan=plan,
         grid=grid,
         first_anchors=first_anchors,

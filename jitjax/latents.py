@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jitjax.config import PATCH, FluxConfig
-from jitjax.sampler.grid import Grid
+from jitjax.sampler.grid import Grid, as_integer
+from jitjax.sampler.keys import normal, threefry_keys
 
 LARGEST_SIDE = 8192
 """Largest height or width in pixels; anything larger is taken for a typing error."""
@@ -34,13 +35,13 @@ def token_grid(height: int, width: int, config: FluxConfig) -> Grid:
     """
     multiple = config.pixels_per_token
     for name, side in (("height", height), ("width", width)):
-        is_integer = isinstance(side, int) and not isinstance(side, bool)
-        if not is_integer or side < 1 or side % multiple or side > LARGEST_SIDE:
+        pixels = as_integer(side)
+        if pixels is None or pixels < 1 or pixels % multiple or pixels > LARGEST_SIDE:
             raise ValueError(
                 f"{name} is {side!r} pixels; expected a multiple of {multiple} "
                 f"from {multiple} to {LARGEST_SIDE}"
             )
-    return height // multiple, width // multiple
+    return int(height) // multiple, int(width) // multiple
 
 
 def draw_noise(keys: Key[Array, " b"], grid: Grid, channels: int) -> Float[Array, "b n d"]:
@@ -55,7 +56,7 @@ def draw_noise(keys: Key[Array, " b"], grid: Grid, channels: int) -> Float[Array
         float32 [b, n, d].
     """
     shape = (grid[0] * grid[1], channels)
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    return jax.vmap(lambda key: normal(key, shape))(threefry_keys(keys))
 
 
 def pack(latents: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:

@@ -16,6 +16,7 @@ from jitjax.denoise import batch_keys, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.sampler.grid import Grid
+from jitjax.sampler.keys import split
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import Conditioning, encode_prompt
 
@@ -60,8 +61,8 @@ def sample(
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
     conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompt)
-    keys = jax.vmap(jax.random.split)(batch_keys(key, conditioning.text.shape[0]))
-    noise = draw_noise(keys[:, 0], grid, config.transformer.in_channels)
+    noise_keys, denoise_keys = split(batch_keys(key, conditioning.text.shape[0]))
+    noise = draw_noise(noise_keys, grid, config.transformer.in_channels)
     with tqdm(total=plan.steps, unit="step", disable=not progress) as bar:
         tokens = denoise(
             params,
@@ -70,7 +71,7 @@ def sample(
             plan=plan,
             grid=grid,
             guidance=guidance,
-            key=keys[:, 1],
+            key=denoise_keys,
             progress=bar.update if progress else None,
         )
     return decode(params, tokens, grid=grid)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jitjax.sampler import keys as draws
 from jitjax.sampler.grid import Grid
 
 
@@ -129,10 +130,10 @@ def first_anchors(
     if fill == "dither":
         # The key shifts the pattern. The factor keeps values away from 1, where float32 would
         # round a score up to the next priority.
-        shifted = jnp.asarray(dither(grid), jnp.float32) + jax.random.uniform(key)
+        shifted = jnp.asarray(dither(grid), jnp.float32) + draws.uniform(key)
         tie_break = jnp.mod(shifted, 1) * 0.999
     else:
-        tie_break = jax.random.uniform(key, (n,))
+        tie_break = draws.uniform(key, (n,))
     scores = layout_priority(grid, stride).astype(np.float32) + tie_break
     return jnp.sort(jax.lax.top_k(scores, budget)[1])
 

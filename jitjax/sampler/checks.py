@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -9,6 +12,67 @@ from jaxtyping import Array
 
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
+
+
+def as_array(name: str, value: Any) -> Any:
+    """Return an array-like as an array of a dtype that JAX computes with.
+
+    NumPy arrays stay NumPy arrays, because inside `jit` JAX would turn them into traced ones, whose
+    values cannot be checked.
+
+    Args:
+        name: name of the argument, for the message.
+        value: a JAX or NumPy array, a number, or nested lists of numbers.
+
+    Raises:
+        ValueError: `value` is not numeric.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        array = np.asarray(value)
+        if not isinstance(value, Tracer) and jnp.issubdtype(array.dtype, jnp.number):
+            return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    except (TypeError, ValueError):  # no numbers, or rows of different lengths
+        pass
+    raise ValueError(f"{name} is a {type(value).__name__}; expected an array of numbers")
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """Return the values of an array; None if it is traced, or lies on other hosts."""
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    # Not by jax.numpy: inside a trace its results are traced, even those of concrete arrays.
+    return np.asarray(value)
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Check that an array whose values are known is finite.
+
+    Raises:
+        ValueError: it has NaN or infinities.
+    """
+    values = concrete(value)
+    if values is None:
+        return
+    count = values.size - np.count_nonzero(np.isfinite(values))
+    if count:
+        raise ValueError(f"{name} has {count} values that are not finite; expected none")
+
+
+def check_not_traced(*inputs: Any) -> None:
+    """Check that steps can be dispatched from Python, for `progress` and `check_finite`.
+
+    Raises:
+        ValueError: an input is traced, or the call is inside a trace.
+    """
+    # Inside `jit` and the like, the results of all operations are traced.
+    inside_trace = jnp.zeros(())
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((inside_trace, inputs))):
+        raise ValueError(
+            "progress or check_finite is set under jit, vmap, grad or another transformation; "
+            "expected neither"
+        )
 
 
 def check_inputs(
@@ -35,25 +99,31 @@ def check_inputs(
         ValueError: an array is missing, has the wrong shape, dtype or values, or is not finite.
     """
     n = grid[0] * grid[1]
-    if noise.ndim != 3 or noise.shape[1] != n:
+    if noise.ndim != 3 or noise.shape[1] != n or not noise.size:
         raise ValueError(
             f"noise has shape {list(noise.shape)}; expected [batch, {n}, channels] for a token "
             f"grid of {grid[0]} x {grid[1]}"
         )
     if not jnp.issubdtype(noise.dtype, jnp.floating) or noise.dtype.itemsize < 4:
         raise ValueError(f"noise has dtype {noise.dtype}; expected float32 or float64")
-    _check_finite("noise", noise)
+    check_finite("noise", noise)
     if sigmas.shape != (plan.steps + 1,):
         raise ValueError(f"sigmas has shape {list(sigmas.shape)}; expected [{plan.steps + 1}]")
-    if not isinstance(sigmas, Tracer) and not (np.diff(np.asarray(sigmas)) < 0).all():
-        raise ValueError(f"sigmas is {sigmas}; expected strictly decreasing values")
+    levels = concrete(sigmas)
+    rises = () if levels is None else np.flatnonzero(~(np.diff(levels) < 0))
+    if len(rises):
+        step = rises[0]
+        raise ValueError(
+            f"sigmas has {levels[step]} before {levels[step + 1]} in step {step}; expected "
+            "strictly decreasing values"
+        )
     if microflow_noise is not None:
         if microflow_noise.shape != noise.shape:
             raise ValueError(
                 f"microflow_noise has shape {list(microflow_noise.shape)}; expected the shape of "
                 f"noise, {list(noise.shape)}"
             )
-        _check_finite("microflow_noise", microflow_noise)
+        check_finite("microflow_noise", microflow_noise)
     if budgets[0] == n:
         return
     if microflow_noise is None and plan.microflow_noise == "fresh" and plan.microflow != "none":
@@ -68,15 +138,8 @@ def check_inputs(
             raise ValueError(
                 f"random_scores {got}; expected shape {list(expected)} for activation='random'"
             )
+        check_finite("random_scores", random_scores)
     _check_first_anchors(plan, first_anchors, noise.shape[0], budgets[0], n)
-
-
-def _check_finite(name: str, values: Array) -> None:
-    if isinstance(values, Tracer):
-        return
-    count = int((~jnp.isfinite(values)).sum())
-    if count:
-        raise ValueError(f"{name} has {count} values that are not finite; expected none")
 
 
 def _check_first_anchors(
@@ -91,9 +154,9 @@ def _check_first_anchors(
         )
     if not jnp.issubdtype(first_anchors.dtype, jnp.integer):
         raise ValueError(f"first_anchors has dtype {first_anchors.dtype}; expected integers")
-    if isinstance(first_anchors, Tracer):
+    values = concrete(first_anchors)
+    if values is None:
         return
-    values = np.asarray(first_anchors)
     if values.min() < 0 or values.max() >= n:
         raise ValueError(
             f"first_anchors has indices from {values.min()} to {values.max()}; expected 0 to "

@@ -8,6 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from jitjax.sampler.grid import as_integer
+
 CHOICES = {
     "first": ("even", "strided"),
     "fill": ("random", "dither"),
@@ -22,10 +26,42 @@ CHOICES = {
 SCHEDULES = ("beta", "shifted")
 """Names of the schedules."""
 
+_STEPS_TRIED = 10_000
+"""How many larger numbers of steps are tried for the message about a stage without steps."""
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """Return a list, tuple or array of finite real numbers as Python's; None for anything else."""
+    if isinstance(values, str | bytes) or (
+        isinstance(values, list | tuple) and any(isinstance(v, bool | np.bool_) for v in values)
+    ):
+        return None
+    try:
+        array = np.asarray(values)
+        if array.ndim != 1 or not (np.isrealobj(array) and np.isfinite(array).all()):
+            return None
+    except (TypeError, ValueError):  # no numbers, rows of different lengths, or traced values
+        return None
+    if array.dtype == np.bool_:
+        return None
+    if isinstance(values, list | tuple):
+        return tuple(_number(value) for value in values)
+    return tuple(_number(value) for value in array)
+
+
+def _number(value: Any) -> float:
+    # The shortest decimal, which for 0.35 in float32 is 0.35 and not 0.3499999940395355.
+    scalar = np.asarray(value)[()]
+    return float(scalar) if scalar.dtype.itemsize >= 8 else float(str(scalar))
+
 
 @dataclass(frozen=True)
 class Plan:
     """The settings of a run that are independent of the model.
+
+    Numbers may be of any type (Python, NumPy, JAX), and tuples may be lists or arrays. They are
+    turned into Python's numbers and tuples, so that every plan is hashable and equal to the same
+    plan made in another way.
 
     Attributes:
         steps: number of solver steps; Euler's method evaluates the network once per step.
@@ -74,50 +110,63 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "microflow_steps", "pad_to"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Plan.{name} is {value!r}; expected a positive integer")
+            value = as_integer(getattr(self, name))
+            if value is None or value < 1:
+                raise ValueError(
+                    f"Plan.{name} is {getattr(self, name)!r}; expected a positive integer"
+                )
+            object.__setattr__(self, name, value)
         for name in ("densities", "stage_ends"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or not values:
-                raise ValueError(f"Plan.{name} is {values!r}; expected a tuple, one per stage")
+            values = _numbers(getattr(self, name))
+            if not values:
+                raise ValueError(
+                    f"Plan.{name} is {getattr(self, name)!r}; expected numbers, one per stage"
+                )
             increasing = all(a < b for a, b in itertools.pairwise(values))
             if not (increasing and values[0] > 0 and values[-1] == 1):
                 raise ValueError(
                     f"Plan.{name} is {values}; expected increasing values in (0, 1] that end at 1"
                 )
+            object.__setattr__(self, name, values)
+        self._check_stages()
+        self._check_schedule()
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"Plan.{name} is {value!r}; expected one of {allowed}")
+            object.__setattr__(self, name, str(value))
+        relax = _numbers([self.relax])
+        if not relax or not 1 <= relax[0] < math.inf:
+            raise ValueError(f"Plan.relax is {self.relax!r}; expected a number, at least 1")
+        object.__setattr__(self, "relax", relax[0])
+
+    def _check_stages(self) -> None:
         if len(self.densities) != len(self.stage_ends):
             raise ValueError(
                 f"Plan has {len(self.densities)} densities and {len(self.stage_ends)} stage_ends; "
                 "expected one of each per stage"
             )
-        if self.steps < len(self.densities):
-            raise ValueError(
-                f"Plan has {self.steps} steps for {len(self.densities)} stages; expected at least "
-                "one step in every stage"
-            )
-        if any(a >= b for a, b in itertools.pairwise((0, *self.stage_steps))):
+
+        def has_all_stages(steps: int) -> bool:
+            return all(a < b for a, b in itertools.pairwise((0, *self._stage_steps(steps))))
+
+        if not has_all_stages(self.steps):
+            more = range(self.steps + 1, self.steps + _STEPS_TRIED)
+            enough = next((f", as with {steps} steps" for steps in more if has_all_stages(steps)), "")
             raise ValueError(
                 f"Plan with {self.steps} steps ends its stages after steps {self.stage_steps}; "
-                "expected at least one step in every stage"
+                f"expected at least one step in every stage{enough}"
             )
-        self._check_schedule()
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"Plan.{name} is {getattr(self, name)!r}; expected one of {allowed}"
-                )
-        if not 1 <= self.relax < math.inf:
-            raise ValueError(f"Plan.relax is {self.relax}; expected at least 1")
 
     def _check_schedule(self) -> None:
-        if isinstance(self.schedule, str):
-            if self.schedule not in SCHEDULES:
-                raise ValueError(
-                    f"Plan.schedule is {self.schedule!r}; expected one of {SCHEDULES} or sigmas"
-                )
+        if isinstance(self.schedule, str) and self.schedule in SCHEDULES:
+            object.__setattr__(self, "schedule", str(self.schedule))
             return
-        sigmas = tuple(self.schedule)
+        sigmas = _numbers(self.schedule)
+        if sigmas is None:
+            raise ValueError(
+                f"Plan.schedule is {self.schedule!r}; expected one of {SCHEDULES} or sigmas"
+            )
         if len(sigmas) != self.steps:
             raise ValueError(f"Plan.schedule has {len(sigmas)} sigmas; expected {self.steps}")
         decreasing = all(a > b for a, b in itertools.pairwise(sigmas))
@@ -125,12 +174,16 @@ class Plan:
             raise ValueError(
                 f"Plan.schedule is {sigmas}; expected strictly decreasing sigmas in (0, 1]"
             )
+        object.__setattr__(self, "schedule", sigmas)
 
     @property
     def stage_steps(self) -> tuple[int, ...]:
         """Number of steps done when each stage ends (the last is `steps`)."""
+        return self._stage_steps(self.steps)
+
+    def _stage_steps(self, steps: int) -> tuple[int, ...]:
         # The small addend keeps (k / n) * n from rounding to just below k.
-        return tuple(int(end * self.steps + 1e-9) for end in self.stage_ends)
+        return tuple(int(end * steps + 1e-9) for end in self.stage_ends)
 
     def budgets(self, tokens: int, text_tokens: int = 0) -> tuple[int, ...]:
         """Return the number of anchors of each stage.
@@ -173,6 +226,6 @@ def get_plan(plan: str | Plan) -> Plan:
     """
     if isinstance(plan, Plan):
         return plan
-    if plan not in PLANS:
+    if not isinstance(plan, str) or plan not in PLANS:
         raise ValueError(f"unknown plan {plan!r}; expected one of {sorted(PLANS)} or a Plan")
     return PLANS[plan]

@@ -84,6 +84,9 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
 
     Returns:
         Sigmas at the step boundaries, [plan.steps + 1], float32; the last is 0.
+
+    Raises:
+        ValueError: the plan has so many steps that neighbouring sigmas are equal in float32.
     """
     if not isinstance(plan.schedule, str):
         starts = np.asarray(plan.schedule)
@@ -91,4 +94,12 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
         starts = beta_sigmas(plan.steps)
     else:
         starts = shifted_sigmas(plan.steps, tokens, shift)
-    return np.append(starts, 0.0).astype(np.float32)
+    sigmas = np.append(starts, 0.0).astype(np.float32)
+    equal = np.flatnonzero(np.diff(sigmas) >= 0)
+    if equal.size:
+        name = plan.schedule if isinstance(plan.schedule, str) else "its own"
+        raise ValueError(
+            f"Plan has {plan.steps} steps, too many for the schedule {name!r}: in float32, sigma "
+            f"does not fall in {equal.size} of them (first in step {equal[0]}); expected fewer steps"
+        )
+    return sigmas

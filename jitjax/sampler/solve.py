@@ -9,38 +9,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, overload
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, overload
 
 import diffrax
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jitjax.sampler.anchors import AnchorSet
-from jitjax.sampler.checks import check_finite_velocity, check_inputs
-from jitjax.sampler.grid import Grid
+from jitjax.sampler.checks import (
+    as_array,
+    check_finite_velocity,
+    check_inputs,
+    check_not_traced,
+)
+from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.lifter import Lifter
-from jitjax.sampler.plan import Plan
+from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
+from jitjax.sampler.static import Static, split_arrays
 from jitjax.sampler.terms import SagArgs, Velocity, sag_ode
 from jitjax.sampler.trace import Recorder, Trace
 from jitjax.sampler.transition import transition
 
+VELOCITIES_KEPT = 8
+"""Velocity functions whose compiled programs are kept; those of the others are freed."""
+
 
 @dataclass(frozen=True)
 class _Stage:
-    """The static settings of a stage; each distinct value is compiled once."""
+    """The static settings of a stage; each distinct value is compiled once.
 
-    velocity: Velocity
+    Attributes:
+        velocity, solver: without their arrays, which are arguments of the compiled program.
+    """
+
+    velocity: Static
+    solver: Static
     grid: Grid
     budget: int
-    solver: diffrax.AbstractSolver
 
-    @property
-    def term(self) -> diffrax.ODETerm:
-        return sag_ode(self.velocity, self.grid, self.budget)
+    def build(self, arrays: _Arrays) -> tuple[diffrax.ODETerm, diffrax.AbstractSolver]:
+        """Return the term and the solver of the stage."""
+        velocity = self.velocity.join(arrays.velocity)
+        return sag_ode(velocity, self.grid, self.budget), self.solver.join(arrays.solver)
+
+
+class _Arrays(NamedTuple):
+    """The arrays of the velocity function and of the solver; most have none."""
+
+    velocity: list[Array]
+    solver: list[Array]
 
 
 @overload
@@ -103,14 +123,22 @@ def jit_solve(
             are not checked.
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
+    plan, grid = get_plan(plan), as_grid(grid)
     n = grid[0] * grid[1]
     budgets = plan.budgets(n, text_tokens)
+    noise, sigmas = as_array("noise", noise), as_array("sigmas", sigmas)
+    if not callable(velocity):
+        raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
-    if (progress or check_finite) and isinstance(noise, Tracer):
-        raise ValueError(
-            "progress or check_finite is set under jit, vmap or grad; expected neither"
+    solver = with_last_velocity(Euler() if solver is None else solver)
+    velocity_arrays, static_velocity = split_arrays("velocity", velocity)
+    solver_arrays, static_solver = split_arrays("solver", solver)
+    arrays = _Arrays(velocity_arrays, solver_arrays)
+    if progress or check_finite:
+        check_not_traced(
+            noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays
         )
-    solver = with_last_velocity(solver or Euler())
+    sigmas = sigmas.astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
     recorder = Recorder() if trace else None
@@ -118,10 +146,10 @@ def jit_solve(
         lifter = None
         if budget < n:
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
-        stage = _Stage(velocity, grid, budget, solver)
+        stage = _Stage(static_velocity, static_solver, grid, budget)
         y, u, states = _run_stage(
-            stage, y, sigmas[start : end + 1], SagArgs(lifter, args), progress, check_finite, start,
-            trace,
+            stage, arrays, y, sigmas[start : end + 1], SagArgs(lifter, args), progress,
+            check_finite, start, trace,
         )  # fmt: skip
         if recorder:
             recorder.add_stage(states, index if lifter else None, y - sigmas[end] * u, lifter)
@@ -140,6 +168,7 @@ def jit_solve(
 
 def _run_stage(
     stage: _Stage,
+    arrays: _Arrays,
     y: Array,
     sigmas: Array,
     sag_args: SagArgs,
@@ -154,16 +183,24 @@ def _run_stage(
         The last state, the last velocity, and the states after every step (None unless
         `every_step`).
     """
+    programs = _programs(stage.velocity)
     if progress is None and not check_finite:
-        y, states, solver_state = _integrate(stage, every_step, y, sigmas, sag_args, None)
+        y, states, solver_state = programs.integrate(
+            stage, every_step, arrays, y, sigmas, sag_args, None
+        )
         return y, solver_state[-1], states
     # Initialised outside the first step, so that all steps of a stage share one compiled program.
-    solver_state = _init_solver_state(stage, y, sigmas[:2], sag_args)
+    y, solver_state = programs.init(stage, arrays, y, sigmas[:2], sag_args)
+    check_not_traced(y, solver_state)  # the velocity may hold traced values
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (y, solver_state))
     states = []
     for i in range(sigmas.shape[0] - 1):
-        y, step_states, solver_state = _integrate(
-            stage, every_step, y, sigmas[i : i + 2], sag_args, solver_state
+        y, step_states, solver_state = programs.integrate(
+            stage, every_step, arrays, y, sigmas[i : i + 2], sag_args, solver_state
         )
+        check_not_traced(y)
+        # XLA may shard the result in another way, for which the next step would be compiled again.
+        y, solver_state = jax.device_put((y, solver_state), shardings)
         states.append(step_states)
         if check_finite:
             check_finite_velocity(solver_state[-1], first_step + i, sigmas[i])
@@ -173,18 +210,51 @@ def _run_stage(
     return y, solver_state[-1], jnp.concatenate(states) if every_step else None
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _integrate(
-    stage: _Stage, every_step: bool, y: Array, sigmas: Array, sag_args: SagArgs, solver_state: Any
-) -> tuple[Array, Array | None, Any]:
-    return integrate(
-        stage.term, stage.solver, y, sigmas, sag_args, solver_state, every_step=every_step
-    )
+class _Programs(NamedTuple):
+    """The compiled functions of a stage.
+
+    Attributes:
+        integrate: the steps between the given sigmas.
+        init: the state and the solver's state before the first step.
+    """
+
+    integrate: Callable[..., tuple[Array, Array | None, Any]]
+    init: Callable[..., tuple[Array, Any]]
 
 
-@partial(jax.jit, static_argnums=0)
-def _init_solver_state(stage: _Stage, y: Array, sigmas: Array, sag_args: SagArgs) -> Any:
-    return stage.solver.init(stage.term, sigmas[0], sigmas[1], y, sag_args)
+@lru_cache(maxsize=VELOCITIES_KEPT)
+def _programs(velocity: Static) -> _Programs:
+    """Return the compiled functions for one velocity function.
+
+    JAX keeps the programs, and the functions that they were compiled for, as long as the jitted
+    function itself. So each velocity has jitted functions of its own, and the cache is bounded.
+    """
+    del velocity
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def _integrate(
+        stage: _Stage,
+        every_step: bool,
+        arrays: _Arrays,
+        y: Array,
+        sigmas: Array,
+        sag_args: SagArgs,
+        solver_state: Any,
+    ) -> tuple[Array, Array | None, Any]:
+        term, solver = stage.build(arrays)
+        return integrate(term, solver, y, sigmas, sag_args, solver_state, every_step=every_step)
+
+    # All arguments are kept and `y` passes through a barrier, so that the results are on the same
+    # devices, and as committed to them, as those of a step.
+    @partial(jax.jit, static_argnums=0, keep_unused=True)
+    def _init(
+        stage: _Stage, arrays: _Arrays, y: Array, sigmas: Array, sag_args: SagArgs
+    ) -> tuple[Array, Any]:
+        term, solver = stage.build(arrays)
+        state = solver.init(term, sigmas[0], sigmas[1], y, sag_args)
+        return jax.lax.optimization_barrier((y, state))
+
+    return _Programs(_integrate, _init)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -6,10 +6,14 @@ network evaluation. The last entry of the state of each solver here is that velo
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import diffrax
+import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -113,13 +117,56 @@ class AdamsBashforth2(diffrax.AbstractSolver):
         return terms.vf(t0, y0, args)
 
 
-def with_last_velocity(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    """Return an equivalent solver whose state ends with the last velocity."""
+def with_last_velocity(solver: Any) -> diffrax.AbstractSolver:
+    """Return an equivalent solver whose state ends with the last velocity.
+
+    Raises:
+        ValueError: `solver` is no diffrax solver that takes fixed steps of an ordinary differential
+            equation, or an implicit one without tolerances.
+    """
+    _check_solver(solver)
     if type(solver) is diffrax.Euler:
         return Euler()
-    if isinstance(solver, Euler | MeanVelocitySolver | AdamsBashforth2):
+    if isinstance(solver, Euler | AdamsBashforth2) and not isinstance(
+        solver, diffrax.AbstractWrappedSolver
+    ):
         return solver
-    return MeanVelocitySolver(solver)
+    solver = _with_lax_scan(solver)
+    return solver if isinstance(solver, MeanVelocitySolver) else MeanVelocitySolver(solver)
+
+
+def _check_solver(solver: Any) -> None:
+    if isinstance(solver, type):
+        raise ValueError(f"solver is the class {solver.__name__}; expected an instance of it")
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise ValueError(f"solver is {solver!r}; expected a diffrax solver, or None for Euler's")
+    name, inner = type(solver).__name__, solver
+    while isinstance(inner, diffrax.AbstractWrappedSolver):
+        inner = inner.solver
+    structure = inner.term_structure
+    if not (isinstance(structure, type) and issubclass(diffrax.ODETerm, structure)):
+        raise ValueError(
+            f"solver {name} needs the terms {structure}; expected a solver of ordinary "
+            "differential equations with one term, such as diffrax.Heun()"
+        )
+    if isinstance(inner, diffrax.AbstractImplicitSolver) and not all(
+        isinstance(tolerance, float | int | np.ndarray | jax.Array)
+        for tolerance in (inner.root_finder.rtol, inner.root_finder.atol)
+    ):
+        raise ValueError(
+            f"solver {name} has no tolerances for its root finder; expected for example "
+            f"{type(inner).__name__}(root_finder=diffrax.VeryChord(rtol=1e-4, atol=1e-4))"
+        )
+
+
+def _with_lax_scan(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    """Let Runge-Kutta methods scan their stages by `lax.scan`, which has all derivatives."""
+    if isinstance(solver, diffrax.AbstractWrappedSolver):
+        inner = _with_lax_scan(solver.solver)
+        return eqx.tree_at(lambda wrapped: wrapped.solver, solver, inner)
+    if isinstance(solver, diffrax.AbstractRungeKutta) and solver.scan_kind is None:
+        return dataclasses.replace(solver, scan_kind="lax")
+    return solver
 
 
 def evaluations_per_step(solver: diffrax.AbstractSolver) -> int | None:
@@ -134,30 +181,6 @@ def evaluations_per_step(solver: diffrax.AbstractSolver) -> int | None:
     return None
 
 
-class _UncheckedStepTo(diffrax.StepTo):
-    """`diffrax.StepTo` without its run-time checks; the sigmas are validated before the solve.
-
-    The checks are host callbacks in the compiled program, and JAX's persistent compilation cache
-    does not store programs with host callbacks.
-    """
-
-    def wrap(self, direction: Any) -> _UncheckedStepTo:
-        return type(self)(ts=self.ts * direction)
-
-    def init(
-        self,
-        terms: Any,
-        t0: Any,
-        t1: Any,
-        y0: Any,
-        dt0: Any,
-        args: Any,
-        func: Any,
-        error_order: Any,
-    ) -> tuple[Array, int]:
-        return self.ts[1], 2
-
-
 def integrate(
     term: diffrax.AbstractTerm,
     solver: diffrax.AbstractSolver,
@@ -170,6 +193,10 @@ def integrate(
 ) -> tuple[Array, Array | None, Any]:
     """Integrate `term` with one step between each two adjacent sigmas.
 
+    The number of steps is known, so a `lax.scan` over them takes the place of
+    `diffrax.diffeqsolve`, whose loop over an unknown number of steps has no forward mode and no
+    second derivatives. The term decides what is kept for the gradient, by `jax.checkpoint`.
+
     Args:
         term: the differential equation.
         solver: the solver.
@@ -181,23 +208,21 @@ def integrate(
 
     Returns:
         The state at `sigmas[-1]`; the states after every step, [steps, ...] (None unless
-        `every_step`); and the solver's state.
+        `every_step`); and the solver's state. From the first step on in which the root finder of
+        an implicit solver does not converge, states are NaN.
     """
-    steps = sigmas.shape[0] - 1
-    solution = diffrax.diffeqsolve(
-        term,
-        solver,
-        t0=sigmas[0],
-        t1=sigmas[-1],
-        dt0=None,
-        y0=y,
-        args=args,
-        stepsize_controller=_UncheckedStepTo(ts=sigmas),
-        saveat=diffrax.SaveAt(t1=not every_step, steps=every_step, solver_state=True),
-        solver_state=state,
-        max_steps=steps,
-        throw=False,
-    )
-    assert solution.ys is not None
-    states = solution.ys if every_step else None
-    return solution.ys[-1], states, solution.solver_state
+    if state is None:
+        state = solver.init(term, sigmas[0], sigmas[1], y, args)
+    # A failed root finder returns a wrong state, without an error.
+    can_fail = isinstance(solver, diffrax.AbstractImplicitSolver)
+
+    def step(carry: tuple[Array, Any], interval: tuple[Array, Array]) -> tuple[Any, Array | None]:
+        y, state = carry
+        start, end = interval
+        y, _, _, state, result = solver.step(term, start, end, y, args, state, made_jump=False)
+        if can_fail:
+            y = jnp.where(result == diffrax.RESULTS.successful, y, jnp.nan)
+        return (y, state), y if every_step else None
+
+    (y, state), states = jax.lax.scan(step, (y, state), (sigmas[:-1], sigmas[1:]))
+    return y, states, state

@@ -45,12 +45,14 @@ def sag_ode(velocity: Velocity, grid: Grid, budget: int) -> diffrax.ODETerm:
         budget: number of anchors; the slots beyond it are padded and masked.
 
     Returns:
-        A term over states [b, N, d] with `SagArgs` as its arguments.
+        A term over states [b, N, d] with `SagArgs` as its arguments. For a gradient, it keeps its
+        arguments and evaluates the network again.
     """
     n = grid[0] * grid[1]
-    # diffrax traces a term three times; `jit` makes it trace the network once.
+    # Solvers trace a term several times; `jit` makes them trace the network once.
     velocity = jax.jit(velocity)
 
+    @jax.checkpoint
     def vector_field(sigma: Any, y: Float[Array, "b n d"], args: SagArgs) -> Array:
         if args.lifter is None:
             all_positions = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
