@@ -17,6 +17,7 @@ from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.keys import split
+from jitjax.sampler.meshes import to_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import Conditioning, encode_prompt
 
@@ -55,6 +56,7 @@ def sample(
         TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
+    params, prompt, key = to_auto_axes((params, prompt, key))
     config = params.config
     plan = get_plan(plan)
     height = config.image_size if height is None else height
@@ -93,6 +95,7 @@ def decode(
     Raises:
         ValueError: the shape of `tokens` does not fit, or `params` has no autoencoder.
     """
+    params, tokens = to_auto_axes((params, tokens))
     expected = (grid[0] * grid[1], params.config.transformer.in_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
         raise ValueError(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jitjax.config import FluxConfig
 from jitjax.models.clip import CLIPText
 from jitjax.models.t5 import T5Encoder
+from jitjax.sampler.meshes import to_auto_axes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,6 +90,7 @@ def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioni
         TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
+    params = to_auto_axes(params)
     t5, clip = params.part("t5"), params.part("clip")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     t5_ids, clip_ids = tokenize(params.tokenizer, prompts, params.config)

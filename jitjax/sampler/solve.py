@@ -26,6 +26,7 @@ from jitjax.sampler.checks import (
 )
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.lifter import Lifter
+from jitjax.sampler.meshes import to_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
 from jitjax.sampler.static import Static, split_arrays
@@ -127,6 +128,9 @@ def jit_solve(
     n = grid[0] * grid[1]
     budgets = plan.budgets(n, text_tokens)
     noise, sigmas = as_array("noise", noise), as_array("sigmas", sigmas)
+    noise, sigmas, first_anchors, microflow_noise, random_scores, args, velocity = to_auto_axes(
+        (noise, sigmas, first_anchors, microflow_noise, random_scores, args, velocity)
+    )
     if not callable(velocity):
         raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
@@ -200,7 +204,7 @@ def _run_stage(
         )
         check_not_traced(y)
         # XLA may shard the result in another way, for which the next step would be compiled again.
-        y, solver_state = jax.device_put((y, solver_state), shardings)
+        y, solver_state = jax.tree.map(_place, (y, solver_state), shardings)
         states.append(step_states)
         if check_finite:
             check_finite_velocity(solver_state[-1], first_step + i, sigmas[i])
@@ -208,6 +212,11 @@ def _run_stage(
         if progress:
             progress(1)
     return y, solver_state[-1], jnp.concatenate(states) if every_step else None
+
+
+def _place(array: Array, sharding: jax.sharding.Sharding) -> Array:
+    # `device_put` would also commit the array, for which the next step would be compiled again.
+    return array if array.sharding == sharding else jax.device_put(array, sharding)
 
 
 class _Programs(NamedTuple):

@@ -50,17 +50,18 @@ def sag_ode(velocity: Velocity, grid: Grid, budget: int) -> diffrax.ODETerm:
     """
     n = grid[0] * grid[1]
     # Solvers trace a term several times; `jit` makes them trace the network once.
-    velocity = jax.jit(velocity)
+    # In a function of its own, because a velocity that holds traced arrays is not hashable.
+    traced_once = jax.jit(lambda *inputs: velocity(*inputs))
 
     @jax.checkpoint
     def vector_field(sigma: Any, y: Float[Array, "b n d"], args: SagArgs) -> Array:
         if args.lifter is None:
             all_positions = jnp.broadcast_to(positions(jnp.arange(n), grid), (y.shape[0], n, 3))
-            return velocity(y, all_positions, sigma, None, args.velocity_args).astype(y.dtype)
+            return traced_once(y, all_positions, sigma, None, args.velocity_args).astype(y.dtype)
         anchors = args.lifter.anchors
         valid = anchors.valid if anchors.index.shape[1] > budget else None
         anchor_positions = positions(anchors.index, grid)
-        u = velocity(anchors.gather(y), anchor_positions, sigma, valid, args.velocity_args)
+        u = traced_once(anchors.gather(y), anchor_positions, sigma, valid, args.velocity_args)
         return args.lifter(u.astype(y.dtype))
 
     return diffrax.ODETerm(vector_field)
