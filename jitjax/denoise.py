@@ -170,8 +170,8 @@ def denoise(
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
     """Integrate from noise to clean tokens with the FLUX transformer.
 
-    The function is pure and composes with `jit`, `vmap` and `grad`, unless `progress` or
-    `check_finite` is set. The choice of anchors is piecewise constant in all inputs, so no
+    The function is pure and composes with all of JAX's transformations as `jit_solve` does, unless
+    `progress` or `check_finite` is set. The choice of anchors is piecewise constant in all inputs, so no
     gradient passes through it.
 
     Args:
@@ -181,8 +181,8 @@ def denoise(
             row in patch, column in patch).
         plan: a `Plan`, or a name in `PLANS`.
         grid: rows and columns of tokens; a square by default.
-        guidance: guidance strength, one number or one per sample; ignored by models without a
-            guidance embedding.
+        guidance: guidance strength, one number or one per sample, up to 3.4e35 (beyond it the
+            embedding overflows); ignored by models without a guidance embedding.
         key: one `jax.random` key, or one per sample. It draws the first anchors, the micro-flow
             noise and the random scores if the plan needs them and they are not given.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.

@@ -8,7 +8,6 @@ The channels of a token are ordered (latent channel, row in patch, column in pat
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jitjax.config import PATCH, FluxConfig

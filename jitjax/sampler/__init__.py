@@ -5,6 +5,9 @@ integrates any `Velocity`. `jitjax.denoise` calls it with the FLUX transformer.
 
 The modules, in reading order:
 
+    keys.py         random draws that depend on the key's bits alone
+    static.py       arrays and the hashable rest of a velocity or a solver
+    meshes.py       arrays over explicit mesh axes
     grid.py         the token grid and token positions
     plan.py         the settings of a run, and the named plans
     schedule.py     sigmas of the steps

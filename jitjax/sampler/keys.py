@@ -1,9 +1,9 @@
 """Random draws that depend on the key's bits and the shape only.
 
-`jax.random` gives other numbers for the same key under `jax_enable_x64`, `jax_threefry_partitionable`
-and other defaults; and under `vmap` all rbg keys draw from the first one. Here every key becomes a
-threefry key first, and each draw names its dtype and its algorithm. Threefry keys under JAX's
-default configuration draw the same numbers as with `jax.random`.
+`jax.random` gives other numbers for the same key under `jax_enable_x64` and without
+`jax_threefry_partitionable`; and under `vmap` all rbg keys draw from the first one. Here every key
+becomes a threefry key first, and each draw names its dtype and its algorithm. Threefry keys under
+JAX's default configuration draw the same numbers as with `jax.random`.
 """
 
 from __future__ import annotations

@@ -152,10 +152,12 @@ class Plan:
 
         if not has_all_stages(self.steps):
             more = range(self.steps + 1, self.steps + _STEPS_TRIED)
-            enough = next((f", as with {steps} steps" for steps in more if has_all_stages(steps)), "")
+            enough = next(
+                (f", as with {steps} steps" for steps in more if has_all_stages(steps)), ""
+            )
             raise ValueError(
                 f"Plan with {self.steps} steps ends its stages after steps {self.stage_steps}; "
-                f"expected at least one step in every stage{enough}"
+                f"expected at least one step in every stage{hint}"
             )
 
     def _check_schedule(self) -> None:

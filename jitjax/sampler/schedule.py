@@ -100,6 +100,6 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
         name = plan.schedule if isinstance(plan.schedule, str) else "its own"
         raise ValueError(
             f"Plan has {plan.steps} steps, too many for the schedule {name!r}: in float32, sigma "
-            f"does not fall in {equal.size} of them (first in step {equal[0]}); expected fewer steps"
+            f"does not fall in {equal.size} of them (first in step {equal[0]}); expected fewer"
         )
     return sigmas

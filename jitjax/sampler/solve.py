@@ -87,16 +87,22 @@ def jit_solve(
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
     """Integrate from noise to clean tokens, on few anchors first (paper, algorithm 1).
 
-    The function is pure and composes with `jit`, `vmap` and `grad`, unless `progress` or
-    `check_finite` is set.
+    The function is pure and composes with all of JAX's transformations (reverse and forward mode
+    of any order, `vmap`, `shard_map`, ...), unless `progress` or `check_finite` is set. For a
+    gradient, only the state before each step is kept and each step is computed again.
+
+    Arrays may be sharded over any mesh. Explicit axes are turned into auto axes; under `jit` a mesh
+    needs auto axes, `jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))`.
 
     Args:
-        velocity: the velocity function, see `jitjax.sampler.terms.Velocity`. It must be hashable;
-            each new function is compiled again, so define it once. With Euler's method it is
+        velocity: the velocity function, see `jitjax.sampler.terms.Velocity`: a hashable function,
+            or a pytree such as an equinox module, whose arrays are differentiable arguments. Each
+            new function (a lambda made in a loop) is compiled again, so define it once; the
+            programs of the last `VELOCITIES_KEPT` functions are kept. With Euler's method it is
             evaluated exactly `plan.steps` times.
         noise: tokens at `sigmas[0]` in row-major order, float32 or float64.
         sigmas: strictly decreasing sigmas at the step boundaries, [plan.steps + 1].
-        plan: the settings of the run.
+        plan: the settings of the run, or a name in `PLANS`.
         grid: rows and columns of tokens; rows * columns = n.
         first_anchors: token indices of the first stage's anchors; not needed if the first stage
             is dense.
@@ -104,7 +110,9 @@ def jit_solve(
             and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
         args: pytree passed to `velocity`, such as its parameters; differentiable.
-        solver: a diffrax solver; Euler's method by default.
+        solver: a diffrax solver of ordinary differential equations; Euler's method by default. An
+            implicit one needs a root finder with tolerances, and gives NaN where that does not
+            converge.
         text_tokens: number of text tokens that the network runs on with the anchors, for
             `plan.pad_to`.
         progress: callback, called with 1 after every step. Each step is then dispatched from
@@ -118,9 +126,10 @@ def jit_solve(
         the `Trace`.
 
     Raises:
-        ValueError: an array is missing, not finite, or does not fit the plan and the grid, or the
+        ValueError: the velocity is no hashable function or pytree, the solver does not fit, an
+            array is missing, not finite, or does not fit the plan and the grid, or the
             first anchors are not distinct tokens of the grid; or `progress` or `check_finite` is
-            set under `jit`, `vmap` or `grad`. Raised before compilation; values of traced arrays
+            set under a transformation. Raised before compilation; values of traced arrays
             are not checked.
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
@@ -139,9 +148,7 @@ def jit_solve(
     solver_arrays, static_solver = split_arrays("solver", solver)
     arrays = _Arrays(velocity_arrays, solver_arrays)
     if progress or check_finite:
-        check_not_traced(
-            noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays
-        )
+        check_not_traced(noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays)
     sigmas = sigmas.astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jitjax
 from jitjax.denoise import flux_sigmas
-from jitjax.sampler.plan import PLANS, Plan
+from jitjax.latents import token_grid
+from jitjax.sampler.grid import as_grid
+from jitjax.sampler.plan import PLANS, Plan, get_plan
 
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0))
 
@@ -59,3 +64,87 @@ def test_tuned_plans_differ_in_steps_stages_and_lift_only():
         plan = PLANS[name]
         assert plan.stage_steps == stage_steps
         assert plan == Plan(steps, plan.densities, plan.stage_ends, lift="none")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        np.array,
+        jnp.array,
+        lambda v: np.array(v, np.float32),
+        lambda v: [jnp.float32(x) for x in v],
+    ],
+    ids=["list", "numpy", "jax", "float32", "jax scalars"],
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_and_sequences_of_any_type_make_the_same_plan(make):
+    schedule = (1.0, 0.9, 0.7, 0.55, 0.3, 0.1)
+    plain = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), schedule, relax=2.0, pad_to=16)
+    made = Plan(
+        np.int64(6),
+        make((0.4, 0.7, 1.0)),
+        make((0.34, 0.67, 1.0)),
+        make(schedule),
+        relax=np.float32(2),
+        pad_to=jnp.int32(16),
+    )
+    assert made == plain
+    assert hash(made) == hash(plain)
+    assert repr(made) == repr(plain)
+    replaced = dataclasses.replace(plain, densities=make((0.4, 0.7, 1.0)), steps=np.uint8(6))
+    assert (replaced, hash(replaced)) == (plain, hash(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": True}, "Plan.steps is True"),
+        ({"steps": 6.0}, "Plan.steps is 6.0"),
+        ({"steps": "6"}, "Plan.steps is '6'"),
+        ({"relax": "2"}, "Plan.relax is '2'"),
+        ({"relax": True}, "Plan.relax is True"),
+        ({"densities": [0.4, 0.7, True]}, "Plan.densities is"),
+        ({"densities": {}}, "Plan.densities is {}"),
+        ({"densities": 1.0}, "Plan.densities is 1.0"),
+        ({"stage_ends": "1"}, "Plan.stage_ends is '1'"),
+        ({"schedule": None}, "Plan.schedule is None"),
+        ({"schedule": ["1"] * 6}, "Plan.schedule is"),
+        ({"first": ["even"]}, r"Plan.first is \['even'\]"),
+        ({"first": np.array(["even"])}, "Plan.first is array"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_other_types_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PLAN.replace(**changes)
+
+
+@pytest.mark.parametrize("plan", [{}, None, 4, ["4x"]])
+@pytest.mark.usefixtures("unchecked")
+def test_get_plan_refuses_other_types(plan):
+    with pytest.raises(ValueError, match="unknown plan"):
+        get_plan(plan)
+
+
+def test_too_few_steps_say_how_many_are_needed():
+    with pytest.raises(ValueError, match=r"3 steps .* \(1, 1, 3\).*as with 4 steps"):
+        PLANS["4x"].replace(steps=3)
+    assert PLANS["4x"].replace(steps=4).stage_steps == (1, 2, 4)
+
+
+def test_too_many_steps_are_refused():
+    assert (np.diff(flux_sigmas(Plan(1323), 16, jitjax.FluxConfig())) < 0).all()
+    with pytest.raises(ValueError, match="1324 steps, too many for the schedule 'beta'"):
+        flux_sigmas(Plan(1324), 16, jitjax.FluxConfig())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_grids_and_sizes_of_any_integer_type():
+    for grid in ([3, 5], np.array([3, 5]), (np.int32(3), jnp.int32(5))):
+        assert as_grid(grid) == (3, 5)
+        assert all(type(side) is int for side in as_grid(grid))
+    assert token_grid(np.int64(48), np.uint16(80), jitjax.FluxConfig()) == (3, 5)
+    for grid in (None, 4, (4,), (4, 0), (4, True), (4, 4.0), "44"):
+        with pytest.raises(ValueError, match=r"grid is .*; expected"):
+            as_grid(grid)

@@ -111,3 +111,90 @@ def test_evaluations_per_step():
     assert evaluations_per_step(MeanVelocitySolver(diffrax.Heun())) == 2
     # Tsit5 reuses the last evaluation of the previous step (FSAL).
     assert evaluations_per_step(MeanVelocitySolver(diffrax.Tsit5())) is None
+
+
+def exponential(tokens, positions, sigma, valid, args):
+    return tokens * args
+
+
+def decay(solver, steps: int = 4, **options):
+    """Solve dy / dsigma = 0.7 y from sigma 1 to 0; exactly y = exp(-0.7) at the end."""
+    return jit_solve(
+        exponential,
+        jnp.ones((1, 4, 2)),
+        jnp.linspace(1, 0, steps + 1),
+        plan=Plan(steps),
+        grid=(2, 2),
+        args=0.7,
+        solver=solver,
+        **options,
+    )
+
+
+FINDER = diffrax.VeryChord(rtol=1e-5, atol=1e-5)
+WORKING = [
+    (diffrax.Tsit5(), 1e-5),
+    (diffrax.Dopri8(), 1e-5),
+    (diffrax.Midpoint(), 5e-3),
+    (diffrax.ReversibleHeun(), 2e-2),
+    (diffrax.HalfSolver(diffrax.Heun()), 2e-3),
+    (diffrax.Kvaerno3(root_finder=FINDER), 1e-3),
+    (diffrax.Kvaerno5(root_finder=FINDER), 1e-4),
+]
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), WORKING, ids=lambda v: type(v).__name__)
+def test_other_solvers_of_diffrax(solver, tolerance):
+    np.testing.assert_allclose(decay(solver), np.exp(-0.7), rtol=tolerance)
+
+
+def test_leapfrog_midpoint():
+    """An Euler step, then y[n + 1] = y[n - 1] - 2 h 0.7 y[n] with 2 h 0.7 = 0.35."""
+    values = [1.0, 1 - 0.175]
+    for _ in range(3):
+        values.append(values[-2] - 0.35 * values[-1])
+    np.testing.assert_allclose(decay(diffrax.LeapfrogMidpoint()), values[-1], rtol=1e-6)
+
+
+def test_implicit_euler_and_its_gradient():
+    """Each step is y' = y - h 0.7 y', so that four steps of 1/4 give (1 + 0.175) ** -4."""
+    solver = diffrax.ImplicitEuler(root_finder=FINDER)
+    np.testing.assert_allclose(decay(solver), (1 + 0.7 / 4) ** -4, rtol=1e-4)
+    np.testing.assert_allclose(
+        decay(solver, progress=lambda done: None), (1 + 0.7 / 4) ** -4, rtol=1e-4
+    )
+
+    def end(a):
+        return jit_solve(
+            exponential, jnp.ones((1, 1, 1)), jnp.linspace(1, 0, 5), plan=Plan(4), grid=(1, 1),
+            args=a, solver=solver,
+        ).sum()  # fmt: skip
+
+    slope = -((1 + 0.7 / 4) ** -5)
+    assert float(jax.grad(end)(0.7)) == pytest.approx(slope, rel=1e-3)
+    assert float(jax.jvp(end, (0.7,), (1.0,))[1]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_a_root_finder_that_does_not_converge_gives_nan():
+    solver = diffrax.ImplicitEuler(root_finder=FINDER, root_find_max_steps=1)
+    assert np.isnan(decay(solver)).all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (diffrax.Heun, "solver is the class Heun; expected an instance"),
+        ("heun", "solver is 'heun'; expected a diffrax solver"),
+        (diffrax.Kvaerno3(), "solver Kvaerno3 has no tolerances"),
+        (diffrax.ImplicitEuler(), "solver ImplicitEuler has no tolerances"),
+        (diffrax.HalfSolver(diffrax.ImplicitEuler()), "solver HalfSolver has no tolerances"),
+        (diffrax.SemiImplicitEuler(), "solver SemiImplicitEuler needs the terms"),
+        (diffrax.KenCarp3(root_finder=FINDER), "solver KenCarp3 needs the terms"),
+        (diffrax.EulerHeun(), "solver EulerHeun needs the terms"),
+        (diffrax.ShARK(), "solver ShARK needs the terms"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_solvers_that_do_not_fit_are_refused_by_name(solver, message):
+    with pytest.raises(ValueError, match=message):
+        decay(solver)
