@@ -171,8 +171,8 @@ def denoise(
     """Integrate from noise to clean tokens with the FLUX transformer.
 
     The function is pure and composes with all of JAX's transformations as `jit_solve` does, unless
-    `progress` or `check_finite` is set. The choice of anchors is piecewise constant in all inputs, so no
-    gradient passes through it.
+    `progress` or `check_finite` is set. The choice of anchors is piecewise constant in all inputs,
+    so no gradient passes through it.
 
     Args:
         params: the model's parameters; only those of the transformer are used.
@@ -251,15 +251,14 @@ def denoise(
             score_keys = fold_in(keys, jnp.full(b, 2))
             random_scores = jax.vmap(lambda sample_key: uniform(sample_key, (n,)))(score_keys)
     if first_anchors is not None:
-        first_anchors = as_array("first_anchors", first_anchors)
-        if first_anchors.ndim == 1:
-            first_anchors = first_anchors[None].repeat(b, axis=0)
+        anchors = as_array("first_anchors", first_anchors)
+        first_anchors = anchors[None].repeat(b, axis=0) if anchors.ndim == 1 else anchors
 
     embedded_guidance = jnp.broadcast_to(guidance, (b,)) if config.guidance_embeds else None
     return jit_solve(
         FluxVelocity(config),
         noise,
-        flux_sigmas(plan, n, params.config),
+        jnp.asarray(flux_sigmas(plan, n, params.config), noise.dtype),
         plan=plan,
         grid=grid,
         first_anchors=first_anchors,

@@ -110,9 +110,8 @@ def check_inputs(
     if sigmas.shape != (plan.steps + 1,):
         raise ValueError(f"sigmas has shape {list(sigmas.shape)}; expected [{plan.steps + 1}]")
     levels = concrete(sigmas)
-    rises = () if levels is None else np.flatnonzero(~(np.diff(levels) < 0))
-    if len(rises):
-        step = rises[0]
+    if levels is not None and not (np.diff(levels) < 0).all():
+        step = np.flatnonzero(~(np.diff(levels) < 0))[0]
         raise ValueError(
             f"sigmas has {levels[step]} before {levels[step + 1]} in step {step}; expected "
             "strictly decreasing values"

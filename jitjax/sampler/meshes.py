@@ -41,6 +41,8 @@ def _to_auto_axes(leaf: Any) -> Any:
             f"an array under jit lies on a mesh with explicit axes {explicit}; expected a mesh "
             "with auto axes: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
         )
-    assert isinstance(leaf.sharding, NamedSharding)
-    devices = leaf.sharding.mesh.devices
-    return jax.device_put(leaf, NamedSharding(Mesh(devices, mesh.axis_names), leaf.sharding.spec))
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    types = (AxisType.Auto,) * len(sharding.mesh.axis_names)
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=types)
+    return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))

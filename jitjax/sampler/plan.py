@@ -152,9 +152,8 @@ class Plan:
 
         if not has_all_stages(self.steps):
             more = range(self.steps + 1, self.steps + _STEPS_TRIED)
-            enough = next(
-                (f", as with {steps} steps" for steps in more if has_all_stages(steps)), ""
-            )
+            enough = next((steps for steps in more if has_all_stages(steps)), None)
+            hint = "" if enough is None else f", as with {enough} steps"
             raise ValueError(
                 f"Plan with {self.steps} steps ends its stages after steps {self.stage_steps}; "
                 f"expected at least one step in every stage{hint}"
