@@ -17,8 +17,9 @@ import pytest
 
 import jitjax
 from jitjax.sampler.plan import Plan
-from jitjax.sampler.solve import VELOCITIES_KEPT, jit_solve
+from jitjax.sampler.solve import VELOCITIES_KEPT, _programs, jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
+from jitjax.sampler.static import split_arrays
 
 GRID = (4, 4)
 SPARSE = Plan(2, (0.5, 1.0), (0.5, 1.0))
@@ -177,6 +178,7 @@ def test_modules_and_partials_are_velocities_without_compiling_again():
     np.testing.assert_allclose(gradient, by_args, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_velocities_that_cannot_be_compiled_for_are_refused_by_name():
     with pytest.raises(ValueError, match="velocity is a int; expected a function"):
         solve(None, velocity=3)
@@ -191,15 +193,16 @@ def test_velocities_that_cannot_be_compiled_for_are_refused_by_name():
         solve(None, velocity=Unhashable())
 
 
-def test_functions_made_anew_are_freed():
+def test_programs_of_functions_made_anew_are_freed():
     alive = []
     for _ in range(VELOCITIES_KEPT + 4):
         function = lambda tokens, *rest: -tokens  # noqa: E731
-        alive.append(weakref.ref(function))
         solve(None, velocity=function, plan=Plan(1))
-    del function
+        _, static = split_arrays("velocity", function)
+        alive.append(weakref.ref(_programs(static).integrate))
+    del function, static
     gc.collect()
-    assert sum(ref() is not None for ref in alive) <= VELOCITIES_KEPT + 1
+    assert sum(ref() is not None for ref in alive) <= VELOCITIES_KEPT
 
 
 @pytest.mark.parametrize("committed", [False, True])

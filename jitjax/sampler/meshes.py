@@ -42,7 +42,8 @@ def _to_auto_axes(leaf: Any) -> Any:
             "with auto axes: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
         )
     sharding = leaf.sharding
-    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    assert isinstance(sharding, NamedSharding)
+    assert isinstance(sharding.mesh, Mesh)
     types = (AxisType.Auto,) * len(sharding.mesh.axis_names)
     mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=types)
     return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
