@@ -142,7 +142,7 @@ def _check_guidance(guidance: Any, batch: int) -> Array:
     values, largest = concrete(guidance), np.finfo(np.float32).max / EMBEDDING_SCALE
     if values is not None and not (np.abs(values) <= largest).all():
         raise ValueError(
-            f"guidance is {values}; expected finite values from {-largest:.1e} to {largest:.1e}"
+            f"guidance is {values!s}; expected finite values from {-largest:.1e} to {largest:.1e}"
         )
     return guidance.astype(jnp.float32)
 
