@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
 from jitjax.loading import load
 
 from .sources.hub import fetch, is_repository
-from .sources.single_files import open_sources
+from .sources.single_files import SCHEDULES, open_sources
 from .targets.checkpoint import compare_sources, write_checkpoint
 from .targets.diffusers_folder import check_complete, check_new_folder, write_folder
 
@@ -130,6 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="low-rank updates to merge, each with a scale (default: 1)",
     )
+    parser.add_argument(
+        "--schedule",
+        choices=("auto", *SCHEDULES),
+        help="schedule and number of text tokens of the model (default: auto, the folder's; for "
+        "single files, dev's if the transformer has guidance, else schnell's, with a note)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
 
@@ -173,13 +180,18 @@ def _to_checkpoint(options: argparse.Namespace) -> None:
     location = options.source
     if location is not None and is_repository(location):
         location = fetch(location, [part for part in options.parts or PARTS if part not in files])
-    source = open_sources(
-        location,
-        files,
-        DTYPES[options.dtype or "bfloat16"],
-        tokenizers=options.tokenizers,
-        parts=options.parts,
-    )
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        source = open_sources(
+            location,
+            files,
+            DTYPES[options.dtype or "bfloat16"],
+            tokenizers=options.tokenizers,
+            parts=options.parts,
+            schedule=options.schedule or "auto",
+        )
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
     loras = [parse_lora(text) for text in options.lora]
     write_checkpoint(source, options.out, loras=loras, overwrite=options.overwrite, progress=True)
 
@@ -196,7 +208,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def _to_diffusers(options: argparse.Namespace) -> None:
-    other_options = (*MODEL_OPTIONS, "parts", "tokenizers", "dtype", "lora")
+    other_options = (*MODEL_OPTIONS, "parts", "tokenizers", "dtype", "lora", "schedule")
     if options.source is None or any(getattr(options, name) for name in other_options):
         raise ValueError("--to-diffusers takes only a checkpoint, --out and --overwrite")
     check_new_folder(options.out, overwrite=options.overwrite)  # fail before weights are read

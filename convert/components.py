@@ -41,11 +41,12 @@ from .tables.text import (
     CLIP_IGNORED,
     T5_ALIASES,
     T5_IGNORED,
+    Aliases,
     canonical_names,
     clip_rules,
     t5_rules,
 )
-from .tables.transformer import TRANSFORMER_IGNORED, transformer_rules
+from .tables.transformer import TRANSFORMER_ALIASES, TRANSFORMER_IGNORED, transformer_rules
 
 PIPELINE = "FluxPipeline"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -63,7 +64,8 @@ class Component:
         rules: returns its rule table for a configuration.
         abstract_params: returns its parameter tree, of shapes and dtypes only.
         ignored: tensors of its files that need no rule.
-        aliases: regular expression for an alias of a tensor name -> replacement.
+        aliases: regular expression for an alias of a tensor name -> replacement, or None for
+            tensors that are passed over.
     """
 
     folder: str
@@ -73,7 +75,7 @@ class Component:
     rules: Callable[[Any], list[Rule]]
     abstract_params: Callable[[Any], Tree]
     ignored: tuple[str, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Aliases = field(default_factory=dict)
 
     def source_shapes(self, config: Any) -> dict[str, Shape]:
         """Return canonical name -> shape of every source tensor of a model of `config`."""
@@ -97,6 +99,7 @@ COMPONENTS = (
         transformer_rules,
         flux.abstract_params,
         TRANSFORMER_IGNORED,
+        TRANSFORMER_ALIASES,
     ),
     Component(
         "text_encoder",
@@ -159,7 +162,7 @@ def from_state(name: str, state: Mapping[str, np.ndarray], config: Any, dtype: A
         The parameter tree of the model, with NumPy arrays as leaves.
 
     Raises:
-        ConversionError: keys or shapes do not match; the message lists all of them.
+        ConversionError: keys or shapes do not match, or a value is NaN or infinite.
     """
     component = component_of(name)
     rules, shapes = component.rules(config), leaf_shapes(component.abstract_params(config))

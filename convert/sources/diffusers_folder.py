@@ -40,6 +40,8 @@ from ..tables.engine import (
     leaf_dtypes,
     leaf_shapes,
 )
+from .file_kinds import explain_absence
+from .other_models import explain_pipeline
 from .tensors import WEIGHT_DTYPES, OriginalWeights, Weights, scan_all
 
 TEXT_LENGTH = 512
@@ -73,6 +75,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         return [single]
     if index.exists():
         return _shards(index)
+    if links := [p for p in sorted(folder.iterdir()) if p.is_symlink() and not p.exists()]:
+        raise FileNotFoundError(explain_absence(links[0]))
     others = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
     others += [p.name for p in sorted(folder.glob("*.safetensors"))]
     contents = ", ".join(others) or "no weight files"
@@ -121,8 +125,10 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
         )
     pipeline = read_json(folder / "model_index.json").get("_class_name")
     if pipeline != PIPELINE:
+        what = explain_pipeline(pipeline)
         raise ValueError(
             f"{folder}/model_index.json: _class_name is {shown(pipeline)}; expected {PIPELINE}"
+            + (f" (this is {what})" if what else "")
         )
     models = {
         component.name: component.read_config(path)
@@ -185,6 +191,7 @@ class ModelSource:
         shapes: path -> shape of every leaf.
         dtypes: path -> dtype of every leaf.
         read: returns a source tensor by name.
+        origin: says where a source tensor is from: its name in its file, and the file.
     """
 
     name: str
@@ -192,6 +199,7 @@ class ModelSource:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]
+    origin: Callable[[str], str] = str
 
     @property
     def bytes(self) -> int:
@@ -230,14 +238,20 @@ def prepare_model(
     check_keys(rules, shapes, weights.shapes, label=label, ignored=(*component.ignored, *ignored))
     used = [name for rule in rules for names in rule.source_names() for name in names]
     dtypes = {name: kind for name in used if (kind := weights.dtypes[name]) is not None}
-    if len(dtypes) < len(used):
-        unsupported = ", ".join(name for name in used if name not in dtypes)
+    if unsupported := [name for name in used if name not in dtypes]:
+        first, more = unsupported[0], len(unsupported) - 1
+        others = f" (and {more} others)" if more else ""
         raise ValueError(
-            f"{label}: unsupported dtype of {unsupported}; expected one of "
-            f"{', '.join(WEIGHT_DTYPES)}"
+            f"{label}: unsupported dtype {weights.kind(first)} of {weights.origin(first)}{others}; "
+            f"expected one of {', '.join(WEIGHT_DTYPES)}"
         )
     return ModelSource(
-        component.name, rules, shapes, leaf_dtypes(rules, dtypes, dtype), weights.read
+        component.name,
+        rules,
+        shapes,
+        leaf_dtypes(rules, dtypes, dtype),
+        weights.read,
+        weights.origin,
     )
 
 
@@ -281,7 +295,8 @@ class Source:
         with ThreadPoolExecutor(THREADS) as pool:
             for model, rule, blocks in self._split():
                 shape, dtype = model.shapes[rule.target], model.dtypes[rule.target]
-                future = pool.submit(apply_rule, rule, model.read, shape, dtype, blocks, empty)
+                arguments = (rule, model.read, shape, dtype, blocks, empty, model.origin)
+                future = pool.submit(apply_rule, *arguments)
                 pending.append((model, rule, blocks.start or 0, future))
                 if len(pending) > THREADS:
                     yield _wait_for_piece(*pending.popleft())
@@ -331,7 +346,7 @@ def open_folder(
     folder = Path(folder)
     config = read_config(folder)
     models: list[ModelSource] = []
-    problems: list[str] = []
+    problems: list[ConversionError] = []
     files: list[Path] = []
     for component in COMPONENTS:
         if component.name not in parts:
@@ -344,10 +359,10 @@ def open_folder(
                 prepare_model(component, model_config, weights, dtype, label=component.folder)
             )
         except ConversionError as error:
-            problems.append(str(error))
+            problems.append(error)
         files += model_files
     if problems:
-        raise ConversionError("\n".join(problems))
+        raise ConversionError.from_errors(problems)
     has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
     tokenizer = str(folder.resolve()) if has_text_encoders else ""
     return Source(config, tuple(models), tokenizer, tuple(files))

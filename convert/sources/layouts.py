@@ -2,13 +2,17 @@
 
 A file contains one model or several, each with a prefix (ComfyUI's whole checkpoints have
 `model.diffusion_model.`, `vae.`, `text_encoders.t5xxl.transformer.`). Each layout has a marker, the
-name of a tensor that no other layout has; it identifies both the model and the layout.
+name of a tensor that no other layout has; it identifies both the model and the layout. Aliases of
+names (see `Component.aliases`) are no layouts of their own.
+
+Configurations are inferred from shapes that are checked first: `_axes` raises for a tensor that is
+absent, has another number of axes, or is empty.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +33,13 @@ class Layout:
         title: name of the layout in messages.
         model: field in `FluxParams`.
         marker: name of a tensor that no other layout has.
-        config: infers the configuration from name (without prefix) -> shape.
+        config: infers the configuration from canonical name (without prefix) -> shape. Raises
+            `KeyError` for a missing tensor, `ValueError` for a shape that no such model has.
         parts: returns the table of original names for a configuration; None if the layout has the
             names of the rule table.
         ignored: tensors that need no rule, in addition to those of the component.
+        marker_aliases: the marker, or another tensor that no other layout has, under the aliases of
+            the component.
     """
 
     title: str
@@ -41,6 +48,35 @@ class Layout:
     config: Callable[[Shapes], Any]
     parts: Callable[[Any], dict[str, Part]] | None = None
     ignored: tuple[str, ...] = ()
+    marker_aliases: tuple[str, ...] = ()
+
+    def prefixes(self, names: Iterable[str]) -> list[str]:
+        """Return the prefixes under which a file has models of this layout."""
+        found = {}
+        # Longest first: "text_model.X" is the marker X with prefix "text_model." only if there is
+        # no marker "text_model.X".
+        markers = sorted((self.marker, *self.marker_aliases), key=len, reverse=True)
+        for name in names:
+            for marker in markers:
+                if name == marker or name.endswith(f".{marker}"):
+                    found[name.removesuffix(marker)] = None
+                    break
+        return list(found)
+
+
+def _axes(shapes: Shapes, name: str, count: int) -> Shape:
+    """Return the shape of a tensor that must have `count` axes, none of them empty."""
+    shape = shapes[name]
+    if len(shape) != count or not all(shape):
+        raise ValueError(f"{name} has shape {list(shape)}; expected {count} non-empty axes")
+    return shape
+
+
+def _heads(name: str, width: int, head_dim: int) -> int:
+    """Return the number of heads. Raises `ValueError` if the width is no multiple of a head's."""
+    if width % head_dim:
+        raise ValueError(f"{name} has width {width}; expected a multiple of a head's {head_dim}")
+    return width // head_dim
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -50,16 +86,18 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _transformer(shapes: Shapes, image: str, text: str, pooled: str, norm: str, guidance: str,
                  double: str, single: str) -> TransformerConfig:  # fmt: skip
-    hidden, channels = shapes[image]
-    head_dim = shapes[norm][0]
+    hidden, channels = _axes(shapes, image, 2)
+    (head_dim,) = _axes(shapes, norm, 1)
+    if head_dim % 32:
+        raise ValueError(f"{norm} has shape [{head_dim}]; expected a multiple of 32 (FLUX.1: 128)")
     return TransformerConfig(
         in_channels=channels,
         num_layers=_count(shapes, rf"{double}\.(\d+)\."),
         num_single_layers=_count(shapes, rf"{single}\.(\d+)\."),
         attention_head_dim=head_dim,
-        num_attention_heads=hidden // head_dim,
-        joint_attention_dim=shapes[text][1],
-        pooled_projection_dim=shapes[pooled][1],
+        num_attention_heads=_heads(image, hidden, head_dim),
+        joint_attention_dim=_axes(shapes, text, 2)[1],
+        pooled_projection_dim=_axes(shapes, pooled, 2)[1],
         guidance_embeds=guidance in shapes,
         # No tensor has the split of a head among the three axes; FLUX.1 has 16, 56 and 56.
         axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
@@ -87,12 +125,12 @@ def diffusers_transformer(shapes: Shapes) -> TransformerConfig:
 
 def _autoencoder(shapes: Shapes, level: str, block: str) -> AutoencoderConfig:
     levels = _count(shapes, level.format(r"(\d+)"))
-    widths = tuple(shapes[f"{block.format(i, 0)}.conv2.weight"][0] for i in range(levels))
+    widths = tuple(_axes(shapes, f"{block.format(i, 0)}.conv2.weight", 4)[0] for i in range(levels))
     layers = _count(shapes, re.escape(block.format(0, "@")).replace("@", r"(\d+)"))
     return AutoencoderConfig(
-        in_channels=shapes["encoder.conv_in.weight"][1],
-        out_channels=shapes["decoder.conv_out.weight"][0],
-        latent_channels=shapes["decoder.conv_in.weight"][1],
+        in_channels=_axes(shapes, "encoder.conv_in.weight", 4)[1],
+        out_channels=_axes(shapes, "decoder.conv_out.weight", 4)[0],
+        latent_channels=_axes(shapes, "decoder.conv_in.weight", 4)[1],
         block_out_channels=widths,
         layers_per_block=layers,
     )
@@ -117,14 +155,15 @@ def diffusers_autoencoder(shapes: Shapes) -> AutoencoderConfig:
 def t5_encoder(shapes: Shapes) -> T5Config:
     """Infer the configuration from the shapes in a file of a T5 encoder."""
     block = "encoder.block.0.layer"
-    buckets, heads = shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
-    heads_width, d_model = shapes[f"{block}.0.SelfAttention.q.weight"]
-    embedding = "shared.weight" if "shared.weight" in shapes else "encoder.embed_tokens.weight"
+    relative_bias = f"{block}.0.SelfAttention.relative_attention_bias.weight"
+    query = f"{block}.0.SelfAttention.q.weight"
+    buckets, heads = _axes(shapes, relative_bias, 2)
+    heads_width, d_model = _axes(shapes, query, 2)
     return T5Config(
-        vocab_size=shapes[embedding][0],
+        vocab_size=_axes(shapes, "shared.weight", 2)[0],
         d_model=d_model,
-        d_kv=heads_width // heads,
-        d_ff=shapes[f"{block}.1.DenseReluDense.wi_0.weight"][0],
+        d_kv=_heads(query, heads_width, heads),
+        d_ff=_axes(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
         num_layers=_count(shapes, r"encoder\.block\.(\d+)\."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
@@ -137,14 +176,15 @@ def clip_encoder(shapes: Shapes) -> CLIPConfig:
     The width of a head is 64, as in every CLIP.
     """
     embeddings = "text_model.embeddings"
-    vocab, hidden = shapes[f"{embeddings}.token_embedding.weight"]
+    vocab, hidden = _axes(shapes, f"{embeddings}.token_embedding.weight", 2)
+    mlp = "text_model.encoder.layers.0.mlp.fc1.weight"
     return CLIPConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        intermediate_size=_axes(shapes, mlp, 2)[0],
         num_hidden_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=shapes[f"{embeddings}.position_embedding.weight"][0],
+        num_attention_heads=_heads("token_embedding.weight", hidden, min(64, hidden)),
+        max_position_embeddings=_axes(shapes, f"{embeddings}.position_embedding.weight", 2)[0],
     )
 
 
@@ -181,16 +221,20 @@ LAYOUTS = (
         "encoder.block.0.layer.0.SelfAttention.q.weight",
         t5_encoder,
         ignored=("spiece_model",),
+        marker_aliases=("enc.blk.0.attn_q.weight",),
     ),
     Layout(
         "CLIP text model",
         "clip",
-        "text_model.encoder.layers.0.self_attn.q_proj.weight",
+        "text_model.embeddings.token_embedding.weight",
         clip_encoder,
-        # Projection and temperature of CLIP's loss; FLUX uses the pooled state before them.
-        ignored=("text_projection.weight", "logit_scale"),
+        marker_aliases=("embeddings.token_embedding.weight",),
     ),
 )
+
+
+NO_WEIGHTS = re.compile(r"(^|\.)(logit_scale|text_projection(\.weight)?|scaled_fp8|spiece_model)$")
+"""Tensors beside the models that are no weights of any: ComfyUI keeps some above the encoders."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +243,12 @@ class RecognisedModel:
 
     Attributes:
         layout: its layout.
+        prefix: what its names in the file begin with.
         names: tensor name without prefix -> name in the file.
     """
 
     layout: Layout
+    prefix: str
     names: Mapping[str, str]
 
 
@@ -218,11 +264,9 @@ def recognise(shapes: Shapes, label: str) -> list[RecognisedModel]:
     """
     models = []
     for layout in LAYOUTS:
-        markers = [n for n in shapes if n == layout.marker or n.endswith(f".{layout.marker}")]
-        for marker in markers:
-            prefix = marker.removesuffix(layout.marker)
+        for prefix in layout.prefixes(shapes):
             names = {n.removeprefix(prefix): n for n in shapes if n.startswith(prefix)}
-            models.append(RecognisedModel(layout, names))
+            models.append(RecognisedModel(layout, prefix, names))
     if not models:
         raise ValueError(f"{label} contains no known model of FLUX; {_closest_layout(shapes)}")
     return [_without_nested_models(model, models) for model in models]
@@ -235,15 +279,46 @@ def _without_nested_models(
     nested = [set(m.names.values()) for m in models if len(m.names) < len(model.names)]
     excluded = set().union(*nested)
     names = {name: stored for name, stored in model.names.items() if stored not in excluded}
-    return RecognisedModel(model.layout, names)
+    return RecognisedModel(model.layout, model.prefix, names)
+
+
+def stray_names(names: Iterable[str], models: Iterable[RecognisedModel]) -> list[str]:
+    """Return the names in a file that belong to none of its models and may be weights."""
+    known = {stored for model in models for stored in model.names.values()}
+    return [name for name in names if name not in known and not NO_WEIGHTS.search(name)]
+
+
+def misfits(shapes: Shapes, layout: Layout) -> list[str]:
+    """Compare the names in a file with a layout's, not counting block numbers.
+
+    For files whose configuration cannot be inferred, which alone gives the expected shapes.
+
+    Args:
+        shapes: canonical name -> shape of every tensor of the file.
+        layout: the layout.
+    """
+    optional = re.compile(r"guidance_(in|embedder)\.")  # FLUX.1-schnell has none
+    component = component_of(layout.model)
+    ignored = {_without_numbers(name) for name in (*component.ignored, *layout.ignored)}
+    expected = {_without_numbers(name): name for name in full_size_names(layout)}
+    available = {_without_numbers(name) for name in shapes}
+    unmatched = [f"unmatched key: {n}" for n in shapes
+                 if _without_numbers(n) not in expected.keys() | ignored]  # fmt: skip
+    missing = [f"missing key: {name}" for numberless, name in expected.items()
+               if numberless not in available and not optional.search(name)]  # fmt: skip
+    return unmatched + missing
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
 
 
 def _closest_layout(shapes: Shapes) -> str:
     """Describe the layout that shares most names with the file, not counting block numbers."""
-    names = {re.sub(r"\d+", "0", name) for name in shapes}
+    names = {_without_numbers(name) for name in shapes}
     closest, most_shared = LAYOUTS[0], -1
     for layout in LAYOUTS:
-        known = {re.sub(r"\d+", "0", name) for name in full_size_names(layout)}
+        known = {_without_numbers(name) for name in full_size_names(layout)}
         shared = sum(any(n == k or n.endswith(f".{k}") for k in known) for n in names)
         if shared > most_shared:
             closest, most_shared = layout, shared

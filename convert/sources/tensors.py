@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..original import Part, Rows, original_shapes
 from ..tables.engine import ConversionError, Shape, find_mismatches
-from ..tables.text import canonical_names
+from ..tables.text import Aliases, canonical_names
+from .file_kinds import explain_file, is_gguf
 from .gguf_files import GgufTensor, scan_gguf
+from .other_models import explain_format, explain_model
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FP8 = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
@@ -50,20 +52,25 @@ class Tensor:
         shape: shape of the tensor.
         kind: safetensors' name of its dtype, for example "BF16".
         start: offset of its first byte in the file.
+        name: its name in the file.
     """
 
     path: Path
     shape: Shape
     kind: str
     start: int
+    name: str = ""
 
     @property
     def dtype(self) -> np.dtype | None:
         """Dtype of the weight; None if weights cannot have this dtype.
 
-        It is bfloat16 for fp8, since bfloat16 represents every fp8 value exactly.
+        It is bfloat16 for fp8, since bfloat16 represents every fp8 value exactly, and float32 for
+        float64, which JAX has only with `jax_enable_x64`.
         """
-        return BFLOAT16 if self.kind in FP8 else WEIGHT_DTYPES.get(self.kind)
+        if self.kind in FP8:
+            return BFLOAT16
+        return np.dtype(np.float32) if self.kind == "F64" else WEIGHT_DTYPES.get(self.kind)
 
     def map(self) -> np.ndarray:
         """Return the values, memory-mapped from the file."""
@@ -81,36 +88,50 @@ class Tensor:
 def scan(path: Path) -> Mapping[str, Tensor | GgufTensor]:
     """Return name -> tensor of a safetensors or GGUF file, without reading the values.
 
+    The format is recognised by the first bytes, not by the name.
+
     Raises:
-        ValueError: the file is not a complete safetensors or GGUF file.
+        ValueError: the file is not a complete safetensors or GGUF file; the message says what it
+            is.
     """
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return scan_gguf(path)
     try:
         with safe_open(path, "numpy"):  # checks the header against the length of the file
             pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    except (SafetensorError, OSError):  # OSError for an empty file, which cannot be mapped
+        raise ValueError(explain_file(path)) from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {
         name: Tensor(
-            path, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0]
+            path, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0], name
         )
         for name, entry in header.items()
     }
 
 
 def scan_all(paths: Iterable[Path]) -> dict[str, Tensor | GgufTensor]:
-    """Return name -> tensor of several files. Raises `ValueError` for a name in two files."""
+    """Return name -> tensor of the files of one or several models.
+
+    Raises:
+        ValueError: a name is in two files, or the tensors are stored in a way or are of a model
+            that is not implemented; the message says what they are.
+    """
     tensors: dict[str, Tensor | GgufTensor] = {}
+    paths = list(paths)
     for path in paths:
         for name, tensor in scan(path).items():
             if name in tensors:
                 raise ValueError(f"{name} is both in {tensors[name].path} and in {path}")
             tensors[name] = tensor
+    label = paths[0] if len(paths) == 1 else paths[0].parent
+    if not tensors:
+        raise ValueError(f"{label} has no tensors; expected weights")
+    if explanation := explain_format(tensors) or explain_model(tensors):
+        raise ValueError(f"{label} is {explanation}")
     return tensors
 
 
@@ -125,7 +146,7 @@ class Weights:
     def __init__(
         self,
         tensors: Mapping[str, Tensor | GgufTensor],
-        aliases: Mapping[str, str] | None = None,
+        aliases: Aliases | None = None,
     ):
         names = canonical_names(tensors, aliases or {})
         self._tensors = {canonical: tensors[stored] for canonical, stored in names.items()}
@@ -144,23 +165,51 @@ class Weights:
             if weight in self._tensors:
                 tensor = self._tensors.pop(name)
                 if suffix in SCALE_SUFFIXES:
-                    self._scales[weight] = tensor
+                    self._scales[weight] = self._checked_scale(weight, tensor)
+                elif suffix == ".comfy_quant":
+                    _check_comfy_format(tensor)
+
+    def _checked_scale(self, weight: str, scale: Tensor | GgufTensor) -> Tensor | GgufTensor:
+        """Return a scale. Raises `ValueError` if it has another dtype or number than expected."""
+        rows = self._tensors[weight].shape[:1]
+        if scale.dtype is None or math.prod(scale.shape) not in (1, *rows):
+            raise ValueError(
+                f"{scale.name} in {scale.path} has dtype {scale.kind} and shape "
+                f"{list(scale.shape)}; expected one floating scale, or one per row"
+            )
+        return scale
 
     def read(self, name: str, rows: Rows | None = None) -> np.ndarray:
-        """Return one tensor, or ranges of its rows concatenated.
-
-        Raises:
-            ValueError: the tensor has neither one scale nor one scale per row.
-        """
+        """Return one tensor, or ranges of its rows concatenated."""
         values = _select_rows(self._tensors[name].map(), rows)
         scale = self._scales.get(name)
         if scale is not None:
             factor = np.asarray(scale.map(), np.float32).reshape(-1)
-            if factor.size not in (1, self.shapes[name][0]):
-                raise ValueError(f"{name} has {factor.size} scales; expected 1, or 1 per row")
             factor = factor if factor.size == 1 else _select_rows(factor, rows)
             return values.astype(np.float32) * factor.reshape(-1, *(1,) * (values.ndim - 1))
         return values.astype(np.float32) if self._tensors[name].kind in FP8 else values
+
+    def origin(self, name: str) -> str:
+        """Say where a tensor is from: its name in its file, and the file."""
+        tensor = self._tensors[name]
+        return f"{tensor.name or name} in {tensor.path}"
+
+    def kind(self, name: str) -> str:
+        """Return the name of the dtype that a tensor is stored in, for example "BF16"."""
+        return self._tensors[name].kind
+
+
+def _check_comfy_format(tensor: Tensor | GgufTensor) -> None:
+    """Raise `ValueError` if a layer's `comfy_quant` (JSON) names another format than fp8."""
+    if tensor.kind not in ("U8", "I8"):
+        return
+    raw = np.fromfile(tensor.path, np.uint8, math.prod(tensor.shape), offset=tensor.start)  # type: ignore[union-attr]
+    try:
+        stored = json.loads(raw.tobytes())["format"]
+    except (ValueError, KeyError, TypeError):
+        stored = "unreadable"
+    if not str(stored).startswith("float8_"):
+        raise ValueError(f"{tensor.name} in {tensor.path} has format {stored}; expected float8_...")
 
 
 class OriginalWeights:
@@ -176,7 +225,7 @@ class OriginalWeights:
         ignored: original names of tensors that the table does not use.
 
     Raises:
-        ConversionError: original names or shapes do not match; the message lists all of them.
+        ConversionError: original names or shapes do not match; it has all of them.
     """
 
     def __init__(
@@ -200,6 +249,14 @@ class OriginalWeights:
         """Return one tensor by its diffusers name."""
         part = self._parts[name]
         return self._weights.read(part.source, part.rows).reshape(self.shapes[name])
+
+    def origin(self, name: str) -> str:
+        """Say where a tensor is from: its name in its file, and the file."""
+        return self._weights.origin(self._parts[name].source)
+
+    def kind(self, name: str) -> str:
+        """Return the name of the dtype that a tensor is stored in, for example "BF16"."""
+        return self._weights.kind(self._parts[name].source)
 
 
 def _select_rows(values: np.ndarray, rows: Rows | None) -> np.ndarray:

@@ -10,7 +10,7 @@ module is specific to a model.
     blocks.{i}.attn.to_v.weight  [out, in]                     [blocks, in, 3, heads, width]
 
 Every source tensor must be used exactly once, and every target leaf filled exactly once, with the
-exact shape. One `ConversionError` lists all mismatches.
+exact shape. One `ConversionError` has all mismatches; its message lists the first ones.
 """
 
 from __future__ import annotations
@@ -26,19 +26,53 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from .finite import all_finite, explain_non_finite
+
 Array = Any
 Shape = tuple[int, ...]
 Tree = dict[str, Any]
 """Nested dictionaries with arrays at the leaves: the Flax `params` collection of one model."""
 
 
+MAX_LINES = 20
+"""Largest number of problems that the message of a `ConversionError` lists."""
+
+
 class ConversionError(ValueError):
-    """The source tensors do not match the rule table; the message lists every mismatch."""
+    """The source tensors do not match the rule table.
+
+    The message lists the first `MAX_LINES` mismatches and the number of the others.
+
+    Attributes:
+        lists: title -> all problems under it.
+    """
+
+    def __init__(self, message: str = "", lists: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.lists = dict(lists or {})
+        if not message:
+            limit = max(1, MAX_LINES // max(1, len(self.lists)))
+            message = "\n".join(_shortened(*item, limit) for item in self.lists.items())
+        super().__init__(message)
 
     @classmethod
     def from_problems(cls, label: str, problems: Sequence[str]) -> ConversionError:
         """Return the error that lists the problems of the model or file called `label`."""
-        return cls(f"{label}: {len(problems)} mismatched key(s)\n  " + "\n  ".join(problems))
+        return cls(lists={f"{label}: {len(problems)} mismatched key(s)": problems})
+
+    @classmethod
+    def from_errors(cls, errors: Sequence[ConversionError]) -> ConversionError:
+        """Return one error for several models; its message is no longer than that of one."""
+        lists: dict[str, Sequence[str]] = {}
+        for error in errors:
+            lists |= error.lists or {str(error): ()}
+        return cls(lists=lists)
+
+
+def _shortened(title: str, problems: Sequence[str], limit: int) -> str:
+    lines = [title, *problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"... and {len(problems) - limit} more")
+    return "\n  ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -220,7 +254,7 @@ def check_keys(
         ignored: names of source tensors that need no rule (buffers such as position ids).
 
     Raises:
-        ConversionError: something does not match; the message lists every mismatch.
+        ConversionError: something does not match; it has every mismatch.
     """
     problems: list[str] = []
     targets = Counter(rule.target for rule in rules)
@@ -272,6 +306,7 @@ def apply_rule(
     dtype: Any,
     blocks: slice = slice(None),
     empty: Callable[[Shape, Any], np.ndarray] = np.empty,
+    origin: Callable[[str], str] = str,
 ) -> np.ndarray:
     """Make one target leaf, or some blocks of a stacked leaf, from its source tensors.
 
@@ -284,18 +319,23 @@ def apply_rule(
         dtype: dtype of the leaf.
         blocks: which blocks of a stacked leaf to make; the result keeps the block axis.
         empty: allocates an array of a shape and dtype.
+        origin: says where a source tensor is from (its name and file), for the error message.
 
     Raises:
-        ConversionError: `dtype` is float16 and a value is not finite in it.
+        ConversionError: a source tensor has NaN or infinity, or a value does not fit into `dtype`;
+            the message names the tensor.
     """
     transform, names = TRANSFORMS[rule.transform], rule.source_names()[blocks]
     out = empty(shape if rule.blocks is None else (len(names), *shape[1:]), dtype)
     views = [out] if rule.blocks is None else [out[i, ...] for i in range(len(out))]
-    with np.errstate(over="ignore"):  # overflow is checked below
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
         for view, block_names in zip(views, names, strict=True):
             transform.forward([read(name) for name in block_names], view)
-    if out.dtype == np.float16 and not np.isfinite(out).all():
-        raise ConversionError(f"{rule.target} does not fit into float16; use bfloat16")
+            if not all_finite(view):  # right after writing, while the values are in the cache
+                origins, tensors = map(origin, block_names), [read(name) for name in block_names]
+                raise ConversionError(
+                    explain_non_finite(rule.target, out.dtype, list(origins), tensors)
+                )
     return out
 
 

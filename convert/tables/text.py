@@ -2,7 +2,8 @@
 
 Canonical names are those of the published FLUX files. transformers 5 writes other names: its
 `CLIPTextModel` omits the prefix `text_model.`, and a T5 file may contain either of the two tied
-names. `*_ALIASES` map these names to the canonical ones; `canonical_names` applies them.
+names. llama.cpp has names of its own for T5. `*_ALIASES` map these names to the canonical ones;
+`canonical_names` applies them.
 """
 
 from __future__ import annotations
@@ -14,36 +15,63 @@ from jitjax.config import CLIPConfig, T5Config
 
 from .engine import Rule
 
-T5_ALIASES: dict[str, str] = {r"^encoder\.embed_tokens\.weight$": "shared.weight"}
-"""Regular expression for an alias -> replacement that gives the canonical name."""
+Aliases = Mapping[str, str | None]
+"""Regular expression for an alias -> replacement that gives the canonical name; None passes the
+tensor over."""
+
+T5_ALIASES: dict[str, str | None] = {
+    # Decoder and output layer of a whole T5.
+    r"^(decoder|lm_head|dec)\.|^output\.weight$": None,
+    r"^encoder\.embed_tokens\.weight$": "shared.weight",
+    # llama.cpp's names, in GGUF files (gguf-py's `TensorNameMap` of the architecture t5encoder).
+    r"^token_embd\.": "shared.",
+    r"^enc\.output_norm\.": "encoder.final_layer_norm.",
+    r"^enc\.blk\.(\d+)\.attn_norm\.": r"encoder.block.\1.layer.0.layer_norm.",
+    r"^enc\.blk\.(\d+)\.attn_rel_b\.": (
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."
+    ),
+    r"^enc\.blk\.(\d+)\.attn_([qkvo])\.": r"encoder.block.\1.layer.0.SelfAttention.\2.",
+    r"^enc\.blk\.(\d+)\.ffn_norm\.": r"encoder.block.\1.layer.1.layer_norm.",
+    r"^enc\.blk\.(\d+)\.ffn_gate\.": r"encoder.block.\1.layer.1.DenseReluDense.wi_0.",
+    r"^enc\.blk\.(\d+)\.ffn_up\.": r"encoder.block.\1.layer.1.DenseReluDense.wi_1.",
+    r"^enc\.blk\.(\d+)\.ffn_down\.": r"encoder.block.\1.layer.1.DenseReluDense.wo.",
+}
 
 T5_IGNORED: tuple[str, ...] = ("encoder.embed_tokens.weight",)
 """Tensors that need no rule: the copy of `shared.weight`, if a file has both."""
 
-CLIP_ALIASES: dict[str, str] = {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}
-"""Regular expression for an alias -> replacement that gives the canonical name."""
+CLIP_ALIASES: dict[str, str | None] = {
+    # The image encoder of a whole CLIP; projections and temperature of its loss. FLUX uses the
+    # pooled state before the projection.
+    r"^(vision_model|visual_projection)\.|^text_projection(\.weight)?$|^logit_scale$": None,
+    r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1.",
+}
 
 CLIP_IGNORED: tuple[str, ...] = ("text_model.embeddings.position_ids",)
 """Tensors that need no rule: the position ids 0, 1, 2, ... in files of old versions."""
 
 
-def canonical_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Return canonical name -> name in the file, for every tensor of a file.
+def canonical_names(names: Iterable[str], aliases: Aliases) -> dict[str, str]:
+    """Return canonical name -> name in the file, for every tensor that is not passed over.
 
     If a file has a tensor under both its canonical name and an alias, the alias keeps its own
     name. `check_keys` then either ignores it or reports it.
 
     Args:
         names: the tensor names of the file.
-        aliases: regular expression -> replacement, for example `CLIP_ALIASES`.
+        aliases: for example `CLIP_ALIASES`.
     """
     names = set(names)
+    passed_over = [re.compile(pattern) for pattern, name in aliases.items() if name is None]
+    renames = [(re.compile(p), name) for p, name in aliases.items() if name is not None]
     out: dict[str, str] = {}
     for name in sorted(names):
+        if any(pattern.search(name) for pattern in passed_over):
+            continue
         canonical = name
-        for pattern, replacement in aliases.items():
-            canonical = re.sub(pattern, replacement, canonical)
-        out[name if canonical in names else canonical] = name
+        for pattern, replacement in renames:
+            canonical = pattern.sub(replacement, canonical)
+        out[name if canonical in names or canonical in out else canonical] = name
     return out
 
 

@@ -15,6 +15,14 @@ TRANSFORMER_IGNORED: tuple[str, ...] = ()
 """Tensors of a transformer file that need no rule."""
 
 
+TRANSFORMER_ALIASES: dict[str, str | None] = {
+    # ComfyUI saves the original release's norms under torch's name since February 2026.
+    r"^(double_blocks\.\d+\.(?:img|txt)_attn\.norm\.(?:query|key)_norm)\.weight$": r"\1.scale",
+    r"^(single_blocks\.\d+\.norm\.(?:query|key)_norm)\.weight$": r"\1.scale",
+}
+"""Regular expression for an alias -> replacement; see `text.canonical_names`."""
+
+
 def linear(target: str, source: Source, blocks: int | None = None) -> list[Rule]:
     """Return the rules for kernel and bias of one linear layer; several sources are fused.
 
