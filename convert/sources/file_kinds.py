@@ -139,8 +139,8 @@ def explain_absence(path: Path) -> str:
     if not parent.is_dir():
         return f"{path}: no such file; there is no folder {parent}"
     names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    by_lower = {name.lower(): name for name in names}
-    near = [by_lower[n] for n in difflib.get_close_matches(path.name.lower(), by_lower, n=3)]
+    by_stem = {Path(name).stem.lower(): name for name in names}  # suffixes are alike anyway
+    near = [by_stem[n] for n in difflib.get_close_matches(path.stem.lower(), by_stem, n=3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"{path}: no such file or folder{hint}"
 
