@@ -51,8 +51,8 @@ def test_clip_of_transformers_5_and_whole_clip(tmp_path, states, tokenizers):
     vision = {"vision_model.encoder.layers.0.self_attn.q_proj.weight": one,
               "visual_projection.weight": one, "text_projection.weight": one,
               "logit_scale": np.ones((), np.float32)}  # fmt: skip
-    for number, names in enumerate((short, short | vision, state | vision,
-                                    prefixed("text_encoders.clip_l.transformer.", short))):  # fmt: skip
+    in_comfyui = prefixed("text_encoders.clip_l.transformer.", short)
+    for number, names in enumerate((short, short | vision, state | vision, in_comfyui)):
         params = read_files([write(tmp_path, f"{number}", names)], tokenizers=tokenizers)
         assert params.config.clip == CONFIGS["clip"]
         assert_equal(params.clip, expected)
