@@ -81,7 +81,7 @@ def write_checkpoint(
     Args:
         source: result of `open_folder` or `open_sources`.
         target: the folder to write.
-        loras: (file, scale) of each low-rank update to add; see `lora.py`.
+        loras: (file, scale) of each low-rank update to add; see `lora/`.
         overwrite: replace an existing checkpoint.
         progress: show a progress bar.
 
@@ -92,7 +92,7 @@ def write_checkpoint(
     """
     parts = [model.name for model in source.models]
     updates = read_loras(loras, source.config, parts)
-    files = [*source.files, *(Path(file) for file, _ in loras)]
+    files = [*source.files, *updates.files]
     sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
     stop = threading.Event()
     with (
@@ -110,7 +110,7 @@ def write_checkpoint(
         records = pool.submit(file_records, files, stop)
         try:
             for model, rule, start, piece in source.pieces(ArrayPool()):
-                updates.add_to(model.name, rule, piece, start)
+                updates.add_to(model.name, rule, piece, start, model.read)
                 add(model.name, rule.target, piece, start, model.shapes[rule.target])
                 bar.update(piece.nbytes)
             sources_metadata["files"] = [dataclasses.asdict(file) for file in records.result()]

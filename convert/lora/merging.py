@@ -1,0 +1,87 @@
+"""Applies LoRA files to loaded parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jitjax.checkpoint import FluxParams
+
+from ..components import COMPONENTS, component_of
+from ..tables.engine import TRANSFORMS, Rule
+from .paths import Loras
+from .reading import read_loras
+
+
+def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
+    """Apply low-rank updates (LoRA, DoRA, LoHa, LoKr) to parameters.
+
+    Args:
+        params: result of `jitjax.load`; not changed.
+        loras: (file, scale) of each update: a safetensors file or a folder of PEFT, and a finite
+            number. Scale 1 is the strength of the training, scale 0 changes nothing. They are
+            applied in this order.
+
+    Returns:
+        The merged parameters. Changed leaves keep their dtype and sharding.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ConversionError: a file is not a LoRA of FLUX.1, its keys, shapes, dtypes or values are
+            not right, two places in it state different strengths, or a merged leaf is not finite.
+        ValueError: `loras` is not a list of (file, scale) pairs, or a scale is not finite.
+
+    Warns:
+        UserWarning: a file also has updates of models that are not in `params`.
+
+    Source: Hu et al., 2021 (arXiv 2106.09685), section 4.1; `adapters.py` has the others.
+    """
+    available = [component.name for component in COMPONENTS if getattr(params, component.name)]
+    updates = read_loras(loras, params.config, available)
+    merged = {}
+    for model in updates.models():
+        rules = component_of(model).rules(getattr(params.config, model))
+        flat: dict[str, Any] = flatten_dict(params.part(model), sep="/")
+        changed = dict(flat)
+        read = _Reader(rules, flat)
+        for rule in rules:
+            if updates.affects(model, rule):
+                old = flat[rule.target]
+                leaf = np.array(old)
+                updates.add_to(model, rule, leaf, 0, read)
+                on_device = isinstance(old, jax.Array)
+                changed[rule.target] = jax.device_put(leaf, old.sharding) if on_device else leaf
+        merged[model] = unflatten_dict(changed, sep="/")
+    return FluxParams(
+        **{c.name: merged.get(c.name, getattr(params, c.name)) for c in COMPONENTS},
+        config=params.config,
+        tokenizer=params.tokenizer,
+    )
+
+
+class _Reader:
+    """Returns the weights of parameters by diffusers name.
+
+    Args:
+        rules: rule table of the model.
+        leaves: path -> leaf.
+    """
+
+    def __init__(self, rules: Sequence[Rule], leaves: Mapping[str, Any]):
+        self._leaves = leaves
+        self._places = {
+            name: (rule, block, i)
+            for rule in rules
+            for block, names in enumerate(rule.source_names())
+            for i, name in enumerate(names)
+        }
+
+    def __call__(self, name: str) -> np.ndarray:
+        rule, block, i = self._places[name]
+        leaf = self._leaves[rule.target]
+        value = np.asarray(leaf if rule.blocks is None else leaf[block])
+        return TRANSFORMS[rule.transform].backward(value, len(rule.sources))[i]

@@ -1,0 +1,185 @@
+"""Reads LoRA files into updates, and checks everything in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from jitjax.config import FluxConfig
+
+from ..tables.engine import ConversionError
+from .layer_updates import LayerUpdates, NeedsImage
+from .names import (
+    OTHER_KINDS,
+    OTHER_MODELS,
+    PREFIXES,
+    WRAPPERS,
+    Layer,
+    layers_by_name,
+    match_layer,
+    parse_key,
+)
+from .paths import Loras, check_pairs, find_file
+from .problems import UNKNOWN, Misfit, Problems
+from .strengths import Strengths
+from .tensors import LoraTensors
+from .updates import Updates
+
+
+def read_loras(loras: Loras, config: FluxConfig, models: Sequence[str]) -> Updates:
+    """Read the updates in some LoRA files.
+
+    Matrices of low rank are held in memory; whole differences stay in their files until they are
+    applied.
+
+    Args:
+        loras: (safetensors file, or folder of PEFT; scale) of each.
+        config: the pipeline's configuration.
+        models: names of the models that may be updated. Updates of other models are passed over
+            with a warning.
+
+    Raises:
+        FileNotFoundError, ConversionError, ValueError: as `merge_loras` does.
+    """
+    updates = Updates()
+    pairs = [(find_file(path), scale) for path, scale in check_pairs(loras)]
+    layers = {m: layers_by_name(m, config) for m, _ in PREFIXES if m in models} if pairs else {}
+    for path, scale in pairs:
+        _LoraFile(path, scale, layers).add_to(updates)
+        updates.files.append(path)
+    return updates
+
+
+class _LoraFile:
+    """One LoRA file.
+
+    Args:
+        path: the safetensors file.
+        scale: scale by the user.
+        layers: model -> layer name -> layer, of the loaded models.
+    """
+
+    def __init__(self, path: Path, scale: float, layers: Mapping[str, Mapping[str, Layer]]):
+        self._path, self._scale, self._layers = path, scale, layers
+        self._tensors, self._strengths = LoraTensors(path), Strengths(path)
+        self._problems = Problems(path)
+        self._updated: dict[tuple[str, str], str] = {}  # (model, weight) -> key of its update
+
+    def add_to(self, updates: Updates) -> None:
+        """Add all updates of the file."""
+        passed_over: Counter[str] = Counter()
+        groups = self._keys_by_layer()
+        for key, keys in groups.items():
+            match = match_layer(key, self._layers)
+            if match is None:
+                if not self._is_zero_difference(keys):
+                    self._add_unknown(keys.values())
+            elif match[2] is None:
+                passed_over[match[0]] += 1
+            else:
+                self._add_layer(match[0], match[1], key, match[2], keys, updates)
+        self._problems.check()
+        loaded = ", ".join(self._layers) or "none that a LoRA can update"
+        skipped = ", ".join(f"{model} ({count} layers)" for model, count in passed_over.items())
+        if not self._updated:
+            found = f"updates only {skipped}" if skipped else "updates nothing"
+            raise ConversionError(f"{self._path} {found}; the loaded models are: {loaded}")
+        if skipped:
+            warnings.warn(
+                f"{self._path}: passed over what is not loaded or not used here: {skipped}; "
+                f"the loaded models are: {loaded}",
+                stacklevel=2,
+            )
+        if remark := self._strengths.kohya_remark(self._alphas(groups.values())):
+            warnings.warn(f"{self._path}: {remark}", stacklevel=2)
+
+    def _keys_by_layer(self) -> dict[str, dict[str, str]]:
+        """Return name of a layer -> kind of a tensor -> its key; checks what the file is."""
+        groups: dict[str, dict[str, str]] = defaultdict(dict)
+        adapters: dict[str, None] = {}  # an ordered set of names
+        for key in self._tensors.keys:
+            parsed = parse_key(key)
+            if parsed is None:
+                if re.search(r"(query|key)_norm\.scale$", key):
+                    raise self._needs_image(f"it has {key}")
+                other = next((kind for regex, kind in OTHER_KINDS if re.search(regex, key)), None)
+                if other:
+                    self._problems.add(f"is of {other}; expected LoRA, DoRA, LoHa or LoKr", key)
+                else:
+                    self._add_unknown([key])
+                continue
+            kinds = groups[WRAPPERS.sub("", parsed.layer)]
+            if parsed.adapter:
+                adapters[parsed.adapter] = None
+            if parsed.kind in kinds:
+                other = kinds[parsed.kind]
+                self._problems.add(f"stands for the same as {other}; expected one of them", key)
+            kinds[parsed.kind] = key
+        if len(adapters) > 1:
+            names = ", ".join(list(adapters)[:5])
+            raise ConversionError(
+                f"{self._path} has {len(adapters)} PEFT adapters: {names}; expected one"
+            )
+        if groups and all(kinds.keys() <= {"weight", "bias"} for kinds in groups.values()):
+            first = next(iter(self._tensors.keys))
+            raise ConversionError(
+                f"{self._path} has whole weights (such as {first}); expected a LoRA, not a model"
+            )
+        return groups
+
+    def _is_zero_difference(self, keys: Mapping[str, str]) -> bool:
+        """Whether a layer's tensors are differences of 0, which FLUX's layers need not have."""
+        kinds = keys.keys() - {"alpha"}
+        return kinds <= {"difference", "bias difference"} and all(
+            self._tensors.is_zero(keys[kind]) for kind in kinds
+        )
+
+    def _add_unknown(self, keys: Iterable[str]) -> None:
+        """Note unknown keys. Raises `ConversionError` if one is of another model than FLUX.1."""
+        for key in keys:
+            for pattern, model in OTHER_MODELS:
+                if re.search(pattern, key):
+                    raise ConversionError(
+                        f"{self._path} is a LoRA of {model} (it has {key}); expected FLUX.1"
+                    )
+            self._problems.add(UNKNOWN, key)
+
+    def _needs_image(self, reason: object) -> ConversionError:
+        return ConversionError(
+            f"{self._path} is a control LoRA: it needs an image beside the prompt, which is not "
+            f"implemented ({reason})"
+        )
+
+    def _add_layer(
+        self,
+        model: str,
+        name: str,
+        key: str,
+        layer: Layer,
+        keys: Mapping[str, str],
+        updates: Updates,
+    ) -> None:
+        """Add the updates of one layer, unless something is wrong with them."""
+        reader = LayerUpdates(
+            model, name, key, layer, keys, self._tensors, self._strengths, self._scale
+        )
+        try:
+            for kind, tensor, update in reader.read():
+                for target, rows in layer.weights if kind == "weight" else layer.biases:
+                    other = self._updated.setdefault((model, target), tensor)
+                    if other != tensor:
+                        raise Misfit(f"updates the same {kind} as {other}", tensor)
+                    updates.add(model, target, dataclasses.replace(update, rows=rows))
+        except NeedsImage as error:
+            raise self._needs_image(error) from None
+        except Misfit as misfit:
+            self._problems.add(misfit.message, misfit.key)
+
+    def _alphas(self, groups: Iterable[Mapping[str, str]]) -> set[float]:
+        """Return the values of the alpha tensors of matrices of low rank."""
+        alphas = [keys["alpha"] for keys in groups if "alpha" in keys and "A" in keys]
+        return {self._tensors.number(key) for key in alphas}
