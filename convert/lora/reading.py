@@ -102,6 +102,8 @@ class _LoraFile:
         groups: dict[str, dict[str, str]] = defaultdict(dict)
         adapters: dict[str, None] = {}  # an ordered set of names
         for key in self._tensors.keys:
+            if ".original_module." in key:  # PEFT with bias="all": the untrained value
+                continue
             parsed = parse_key(key)
             if parsed is None:
                 if re.search(r"(query|key)_norm\.scale$", key):
@@ -116,6 +118,8 @@ class _LoraFile:
             if parsed.adapter:
                 adapters[parsed.adapter] = None
             if parsed.kind in kinds:
+                if ".modules_to_save." in key:  # PEFT with bias="all" writes the bias twice
+                    continue
                 other = kinds[parsed.kind]
                 self._problems.add(f"stands for the same as {other}; expected one of them", key)
             kinds[parsed.kind] = key
