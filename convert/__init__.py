@@ -1,11 +1,11 @@
 """Conversion of PyTorch checkpoints in both directions, and `python -m jitjax.convert`.
 
-    tables/  <--  components.py  <--  sources/  <--  lora.py  <--  targets/  <--  __main__.py
+    tables/  <--  components.py  <--  sources/  <--  lora/  <--  targets/  <--  __main__.py
                   original.py
 
 Each of these imports only those to its left. `tables/` maps source tensors to parameter leaves and
 applies the mapping; `components.py` lists the models of a diffusers folder; `original.py` has the
-names of the original release; `sources/` finds and reads tensors; `lora.py` adds low-rank updates;
+names of the original release; `sources/` finds and reads tensors; `lora/` adds low-rank updates;
 `targets/` writes.
 
 To add a layout (the same models with other tensor names):
@@ -19,7 +19,9 @@ To add a layout (the same models with other tensor names):
 
 To add a format of LoRA files:
 
-1. In `lora.py`, add the prefixes of its layer names to `PREFIXES` and the suffixes to `SUFFIXES`.
-   `_layers_by_name` has the names of the layers, `_peft_factor` the scaling by alpha.
-2. In `tests/convert/test_lora.py`, add its names to `test_supported_layer_names`.
+1. In `lora/names.py`, add the prefixes of its layer names to `PREFIXES` and the suffixes to
+   `SUFFIXES`; `layers_by_name` has the names of the layers.
+2. A new kind of update is a class in `lora/adapters.py`, made in `lora/layer_updates.py`. A new
+   place for alpha is read in `lora/strengths.py`.
+3. In `tests/convert/test_lora_layouts.py`, add its names and compare with a calculation by hand.
 """

@@ -193,7 +193,8 @@ class LayerUpdates:
                 f"has shape {list(values.shape)}; expected [{rows}], [{rows}, 1] or [1, {columns}]",
                 key,
             )
-        return Magnitude(np.asarray(values, np.float32).reshape(-1), shape[0] == rows, self._layer)
+        of_rows = shape in ((rows,), (rows, 1))
+        return Magnitude(np.asarray(values, np.float32).reshape(-1), of_rows, self._layer)
 
     def _bias(self, key: str) -> Difference | None:
         """Return the change of the bias; None for a change of 0 of a bias that is not there."""

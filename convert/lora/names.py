@@ -13,6 +13,7 @@ that splits its weight also splits its update.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -135,7 +136,8 @@ def parse_key(key: str) -> Key | None:
     return None
 
 
-def layers_by_name(model: str, config: FluxConfig) -> dict[str, Layer]:
+@functools.lru_cache(8)  # the shapes of a model take some tenths of a second
+def layers_by_name(model: str, config: FluxConfig) -> Mapping[str, Layer]:
     """Return all layers of a model under diffusers and original names, with dots or underscores.
 
     Args:

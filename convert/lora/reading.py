@@ -104,15 +104,15 @@ class _LoraFile:
         for key in self._tensors.keys:
             if ".original_module." in key:  # PEFT with bias="all": the untrained value
                 continue
+            other = next((kind for regex, kind in OTHER_KINDS if re.search(regex, key)), None)
+            if other:
+                self._problems.add(f"is of {other}; expected LoRA, DoRA, LoHa or LoKr", key)
+                continue
             parsed = parse_key(key)
             if parsed is None:
                 if re.search(r"(query|key)_norm\.scale$", key):
                     raise self._needs_image(f"it has {key}")
-                other = next((kind for regex, kind in OTHER_KINDS if re.search(regex, key)), None)
-                if other:
-                    self._problems.add(f"is of {other}; expected LoRA, DoRA, LoHa or LoKr", key)
-                else:
-                    self._add_unknown([key])
+                self._add_unknown([key])
                 continue
             kinds = groups[WRAPPERS.sub("", parsed.layer)]
             if parsed.adapter:
