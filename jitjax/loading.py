@@ -61,7 +61,7 @@ def load(
             is missing; or an update does not fit the parameters.
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
-    from jitjax.convert.lora import merge_loras  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
     from jitjax.convert.sources.diffusers_folder import read_folder  # pyright: ignore[reportMissingImports]
 
     if not isinstance(path, (str, os.PathLike)):
@@ -69,7 +69,7 @@ def load(
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
     sharding_for = _sharding_function(sharding)
-    _check_loras(loras)
+    find_files(loras)  # said before the weights are read
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
         params = place_on_devices(params, sharding_for)
@@ -140,22 +140,6 @@ def _default_device() -> Any:
     if isinstance(device, str):  # the name of a platform
         return jax.local_devices(backend=device)[0]
     return device or jax.local_devices()[0]
-
-
-def _check_loras(loras: Any) -> None:
-    """Raise an error for what is no list of (existing file, scale), before weights are read."""
-    is_sequence = isinstance(loras, Sequence) and not isinstance(loras, (str, bytes))
-    for pair in loras if is_sequence else (loras,):
-        if not (
-            is_sequence
-            and isinstance(pair, (tuple, list))
-            and len(pair) == 2
-            and isinstance(pair[0], (str, os.PathLike))
-            and isinstance(pair[1], Real)
-        ):
-            raise TypeError(f"loras has {shown(pair)}; expected a list of (file, scale) pairs")
-        if not os.path.exists(pair[0]):
-            raise FileNotFoundError(f"no file {str(pair[0])!r}; expected a LoRA")
 
 
 def bundled() -> list[str]:

@@ -12,7 +12,7 @@ Unknown names, and whatever would be applied wrongly, are errors.
 """
 
 from .merging import merge_loras
-from .paths import check_pairs
+from .paths import find_files
 from .reading import read_loras
 
-__all__ = ["check_pairs", "merge_loras", "read_loras"]
+__all__ = ["find_files", "merge_loras", "read_loras"]

@@ -106,6 +106,7 @@ class LayerUpdates:
         if kind in WHOLE:
             key = self._keys[KINDS[kind][0]]
             values = self._tensors.values(key)
+            self._check_channels(values.shape[-1] if values.ndim == 2 else 0)
             check_shape(key, values.shape, self._layer.shape)
             return Difference(values), None
         if len(self._layer.shape) != 2:
@@ -132,8 +133,7 @@ class LayerUpdates:
         rank = len(down)
         if not rank:
             raise Misfit("has rank 0; expected at least 1", self._key)
-        if self._layer.weights[0][0] == "x_embedder.weight" and down.shape[1] > columns:
-            raise NeedsImage(f"{self._key} takes {down.shape[1]} channels, FLUX.1's has {columns}")
+        self._check_channels(down.shape[1])
         if up.shape != (rows, rank) or down.shape[1] != columns:
             raise Misfit(
                 f"has A {list(down.shape)} and B {list(up.shape)}; expected "
@@ -141,6 +141,12 @@ class LayerUpdates:
                 self._key,
             )
         return LowRank(up, down)
+
+    def _check_channels(self, columns: int) -> None:
+        """Raise `NeedsImage` if this is the layer of the image, with more channels than it has."""
+        expected = self._layer.shape[-1]
+        if self._layer.weights[0][0] == "x_embedder.weight" and columns > expected:
+            raise NeedsImage(f"{self._key} takes {columns} channels, FLUX.1's has {expected}")
 
     def _kronecker(self) -> tuple[Kronecker, int | None]:
         factors, ranks = [], []
@@ -167,6 +173,7 @@ class LayerUpdates:
             ranks.append(len(right))
         outer, inner = factors
         shape = (len(outer) * len(inner), outer.shape[1] * inner.shape[1])
+        self._check_channels(shape[1])
         check_shape(self._key, shape, self._layer.shape)
         if len(set(ranks)) > 1:
             raise Misfit(

@@ -82,6 +82,8 @@ OTHER_KINDS = (
     (r"\.(on_input|ia3_l(\.\w+)?)$", "IA3"),
     (r"\.vera_lambda_[bd]", "VeRA"),
     (r"\.(set_weight|reshape_weight)$", "ComfyUI's patch of whole weights"),
+    (r"ip_adapter", "an IP-Adapter"),
+    (r"controlnet", "a ControlNet"),
 )
 """(pattern of a tensor's name, kind of adapter that is not implemented)."""
 OTHER_MODELS = (

@@ -46,6 +46,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def find_files(loras: Loras) -> list[tuple[Path, float]]:
+    """Return (safetensors file, scale) of each LoRA; opens none of them.
+
+    Raises:
+        FileNotFoundError, ConversionError, ValueError: as `check_pairs` and `find_file` do.
+    """
+    return [(find_file(path), scale) for path, scale in check_pairs(loras)]
+
+
 def find_file(path: Path) -> Path:
     """Return the safetensors file of a LoRA: the path itself, or the one in a folder.
 

@@ -23,7 +23,7 @@ from .names import (
     match_layer,
     parse_key,
 )
-from .paths import Loras, check_pairs, find_file
+from .paths import Loras, find_files
 from .problems import UNKNOWN, Misfit, Problems
 from .strengths import Strengths
 from .tensors import LoraTensors
@@ -46,7 +46,7 @@ def read_loras(loras: Loras, config: FluxConfig, models: Sequence[str]) -> Updat
         FileNotFoundError, ConversionError, ValueError: as `merge_loras` does.
     """
     updates = Updates()
-    pairs = [(find_file(path), scale) for path, scale in check_pairs(loras)]
+    pairs = find_files(loras)
     layers = {m: layers_by_name(m, config) for m, _ in PREFIXES if m in models} if pairs else {}
     for path, scale in pairs:
         _LoraFile(path, scale, layers).add_to(updates)
@@ -129,7 +129,7 @@ class _LoraFile:
                 f"{self._path} has {len(adapters)} PEFT adapters: {names}; expected one"
             )
         if groups and all(kinds.keys() <= {"weight", "bias"} for kinds in groups.values()):
-            first = next(iter(self._tensors.keys))
+            first = next(key for kinds in groups.values() for key in kinds.values())
             raise ConversionError(
                 f"{self._path} has whole weights (such as {first}); expected a LoRA, not a model"
             )

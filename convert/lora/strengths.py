@@ -182,7 +182,9 @@ class Strengths:
         if config.is_file() and (
             path.name == WEIGHTS_FILE or not path.with_name(WEIGHTS_FILE).exists()
         ):
-            self._settings.append(_settings(str(config), read_json(config), PEFT_ALPHA))
+            settings = _settings(str(config), read_json(config), PEFT_ALPHA)
+            if settings.fields:
+                self._settings.append(settings)
 
     def factor(
         self, model: str, layer: str, key: str, rank: int | None, alpha: float | None

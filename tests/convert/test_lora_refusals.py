@@ -141,7 +141,7 @@ REFUSED = {
         {f"{X}.lokr_w1": SQUARE},
         f"{X} has no lokr_w2; expected lokr_w2, or lokr_w2_a",
     ),
-    "LoKr shape": (LOKR | {f"{X}.lokr_w1": A}, f"{X} has shape [64, 64]; expected [64, 16]"),
+    "LoKr shape": (LOKR | {f"{X}.lokr_w1": A[:, :2]}, f"{X} has shape [64, 8]; expected [64, 16]"),
     "LoKr with both": (LOKR | {f"{X}.lokr_w1_a": A}, f"{X} has lokr_w1 and lokr_w1_a; expected"),
     # other formats
     "no tensors": ({}, "has no tensors; expected a LoRA"),
@@ -165,6 +165,14 @@ REFUSED = {
     "control": (
         pair(a=np.ones((4, 2 * COLUMNS))),
         "is a control LoRA: it needs an image beside the",
+    ),
+    "control diff": (
+        {f"{X}.diff": np.ones((H, 2 * COLUMNS))},
+        "is a control LoRA: it needs an image beside the",
+    ),
+    "IP-Adapter": (
+        {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": SQUARE},
+        "is of an IP-Adapter",
     ),
     "control norms": (
         pair() | {"double_blocks.0.img_attn.norm.key_norm.scale": VECTOR},
@@ -243,6 +251,14 @@ def test_argument(params, loras):
     assert "expected a list of (file, scale) pairs" in message or (
         "x: scale is" in message and "expected a finite number" in message
     )
+
+
+def test_load_says_so_first(tmp_path):
+    """Before the checkpoint is looked for."""
+    with pytest.raises(FileNotFoundError, match="gone is not a file"):
+        jitjax.load(tmp_path / "no checkpoint", loras=[("gone", 1.0)])
+    with pytest.raises(ValueError, match="x: scale is nan; expected a finite number"):
+        jitjax.load(tmp_path / "no checkpoint", loras=[("x", float("nan"))])
 
 
 def test_scale_of_other_types(tmp_path, params):

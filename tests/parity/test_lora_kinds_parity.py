@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from common import numpy_state  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -122,6 +122,23 @@ def test_save_lora_adapter(tmp_path, rslora):
     model.unload_lora()
     file = tmp_path / "pytorch_lora_weights.safetensors"
     assert_merged(merge_loras(before, [(file, 1.0)]), model, before)
+
+
+def test_save_lora_weights(tmp_path):
+    """diffusers' own file of a pipeline has names and metadata with the prefix `transformer.`."""
+    model = reference(CONFIG, 0)
+    before = parameters(model)
+    patterns = {"alpha_pattern": {"x_embedder": 9}, "rank_pattern": {"proj_mlp": 1}}
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, **patterns))
+    randomise(model)
+    diffusers.FluxPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=peft.get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+    model.fuse_lora()
+    model.unload_lora()
+    assert_merged(merge_loras(before, [(tmp_path, 1.0)]), model, before)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
