@@ -169,7 +169,8 @@ class LayerUpdates:
                     "expected [rows, rank] and [rank, columns], of rank 1 or more",
                     self._key,
                 )
-            factors.append(left @ right)
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for in the merged leaf
+                factors.append(left @ right)
             ranks.append(len(right))
         outer, inner = factors
         shape = (len(outer) * len(inner), outer.shape[1] * inner.shape[1])

@@ -36,10 +36,11 @@ PREFIXES = (
 )  # fmt: skip
 """(model, possible prefixes of a layer's name)."""
 BARE = {
-    "transformer": r"(double|single)_blocks\b|(double|single)_blocks_|(single_)?transformer_blocks"
-    r"|(x|context)_embedder|(img|txt|time|vector|guidance)_in|time_text_embed",
-    "clip": r"text_model|encoder[._]layers",
-    "t5": r"encoder[._]block[._]|shared",
+    "transformer": r"(double|single)_blocks[._]|(single_)?transformer_blocks"
+    r"|(x|context)_embedder|(img|txt|time|vector|guidance)_in|time_text_embed"
+    r"|(norm|proj)_out|final_layer[._]",
+    "clip": r"text_model|encoder[._]layers|embeddings|final_layer_norm",
+    "t5": r"encoder[._](block|final_layer_norm|embed_tokens)|shared",
 }
 """model -> beginning of a layer's name without prefix; used if the model is not loaded."""
 UNUSED = {"clip": ("text_projection", "text_model.text_projection")}

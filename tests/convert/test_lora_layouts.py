@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 
 import jax
@@ -13,10 +14,18 @@ from safetensors.numpy import save_file
 from test_layouts import CONFIGS, H, original_transformer, random_states
 
 import jitjax
-from jitjax.config import FluxConfig
+from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import component_of, from_state
 from jitjax.convert.lora import merge_loras
+from jitjax.convert.lora.names import (
+    OTHER_KINDS,
+    OTHER_MODELS,
+    Key,
+    layers_by_name,
+    match_layer,
+    parse_key,
+)
 from jitjax.convert.sources import diffusers_folder
 from jitjax.convert.sources.single_files import open_files
 from jitjax.convert.tables.engine import ConversionError, invert_rule, leaves_by_path
@@ -264,6 +273,21 @@ def test_dora_of_diffusers_layers(tmp_path, params, axis):
     check(params, [(file, 1.0)], expected)
 
 
+def test_dora_of_other_kinds(tmp_path, params):
+    """LyCORIS also decomposes LoHa and LoKr."""
+    qkv, mlp = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
+    (a1, b1, first), (a2, b2, second) = (low_rank(3 * H, H, 2) for _ in range(2))
+    w1, w2 = random(7, 2), random(H, H // 2)
+    rows, columns = 1 + random(3 * H, 1) ** 2, 1 + random(1, H) ** 2
+    a, b = (f"lora_unet_{layer.replace('.', '_')}" for layer in (qkv, mlp))
+    state = {f"{a}.hada_w1_a": b1, f"{a}.hada_w1_b": a1, f"{a}.hada_w2_a": b2,
+             f"{a}.hada_w2_b": a2, f"{a}.dora_scale": rows,
+             f"{b}.lokr_w1": w1, f"{b}.lokr_w2": w2, f"{b}.dora_scale": columns}  # fmt: skip
+    expected = split(qkv, dora(base(qkv), first * second, rows))
+    expected |= split(mlp, dora(base(mlp), np.kron(w1, w2).astype(np.float64), columns))
+    check(params, [(save(tmp_path / "l.safetensors", state), 1.0)], expected)
+
+
 @pytest.mark.parametrize("split_bytes", [0, diffusers_folder.SPLIT_BYTES])
 def test_dora_after_others_and_by_conversion(tmp_path, params, monkeypatch, split_bytes):
     """A plain LoRA, DoRA by columns at scale 0.5, DoRA by rows, again a plain one: in this order.
@@ -416,3 +440,17 @@ def test_models_that_are_not_loaded(tmp_path, params):
         ("lora_A.weight", random(2, H)), ("lora_B.weight", random(H, 2)))}):  # fmt: skip
         with pytest.raises(ConversionError, match=r"updates only transformer \(1 layers\)"):
             merge_loras(encoder, [(save(file, state), 1.0)])
+
+
+@pytest.mark.parametrize("model", ["transformer", "clip", "t5"])
+def test_names_without_prefix_belong_to_one_model(model):
+    """Loaded or not, at full size; and no name of FLUX.1 is taken for another model's."""
+    config = FluxConfig(TransformerConfig(), T5Config(), CLIPConfig(), AutoencoderConfig())
+    layers = {name: layers_by_name(name, config) for name in ("transformer", "clip", "t5")}
+    others = {name: value for name, value in layers.items() if name != model}
+    for name in layers[model]:
+        key = f"{name}.lora_A.weight"
+        assert parse_key(key) == Key(name, "A", None)
+        assert not any(re.search(pattern, key) for pattern, _ in (*OTHER_MODELS, *OTHER_KINDS))
+        assert match_layer(name, layers) == (model, name, layers[model][name])
+        assert match_layer(name, others) == (model, name, None)

@@ -276,6 +276,10 @@ def test_overflow(tmp_path, params, capfd):
     assert expected in refusal(half, [(file, 1.0)])
     assert "not finite in float32" in refusal(params, [(file, 1e38)])
     merge_loras(half, [(file, 1e-6)])
+    huge = np.full((4, 4), 1e30, np.float32)
+    lokr = {f"{X}.lokr_w1_a": huge, f"{X}.lokr_w1_b": huge, f"{X}.lokr_w2": np.ones((H // 4, 4))}
+    message = refusal(params, [(save(tmp_path / "lokr.safetensors", lokr), 1.0)])
+    assert "not finite in float32" in message
 
     folder = tmp_path / "checkpoint"
     jitjax.save(half, folder)

@@ -54,7 +54,7 @@ def change(params, file, scale=1.0) -> float:
 @pytest.mark.parametrize(
     "dtype",
     [np.float64, np.float32, np.float16, jnp.bfloat16, np.int64, np.int32, np.int16, np.int8,
-     np.uint8],
+     np.uint8, jnp.float8_e4m3fn],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_alpha_of_any_number_type(tmp_path, params, dtype, shape):
