@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from jitjax import command
 from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
 from jitjax.loading import load
 
@@ -65,7 +66,12 @@ examples:
 
 then, in Python:
     params = jitjax.load("flux-dev")
+
+exit status: 0 done; 1 --verify found damage, or an unexpected error with a traceback; 2 not
+possible, with the reasons; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
 """
+
+ERROR = "error: "
 
 MODEL_OPTIONS = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5", "clip": "clip"}
 """Option -> model that it replaces."""
@@ -73,11 +79,11 @@ MODEL_OPTIONS = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5",
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m jitjax.convert",
+        error_prefix=ERROR,
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source",
@@ -98,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--parts",
+        action="extend",
         nargs="+",
         choices=PARTS,
         help="convert only these models (default: all in the source)",
@@ -127,9 +134,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora",
         metavar="FILE[:SCALE]",
+        action="extend",
         nargs="+",
         default=[],
-        help="low-rank updates to merge, each with a scale (default: 1)",
+        help="low-rank updates to merge, each with a scale (default: 1); SOURCE stands before them",
     )
     parser.add_argument(
         "--schedule",
@@ -148,22 +156,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command-line arguments; None takes them from `sys.argv`.
 
     Returns:
-        The exit status: 0 for success, 1 if `--verify` finds damage, 2 for other errors.
+        The exit status, see `jitjax.command`.
     """
-    options = build_parser().parse_args(arguments)
     for name in ("absl", "asyncio"):  # they log orbax's tracebacks; `main` prints the error
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        if options.verify is not None:
-            return _verify(options.verify)
-        if options.out is None:
-            raise ValueError("--out is missing; expected --out TARGET, see --help")
-        (_to_diffusers if options.to_diffusers else _to_checkpoint)(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.out)
+    return command.run(
+        lambda: _run(arguments),
+        error_prefix=ERROR,
+        cleanup=lambda: None,
+        grace=10.0,
+        memory_hint="close other programs, or convert fewer --parts at a time",
+    )
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    given = {
+        action.option_strings[-1] if action.option_strings else "SOURCE"
+        for action in parser._actions
+        if getattr(options, action.dest, action.default) != action.default
+    }
+    if options.verify is not None:
+        _refuse_others("--verify", given - {"--verify"})
+        return _verify(options.verify)
+    if options.out is None:
+        raise ValueError("--out is missing; expected --out TARGET, see --help")
+    if options.to_diffusers:
+        _refuse_others(
+            "--to-diffusers", given - {"--to-diffusers", "SOURCE", "--out", "--overwrite"}
+        )
+        _to_diffusers(options)
+    else:
+        _to_checkpoint(options)
+    command.report(str(options.out))
     return 0
+
+
+def _refuse_others(option: str, others: set[str]) -> None:
+    if others:
+        raise ValueError(f"{option} does not go with {', '.join(sorted(others))}; see --help")
 
 
 def _to_checkpoint(options: argparse.Namespace) -> None:
@@ -173,46 +205,65 @@ def _to_checkpoint(options: argparse.Namespace) -> None:
         if (file := getattr(options, option)) is not None
     }
     if options.source is None and not files:
-        raise ValueError("nothing to convert; expected SOURCE or files, see --help")
+        hint = ""
+        if options.lora:
+            hint = f" before --lora, which takes all that follows it ({', '.join(options.lora)})"
+        raise ValueError(f"nothing to convert; expected SOURCE{hint} or files, see --help")
     if options.out.exists() and not options.overwrite:
         raise FileExistsError(f"{options.out} already exists; --overwrite replaces it")
     check_new_checkpoint(options.out, overwrite=options.overwrite)
+    loras = [parse_lora(text) for text in options.lora]
+    for file, _ in loras:
+        if not file.exists():
+            raise FileNotFoundError(f"--lora: {str(file)!r} does not exist; expected a LoRA file")
+    parts = list(dict.fromkeys(options.parts)) if options.parts else None
     location = options.source
     if location is not None and is_repository(location):
-        location = fetch(location, [part for part in options.parts or PARTS if part not in files])
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        source = open_sources(
-            location,
-            files,
-            DTYPES[options.dtype or "bfloat16"],
-            tokenizers=options.tokenizers,
-            parts=options.parts,
-            schedule=options.schedule or "auto",
-        )
-    for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
-    loras = [parse_lora(text) for text in options.lora]
+        for option in (*MODEL_OPTIONS, "tokenizers"):  # before the download
+            path = getattr(options, option)
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"--{option}: {str(path)!r} does not exist")
+        location = fetch(location, [part for part in parts or PARTS if part not in files])
+    source = open_sources(
+        location,
+        files,
+        DTYPES[options.dtype or "bfloat16"],
+        tokenizers=options.tokenizers,
+        parts=parts,
+        schedule=options.schedule or "auto",
+    )
     write_checkpoint(source, options.out, loras=loras, overwrite=options.overwrite, progress=True)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """Parse FILE or FILE:SCALE to (file, scale). Raises `ValueError` if SCALE is not a number."""
+    """Parse FILE or FILE:SCALE to (file, scale).
+
+    Only a number after the last colon is a scale, so names may have colons ("C:\\ink.safetensors").
+    If the whole text is a file that exists, there is no scale.
+
+    Raises:
+        ValueError: the scale is not finite, or FILE exists and SCALE is not a number.
+    """
     path, colon, scale = text.rpartition(":")
-    if not colon:
+    if not colon or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(path), float(scale)
+        number = float(scale)
     except ValueError:
+        if not Path(path).is_file():
+            return Path(text), 1.0
         raise ValueError(f"--lora {text}: {scale!r} is not a number; expected FILE:SCALE") from None
+    if not math.isfinite(number):
+        raise ValueError(f"--lora {text}: the scale is {scale}; expected a finite number")
+    return Path(path), number
 
 
 def _to_diffusers(options: argparse.Namespace) -> None:
-    other_options = (*MODEL_OPTIONS, "parts", "tokenizers", "dtype", "lora", "schedule")
-    if options.source is None or any(getattr(options, name) for name in other_options):
-        raise ValueError("--to-diffusers takes only a checkpoint, --out and --overwrite")
+    if options.source is None:
+        raise ValueError("--to-diffusers has no checkpoint; expected SOURCE, see --help")
     check_new_folder(options.out, overwrite=options.overwrite)  # fail before weights are read
     check_complete(Path(options.source))
+    command.check_device()
     params = load(options.source)
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 
@@ -221,9 +272,9 @@ def _verify(path: Path) -> int:
     try:
         with tqdm(desc="verifying", unit="array") as bar:
             verify(path, lambda name: bar.update())
-        print(compare_sources(path))
+        command.report(compare_sources(path))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        command.note(f"{ERROR}{error}")
         return 1
     return 0
 

@@ -3,6 +3,11 @@
 params = jitjax.load("tiny")
 images = jitjax.sample(params, "a large red circle", key=jax.random.key(0))
 """
+# ruff: noqa: E402 -- the commands prepare for Ctrl-C before the imports, which take seconds
+
+from jitjax import startup
+
+startup.begin()
 
 from jitjax.checkpoint import FluxParams, save
 from jitjax.config import FluxConfig

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jitjax.checkpoint import FluxParams
+from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
-from jitjax.denoise import batch_keys, denoise
+from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
-from jitjax.sampler.grid import Grid
+from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import to_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
-from jitjax.text import Conditioning, encode_prompt
+from jitjax.text import Conditioning, as_prompts, check_params, encode_prompt
 
 
 def sample(
@@ -30,7 +32,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     plan: str | Plan = "4x",
-    guidance: float = 3.5,
+    guidance: float | Float[Array, " b"] = 3.5,
     progress: bool = False,
 ) -> Float[Array, "b height width 3"]:
     """Generate images from prompts.
@@ -42,30 +44,45 @@ def sample(
             one key per image. The same key gives the same image in any batch.
         height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
         plan: a name in `PLANS` ("4x", "7x" or "dense") or a `Plan`.
-        guidance: guidance scale; larger values follow the prompt more closely. Models without
-            guidance embeddings ignore it.
+        guidance: guidance scale, one number or one per image; larger values follow the prompt
+            more closely. Models without guidance embeddings ignore it.
         progress: show a progress bar of the steps on standard error.
 
     Returns:
-        Images, float32 [b, height, width, 3] in [0, 1].
+        Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN.
 
     Raises:
         ValueError: the plan is unknown, the height or width is not supported, there are no prompts,
-            or the key or the conditioning does not fit (all raised before denoising starts); or
-            `params` has no parameters for a model that is needed.
-        TypeError: a prompt is not a string.
+            the guidance or the conditioning is not finite, the key or the conditioning does not
+            fit, or `params` has no parameters for a model that is needed. Raised before any model
+            runs, except for a conditioning that the text encoders made.
+        TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
+    check_params(params)
     params, prompt, key = to_auto_axes((params, prompt, key))
     config = params.config
     plan = get_plan(plan)
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
-    conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompt)
-    noise_keys, denoise_keys = split(batch_keys(key, conditioning.text.shape[0]))
+    if isinstance(prompt, Conditioning):
+        conditioning, batch = prompt, prompt.text.shape[0]
+        conditioning.check(config)
+    else:
+        prompt = as_prompts(prompt)
+        conditioning, batch = None, len(prompt)
+    encoders = TEXT_ENCODERS if conditioning is None else ()
+    for part in ("transformer", "autoencoder", *encoders):
+        params.part(part)
+    if batch == 0:
+        raise ValueError("the conditioning has batch size 0; expected 1 or more")
+    check_guidance(guidance, batch)
+    noise_keys, denoise_keys = split(batch_keys(key, batch))
+    if conditioning is None:
+        conditioning = encode_prompt(params, prompt)
     noise = draw_noise(noise_keys, grid, config.transformer.in_channels)
-    with tqdm(total=plan.steps, unit="step", disable=not progress) as bar:
+    with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
         tokens = denoise(
             params,
             conditioning,
@@ -90,11 +107,18 @@ def decode(
         grid: rows and columns of tokens; n is their product.
 
     Returns:
-        Images, float32 [b, height, width, 3] in [0, 1]; 16 pixels per token and side.
+        Images, float32 [b, height, width, 3] in [0, 1]; 16 pixels per token and side. Values that
+        are not finite are NaN.
 
     Raises:
-        ValueError: the shape of `tokens` does not fit, or `params` has no autoencoder.
+        ValueError: `grid` is not two positive integers, the shape of `tokens` does not fit, or
+            `params` has no autoencoder.
+        TypeError: `params` are no parameters, or `tokens` is no array.
     """
+    check_params(params)
+    if not isinstance(tokens, (jax.Array, np.ndarray)):
+        raise TypeError(f"tokens is {type(tokens).__name__}; expected an array, from denoise")
+    grid = as_grid(grid)
     params, tokens = to_auto_axes((params, tokens))
     expected = (grid[0] * grid[1], params.config.transformer.in_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
@@ -111,4 +135,6 @@ def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) 
     latents = from_latents(unpack(tokens, grid), config)
     images = model.apply({"params": params}, latents, method="decode")
     assert isinstance(images, jax.Array)
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+    images = images.astype(jnp.float32)
+    # Clipped, an infinity would be a white or black pixel that nobody notices.
+    return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
 from jitjax.models.clip import CLIPText
 from jitjax.models.t5 import T5Encoder
@@ -26,8 +27,6 @@ from jitjax.sampler.meshes import to_auto_axes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from jitjax.checkpoint import FluxParams
 
 CLIP_LENGTH = 77
 """Token ids per prompt that CLIP was trained with."""
@@ -85,16 +84,56 @@ def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioni
         float32 embeddings.
 
     Raises:
-        ValueError: `params` has no text encoders, there are no prompts, or a token id is outside
-            an encoder's vocabulary.
-        TypeError: a prompt is not a string.
+        ValueError: `params` has no text encoders, there are no prompts, one has a character that
+            UTF-8 cannot encode, or a token id is outside an encoder's vocabulary.
+        TypeError: a prompt is not a string, or `params` are no parameters.
         FileNotFoundError: a tokenizer is missing.
     """
+    check_params(params)
     params = to_auto_axes(params)
     t5, clip = params.part("t5"), params.part("clip")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    t5_ids, clip_ids = tokenize(params.tokenizer, prompts, params.config)
+    t5_ids, clip_ids = tokenize(params.tokenizer, prompt, params.config)
     return encode_ids(t5, clip, t5_ids, clip_ids, params.config)
+
+
+def check_params(params: Any) -> None:
+    """Raise `TypeError` unless `params` are parameters, rather than the name of a checkpoint."""
+    if not isinstance(params, FluxParams):
+        got = repr(params) if isinstance(params, (str, PurePath)) else type(params).__name__
+        raise TypeError(f"params is {got}; expected FluxParams, from jitjax.load")
+
+
+def as_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """Return one prompt or a batch of prompts as a list.
+
+    Raises:
+        ValueError: there are no prompts, or one has a character that UTF-8 cannot encode.
+        TypeError: a prompt is not a string.
+    """
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        prompts = list(prompt)
+    elif isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+        prompts = prompt.tolist()
+    else:
+        got = type(prompt).__name__
+        if isinstance(prompt, np.ndarray):
+            got = f"an array of shape {list(prompt.shape)}"
+        raise TypeError(f"prompt is {got}; expected a string or a sequence of strings")
+    if not prompts:
+        raise ValueError("prompt is empty; expected at least one string")
+    for i, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise TypeError(f"prompt[{i}] is {type(text).__name__}; expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"prompt[{i}] has {text[error.start]!a} at position {error.start}, half a "
+                "character or a byte that could not be decoded; expected Unicode text"
+            ) from None
+    return prompts
 
 
 @partial(jax.jit, static_argnames="config")
@@ -122,12 +161,15 @@ def encode_ids(
 
 
 def _compute_dtype(params: Any) -> Any:
-    """Return the dtype of the parameters, or float32 for float16, in which T5 overflows."""
-    return jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.bfloat16)
+    """Return the dtype of the parameters; but float32 for float16, in which T5 overflows."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    if dtype == jnp.float16:
+        return jnp.float32
+    return jnp.bfloat16 if dtype.itemsize < 2 else dtype
 
 
 def tokenize(
-    tokenizer_folder: str | Path, prompts: Sequence[str], config: FluxConfig
+    tokenizer_folder: str | Path, prompts: str | Sequence[str], config: FluxConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize prompts, truncated and padded to a fixed length.
 
@@ -136,7 +178,7 @@ def tokenize(
 
     Args:
         tokenizer_folder: folder with the subfolders `tokenizer` (CLIP) and `tokenizer_2` (T5).
-        prompts: b strings, at least one.
+        prompts: b strings, at least one; or one string.
         config: gives the lengths and the vocabulary sizes.
 
     Returns:
@@ -145,18 +187,12 @@ def tokenize(
             `model_max_length`.
 
     Raises:
-        ValueError: there are no prompts, a token id is outside an encoder's vocabulary, or the
-            padding token is not in the tokenizer's vocabulary.
+        ValueError: there are no prompts, one has a character that UTF-8 cannot encode, a token id
+            is outside an encoder's vocabulary, or the padding token is not in the tokenizer's.
         TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer or one of its files is missing.
     """
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)):
-        raise TypeError(f"prompts is {type(prompts).__name__}; expected a sequence of strings")
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty; expected at least one string")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt[{i}] is {type(prompt).__name__}; expected a string")
+    prompts = as_prompts(prompts)
     folder = Path(tokenizer_folder)
     clip_length = min(
         _read_settings(folder / "tokenizer").get("model_max_length") or CLIP_LENGTH,

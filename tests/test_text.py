@@ -234,14 +234,14 @@ def test_no_warning_for_a_prompt_of_exactly_the_length(folder):
 
 @pytest.mark.usefixtures("unchecked")
 def test_invalid_prompts(params):
-    with pytest.raises(ValueError, match=r"prompts is empty; expected at least one"):
+    with pytest.raises(ValueError, match=r"prompt is empty; expected at least one"):
         encode_prompt(params, [])
     with pytest.raises(TypeError, match=r"prompt\[1\] is int; expected a string"):
         encode_prompt(params, ["red", 3])
     with pytest.raises(TypeError, match=r"prompt\[0\] is NoneType; expected a string"):
         encode_prompt(params, [None])
     for prompts in (None, 3, b"red", {"red": 1}):
-        with pytest.raises(TypeError, match=rf"prompts is {type(prompts).__name__}"):
+        with pytest.raises(TypeError, match=rf"prompt is {type(prompts).__name__}"):
             encode_prompt(params, prompts)
 
 

@@ -1,0 +1,326 @@
+"""What both commands, `jitjax` and `python -m jitjax.convert`, have in common.
+
+Arguments are never dropped silently, errors are one line, and the exit status says what happened:
+
+    0    done
+    1    `--verify` found damage, or an unexpected error (with a traceback)
+    2    what was asked for cannot be done
+    128 + n  stopped by signal n: 130 by Ctrl-C, 143 by SIGTERM
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jitjax import startup
+
+OUT_OF_MEMORY = (
+    "resource_exhausted",
+    "out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "failed to allocate",
+    "can't start new thread",
+    "failed to map segment",
+)
+"""Parts of the messages by which JAX, XLA, LLVM and Python say that memory is used up."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses what `argparse` drops or guesses, with errors of one line.
+
+    A second use of an option with one value is an error, and names cannot be abbreviated. Options
+    with several values take `action="extend"`.
+    """
+
+    def __init__(self, *, error_prefix: str, **arguments: Any) -> None:
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
+        )
+        self.error_prefix = error_prefix
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.add_argument("--version", action=_Version, nargs=0, help="show the versions, and exit")
+
+    def error(self, message: str) -> Any:
+        note(f"{self.error_prefix}{message}; see {self.prog} --help")
+        sys.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write_line(message.removesuffix("\n"), file or sys.stdout)
+
+
+class _StoreOnce(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if option_string is not None:
+            used = namespace.__dict__.setdefault("used_options", set())
+            if self.dest in used:
+                raise argparse.ArgumentError(self, "given twice; expected once")
+            used.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        from importlib.metadata import version
+
+        python = ".".join(map(str, sys.version_info[:3]))
+        write_line(
+            f"jitjax {version('jitjax')} (jax {version('jax')}, Python {python})", sys.stdout
+        )
+        sys.exit(0)
+
+
+def run(
+    body: Callable[[], int],
+    *,
+    error_prefix: str,
+    cleanup: Callable[[], None],
+    grace: float,
+    memory_hint: str,
+) -> int:
+    """Run the body of a command.
+
+    Args:
+        body: does the work and returns the exit status.
+        error_prefix: begins errors.
+        cleanup: deletes unfinished files when the process must end at once. May be called while
+            `body` runs.
+        grace: seconds that `body` has to end after Ctrl-C or SIGTERM, which raise
+            `KeyboardInterrupt` in it. After that, or at a second signal, the process ends at once.
+        memory_hint: what to do if memory is used up.
+
+    Returns:
+        The exit status.
+    """
+    startup.end()
+    with _streams(), _warnings_as_notes(), _stoppable(cleanup, grace) as stopped:
+        try:
+            return body()
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            if not stopped:  # else the error is what a library made of the interruption
+                note(error_prefix + _explain(error, memory_hint))
+                return 2
+        signum = stopped[0] if stopped else signal.SIGINT
+        note(f"jitjax: {startup.stop_text(signum)}")
+        return 128 + signum
+
+
+def _explain(error: Exception, memory_hint: str) -> str:
+    """Return the text of an error that the user can cause; raise the error if it is another."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (OSError, RuntimeError))
+        and any(part in text.lower() for part in OUT_OF_MEMORY)
+    ):
+        return f"out of memory; {memory_hint} ({startup.one_line(error)})"
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    if type(error).__name__ == "JaxRuntimeError":
+        # XLA's libraries do not always say that memory is what they lack.
+        return f"JAX has failed: {startup.one_line(error)}; if memory is short, {memory_hint}"
+    raise error
+
+
+@contextlib.contextmanager
+def _stoppable(cleanup: Callable[[], None], grace: float) -> Iterator[list[int]]:
+    """Make signals raise `KeyboardInterrupt` once, and end the process if that does not help.
+
+    JAX swallows exceptions that are raised in its callbacks, and Python handles no signal while
+    XLA compiles or computes. A thread therefore waits for signals, too.
+
+    Yields:
+        a list that the numbers of the signals are appended to.
+    """
+    stopped: list[int] = []
+    signals = startup.default_signals()
+    if threading.current_thread() is not threading.main_thread() or not signals:
+        yield stopped
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        stopped.append(signum)
+        if len(stopped) == 1:
+            raise KeyboardInterrupt
+
+    def watch() -> None:
+        received: list[int] = []
+        while len(received) < 2:
+            try:
+                byte = reader.recv(1)
+            except TimeoutError:
+                break
+            if not byte:
+                return  # the command has ended
+            if byte[0] in signals:
+                received.append(byte[0])
+                reader.settimeout(grace)
+        cleanup()
+        with contextlib.suppress(OSError):
+            os.write(2, f"\njitjax: {startup.stop_text(received[0])}\n".encode())
+        os._exit(128 + received[0])
+
+    def silence(unraisable: Any) -> None:
+        if not (stopped and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            hook(unraisable)
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    hook, sys.unraisablehook = sys.unraisablehook, silence
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handlers = {signum: signal.signal(signum, interrupt) for signum in signals}
+    try:
+        yield stopped
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(wakeup)
+        sys.unraisablehook = hook
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+class _Unbreakable:
+    """A text stream whose errors are ignored: a reader of progress bars may have gone away."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Give libraries a standard error that exists and takes everything."""
+    original = sys.stderr
+    stream = original if original is not None else open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = _Unbreakable(stream)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        sys.stderr = original
+        if original is None:
+            stream.close()
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print warnings as one line each; all that concern the compilation cache as one."""
+    cache_is_told = False
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        nonlocal cache_is_told
+        if "compilation cache" in str(message):
+            if cache_is_told:
+                return
+            cache_is_told = True
+        note(f"jitjax: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def note(text: str) -> None:
+    """Print a line to standard error, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(_encodable(text, sys.stderr) + "\n")
+            sys.stderr.flush()
+
+
+def report(text: str) -> None:
+    """Print a line about something that is done to standard output.
+
+    It remains done if nobody reads the line: a closed pipe is ignored, another error is a note.
+    """
+    try:
+        write_line(text, sys.stdout)
+    except OSError as error:
+        note(f"standard output: {error.strerror or error}; not written there: {text}")
+
+
+def write_line(text: str, stream: Any) -> None:
+    """Write a line to a stream that may be closed or unable to encode it.
+
+    Raises:
+        OSError: the stream cannot be written to, but not because its reader has gone away.
+    """
+    if stream is None:
+        return
+    try:
+        stream.write(_encodable(text, stream) + "\n")
+        stream.flush()
+    except OSError as error:
+        if stream is sys.__stdout__:  # else Python complains about the same when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _encodable(text: str, stream: Any) -> str:
+    """Return `text` with the characters escaped that the encoding of `stream` does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`, even a symbolic link to nothing.
+
+    Raises:
+        OSError: there cannot be; for example, the name is too long.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_device() -> None:
+    """Raise `OSError` unless JAX has a device to compute on."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # JAX's plug-ins for devices raise errors of any type
+        platforms = os.environ.get("JAX_PLATFORMS")
+        setting = f" (JAX_PLATFORMS is {platforms!r})" if platforms else ""
+        raise OSError(f"JAX has no device{setting}: {startup.one_line(error)}") from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise `OSError` unless files can be made in `folder`, of which `option` is the source."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{option}: no file can be made in the folder {str(folder)!r} ({error.strerror})"
+        ) from error

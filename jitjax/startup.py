@@ -1,0 +1,104 @@
+"""The first moments of a command, before modules that take seconds are imported.
+
+Until `jitjax.command.run` takes over, a signal ends the process at once, because there is nothing
+to clean up, and an error that the user's machine causes is one line.
+
+This module imports next to nothing, because Ctrl-C gives a traceback before `begin`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+def begin() -> None:
+    """Prepare for signals and errors, if Python was started as one of the commands."""
+    name = os.path.splitext(os.path.basename(sys.argv[0]))[0] if sys.argv else ""
+    # While `python -m` looks for a module, `sys.argv[0]` is "-m".
+    if name not in ("-m", "jitjax"):
+        return
+    module = (word.removeprefix("-m").split(".")[0] for word in sys.orig_argv[1:3])
+    if name == "-m" and "jitjax" not in module:
+        return
+    open_missing_streams()
+    try:
+        for signum in default_signals():
+            signal.signal(signum, _exit_at_once)
+    except ValueError:
+        return  # a thread of another program
+    sys.excepthook = _report_import_error
+
+
+def end() -> None:
+    """Undo the part of `begin` that is not for `jitjax.command.run`."""
+    if sys.excepthook is _report_import_error:
+        sys.excepthook = sys.__excepthook__
+
+
+def open_missing_streams() -> None:
+    """Open the null device in place of standard streams that are closed.
+
+    Otherwise the next file that is opened, such as a checkpoint, would get the number of standard
+    error, and the messages of libraries with it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def default_signals() -> list[signal.Signals]:
+    """Return the signals that nobody handles or ignores (as `nohup` does)."""
+    default = (signal.SIG_DFL, signal.default_int_handler, _exit_at_once)
+    return [signum for signum in SIGNALS if signal.getsignal(signum) in default]
+
+
+def _exit_at_once(signum: int, frame: object) -> None:
+    _write_error(stop_text(signum))
+    os._exit(128 + signum)
+
+
+def _write_error(text: str) -> None:
+    try:  # noqa: SIM105 -- see the head of this module
+        os.write(2, f"jitjax: {text}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass  # nobody can read it
+
+
+def stop_text(signum: int) -> str:
+    """Say which signal has stopped the command."""
+    return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}"
+
+
+def _report_import_error(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """An exception hook: errors that a user's machine causes while modules are imported."""
+    expected = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
+    if not isinstance(error, expected):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    _write_error(f"error: {one_line(error)}")
+    os._exit(2)  # the status of an exception hook is always 1
+
+
+def one_line(error: BaseException) -> str:
+    """Return the beginning of an error's text as one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
