@@ -1,0 +1,213 @@
+"""The commands as processes: signals, streams, and errors that the machine causes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+QUICK = ("a circle", "--size", "32", "--plan", "dense", "--steps", "1")
+COMMAND = [sys.executable, "-m", "jitjax"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """The environment of the commands, with a compilation cache that they share."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": folder, "PYTHONUTF8": "1"}
+
+
+def run(*arguments, environment, command=COMMAND, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment,
+        errors="surrogateescape", **options,
+    )  # fmt: skip
+
+
+def shell(script: str, *arguments, environment) -> subprocess.CompletedProcess[str]:
+    """Run a shell script, in which "$@" is the command with its arguments."""
+    return run(*arguments, environment=environment, command=["bash", "-c", script, "-", *COMMAND])
+
+
+def start(command: list[str], environment: dict[str, str], **options) -> subprocess.Popen[str]:
+    """Start a command with the signals of a terminal, whatever those of this process are."""
+
+    def default_signals() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=default_signals, **options,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+SLOW_WRITER = """
+import pathlib, sys, time
+from PIL import Image
+from jitjax import cli
+save = Image.Image.save
+def slow_save(self, file, **options):
+    save(self, file, **options)
+    pathlib.Path("saving").touch()
+    {wait}
+Image.Image.save = slow_save
+cli.main(sys.argv[1:])
+"""
+WAIT = "time.sleep(600)"
+SWALLOW = """
+    class Callback:
+        def __del__(self):
+            pathlib.Path("in_callback").touch()
+            time.sleep(600)  # the exception that a signal raises here is lost, as in JAX's callbacks
+    callback = Callback()
+    del callback
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("signum", "text"), [(2, "Ctrl-C"), (15, "SIGTERM")])
+@pytest.mark.parametrize("wait", [WAIT, SWALLOW])
+def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text, wait):
+    program = SLOW_WRITER.format(wait=wait)
+    command = [sys.executable, "-c", program, *QUICK, "-o", "a.png"]
+    process = start(command, environment, cwd=tmp_path)
+    marker = tmp_path / ("saving" if wait == WAIT else "in_callback")
+    wait_for(marker.exists, process)
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert error.splitlines()[-1] == f"jitjax: stopped by {text}"
+    assert "Traceback" not in error
+    assert "ignored" not in error
+    marker.unlink()
+    (tmp_path / "saving").unlink(missing_ok=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_made(environment, tmp_path):
+    command = [*COMMAND, *QUICK, "--count", "100000", "-o", "a.png"]
+    process = start(command, environment, cwd=tmp_path)
+    wait_for((tmp_path / "a-1.png").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:2] == ["a-0.png", "a-1.png"]
+    assert output.splitlines()[0].startswith("a-0.png: dense, seed 0, ")
+    for path in tmp_path.iterdir():
+        assert np.asarray(Image.open(path)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
+def test_ctrl_c_during_imports(environment, tmp_path, module):
+    """A module that stands in for `flax` waits while it is imported."""
+    (tmp_path / "flax.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(600)\n"
+    )
+    command = [sys.executable, "-m", module, "x"]
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    process = start(command, environment | {"PYTHONPATH": paths}, cwd=tmp_path)
+    wait_for((tmp_path / "importing").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "jitjax: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
+@pytest.mark.parametrize("error", ["ImportError('no flax')", "MemoryError()", "OSError('no flax')"])
+def test_errors_while_importing_are_one_line(environment, tmp_path, module, error):
+    (tmp_path / "flax.py").write_text(f"raise {error}\n")
+    environment = environment | {"PYTHONPATH": str(tmp_path)}
+    done = run("x", environment=environment, command=[sys.executable, "-m", module])
+    assert done.returncode == 2
+    assert done.stderr in ("jitjax: error: no flax\n", "jitjax: error: MemoryError\n")
+
+
+@pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
+def test_version(environment, module):
+    done = run("--version", environment=environment, command=[sys.executable, "-m", module])
+    assert done.returncode == 0
+    assert done.stdout.startswith("jitjax 0")
+    assert "jax 0." in done.stdout
+
+
+def test_missing_backend_is_one_line(environment, tmp_path):
+    done = run(*QUICK, environment=environment | {"JAX_PLATFORMS": "nonsense"}, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("jitjax: error: JAX has no device (JAX_PLATFORMS is 'nonsense')")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ('set -o pipefail; "$@" | true', 0),  # nobody reads what is printed
+        ('"$@" 2>&-', 0),
+        ('"$@" >&-', 0),
+        ('"$@" <&-', 0),
+        ('"$@" >&- 2>&- <&-', 0),
+        ('"$@" > /dev/full', 0),
+        ('"$@" 2> /dev/full', 0),
+        ('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
+        ('PYTHONIOENCODING=ascii "$@"', 0),
+        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
+    ],
+)
+def test_streams(environment, tmp_path, script, status):
+    out = tmp_path / "é.png"
+    done = shell(script, "ein grüner Kreis", *QUICK[1:], "-o", out, environment=environment)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    with Image.open(out) as image:
+        assert image.text["prompt"] == "ein grüner Kreis"
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [('"$@" > /dev/full', 2), ('set -o pipefail; "$@" | true', 0), ('"$@" >&-', 0)],
+)
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_streams_of_help(environment, script, status, option):
+    done = shell(script, option, environment=environment)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_prompt_from_standard_input(environment, tmp_path):
+    out = tmp_path / "a.png"
+    done = run("-", *QUICK[1:], "-o", out, environment=environment, input="a green ring\n")
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as image:
+        assert image.text["prompt"] == "a green ring"
+    for text, message in (("", "is empty"), (" \n", "is empty"), ("caf\udce9", "not UTF-8")):
+        done = run("-", *QUICK[1:], environment=environment, input=text, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("jitjax: error: standard input ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_prompt_that_is_not_utf8(environment, tmp_path):
+    done = run("caf\udce9", *QUICK[1:], environment=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        r"jitjax: error: the prompt has bytes that are not UTF-8 (b'\xe9'"
+    )
+    assert done.stderr.count("\n") == 1
