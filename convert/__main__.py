@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command.run(
         lambda: _run(arguments),
         error_prefix=ERROR,
-        cleanup=lambda: None,
+        cleanup=None,
         grace=10.0,
         memory_hint="close other programs, or convert fewer --parts at a time",
     )

@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ def run(
     body: Callable[[], int],
     *,
     error_prefix: str,
-    cleanup: Callable[[], None],
+    cleanup: Callable[[], None] | None,
     grace: float,
     memory_hint: str,
 ) -> int:
@@ -95,10 +96,10 @@ def run(
     Args:
         body: does the work and returns the exit status.
         error_prefix: begins errors.
-        cleanup: deletes unfinished files when the process must end at once. May be called while
-            `body` runs.
+        cleanup: deletes unfinished files while `body` still runs, so that a second signal can end
+            the process at once. None if only `body` can, which then has all of `grace`.
         grace: seconds that `body` has to end after Ctrl-C or SIGTERM, which raise
-            `KeyboardInterrupt` in it. After that, or at a second signal, the process ends at once.
+            `KeyboardInterrupt` in it. After that the process ends at once.
         memory_hint: what to do if memory is used up.
 
     Returns:
@@ -136,7 +137,7 @@ def _explain(error: Exception, memory_hint: str) -> str:
 
 
 @contextlib.contextmanager
-def _stoppable(cleanup: Callable[[], None], grace: float) -> Iterator[list[int]]:
+def _stoppable(cleanup: Callable[[], None] | None, grace: float) -> Iterator[list[int]]:
     """Make signals raise `KeyboardInterrupt` once, and end the process if that does not help.
 
     JAX swallows exceptions that are raised in its callbacks, and Python handles no signal while
@@ -158,7 +159,8 @@ def _stoppable(cleanup: Callable[[], None], grace: float) -> Iterator[list[int]]
 
     def watch() -> None:
         received: list[int] = []
-        while len(received) < 2:
+        deadline = 0.0
+        while not (cleanup and len(received) > 1):
             try:
                 byte = reader.recv(1)
             except TimeoutError:
@@ -166,9 +168,13 @@ def _stoppable(cleanup: Callable[[], None], grace: float) -> Iterator[list[int]]
             if not byte:
                 return  # the command has ended
             if byte[0] in signals:
+                if not received:
+                    deadline = time.monotonic() + grace
                 received.append(byte[0])
-                reader.settimeout(grace)
-        cleanup()
+            if received:
+                reader.settimeout(max(deadline - time.monotonic(), 0.001))
+        if cleanup:
+            cleanup()
         with contextlib.suppress(OSError):
             os.write(2, f"\njitjax: {startup.stop_text(received[0])}\n".encode())
         os._exit(128 + received[0])

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jitjax.loading import BUNDLED
+
 QUICK = ("a circle", "--size", "32", "--plan", "dense", "--steps", "1")
 COMMAND = [sys.executable, "-m", "jitjax"]
 
@@ -58,6 +60,8 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:
 SLOW_WRITER = """
 import pathlib, sys, time
 from PIL import Image
+
+from jitjax.loading import BUNDLED
 from jitjax import cli
 save = Image.Image.save
 def slow_save(self, file, **options):
@@ -211,3 +215,32 @@ def test_prompt_that_is_not_utf8(environment, tmp_path):
         r"jitjax: error: the prompt has bytes that are not UTF-8 (b'\xe9'"
     )
     assert done.stderr.count("\n") == 1
+
+
+SLOW_CONVERSION = """
+import pathlib, sys, time
+from jitjax.convert.__main__ import main
+from jitjax.convert.targets import checkpoint
+def wait(self, shape, dtype):
+    pathlib.Path("allocating").touch()
+    time.sleep(600)
+checkpoint.ArrayPool.__call__ = wait
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("signum", "text"), [(2, "Ctrl-C"), (15, "SIGTERM")])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_stopped_conversion_leaves_nothing(environment, tmp_path, signum, text, repeats):
+    source = str(BUNDLED / "tiny")
+    command = [sys.executable, "-c", SLOW_CONVERSION, source, "--out", "out"]
+    process = start(command, environment, cwd=tmp_path)
+    wait_for((tmp_path / "allocating").exists, process)
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    for _ in range(repeats):
+        process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert error.splitlines()[-1] == f"jitjax: stopped by {text}"
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["allocating"]

@@ -1,0 +1,121 @@
+"""What the commands do with their arguments: repeated options, names, seeds, LoRA files."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jitjax import cli, command, images
+from jitjax.convert import __main__ as convert
+
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+
+
+def status_of(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as info:
+        cli.main(list(arguments))
+    return info.value.code
+
+
+@pytest.mark.parametrize("option", ["-o", "--seed", "--steps", "--count", "--guidance", "--size"])
+def test_a_repeated_option_is_refused(option, capsys):
+    assert status_of("x", option, "1", option, "2") == 2
+    assert "given twice; expected once" in capsys.readouterr().err
+
+
+def test_repeated_options_of_a_conversion_add_or_are_refused(capsys):
+    parser = convert.build_parser()
+    options = parser.parse_args(["x", "--lora", "a", "--lora", "b", "c", "--parts", "t5",
+                                 "--parts", "clip"])  # fmt: skip
+    assert options.lora == ["a", "b", "c"]
+    assert options.parts == ["t5", "clip"]
+    for option in ("--out", "--dtype", "--transformer", "--verify", "--tokenizers"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([option, "float32", option, "float32"])
+        assert "given twice" in capsys.readouterr().err
+    assert convert.main(["--verify", "x", "--out", "y"]) == 2
+    assert convert.main(["--lora", "a", "--out", "y"]) == 2
+    error = capsys.readouterr().err
+    assert "--verify does not go with --out" in error
+    assert "expected SOURCE before --lora" in error
+
+
+def test_lora_names_may_have_colons(tmp_path):
+    def parse(text: str) -> tuple[str, float]:
+        path, scale = convert.parse_lora(text)
+        return str(path), scale
+
+    assert parse(r"C:\loras\ink.safetensors") == (r"C:\loras\ink.safetensors", 1.0)
+    assert parse(r"C:\x.safetensors:0.7") == (r"C:\x.safetensors", 0.7)
+    assert parse("style:v2.safetensors") == ("style:v2.safetensors", 1.0)
+    assert parse("a.safetensors:-0.5") == ("a.safetensors", -0.5)
+    file = tmp_path / "style:2"
+    file.touch()
+    assert parse(str(file)) == (str(file), 1.0)
+    for scale in ("nan", "inf", "-inf"):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            convert.parse_lora(f"a.safetensors:{scale}")
+
+
+def test_seeds_of_64_bits():
+    data = lambda seed: tuple(map(int, jax.random.key_data(cli.seed_key(seed))))  # noqa: E731
+    for seed in (0, 1, 12345, 2**31, 2**32 - 1):
+        assert data(seed) == (0, seed) == tuple(map(int, jax.random.key_data(jax.random.key(seed))))
+    assert data(2**32) == (1, 0)
+    assert data(2**64 - 1) == (2**32 - 1, 2**32 - 1)
+    for first, count in ((-1, 1), (2**64, 1), (2**64 - 1, 2), (10**23, 1)):
+        with pytest.raises(ValueError, match="--seed is"):
+            cli._seeds(first, count)
+
+
+def test_files_are_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("jitjax.png", "jitjax-1.png", "jitjax-2.png"):
+        path = cli._Outputs(None, [0], False).write(0, IMAGE, "p", {})
+        assert str(path) == name
+    with pytest.raises(FileExistsError, match="--overwrite to replace it"):
+        cli._Outputs(tmp_path / "jitjax.png", [0], False)
+    cli._Outputs(tmp_path / "jitjax.png", [0], True)
+    outputs = cli._Outputs(tmp_path / "new.png", [0], False)
+    (tmp_path / "new.png").write_text("appeared meanwhile")
+    assert outputs.write(0, IMAGE, "p", {}).name == "new-1.png"
+    assert (tmp_path / "new.png").read_text() == "appeared meanwhile"
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(FileExistsError, match="not a file"):
+        cli._Outputs(tmp_path / "d.png", [0], True)
+    with pytest.raises(OSError, match="--out: no file can be made in the folder"):
+        cli._Outputs(cli.Path("/sys/a.png"), [0], False)
+    with pytest.raises(OSError, match="too long"):
+        cli._Outputs(tmp_path / ("a" * 252 + ".png"), [0], False)
+    longest = tmp_path / ("a" * 251 + ".png")
+    assert cli._Outputs(longest, [0], False).write(0, IMAGE, "p", {}) == longest
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_settings_are_json_and_pictures_finite(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        images.write_png(tmp_path / "a.png", IMAGE, "p", {"guidance": float("nan")})
+    with pytest.raises(ValueError, match="seed 3 is not written: 100% of its values"):
+        cli._pixels(np.full((4, 4, 3), np.nan, np.float32), 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def run(error: Exception) -> int:
+        def body() -> int:
+            raise error
+
+        return command.run(body, error_prefix="e: ", cleanup=None, grace=1.0, memory_hint="shrink")
+
+    for error in (
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."),
+        RuntimeError("can't start new thread"),
+    ):
+        assert run(error) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("e: out of memory; shrink (")
+        assert text.count("\n") == 1
+    with pytest.raises(KeyError):
+        run(KeyError("a bug"))
