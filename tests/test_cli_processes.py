@@ -76,7 +76,7 @@ SWALLOW = """
     class Callback:
         def __del__(self):
             pathlib.Path("in_callback").touch()
-            time.sleep(600)  # the exception that a signal raises here is lost, as in JAX's callbacks
+            time.sleep(600)  # an exception raised here is lost
     callback = Callback()
     del callback
     time.sleep(600)

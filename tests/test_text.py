@@ -353,3 +353,16 @@ assert "transformers" in sys.modules and "torch" not in sys.modules
 """
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_prompts_that_are_no_text(params):
+    with pytest.raises(ValueError, match=r"prompt\[1\] has '\\udce9' at position 3"):
+        encode_prompt(params, ["red", "caf\udce9"])
+    with pytest.raises(TypeError, match=r"prompt is an array of shape \[\]"):
+        encode_prompt(params, np.array("red"))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_params_by_name():
+    with pytest.raises(TypeError, match="params is 'tiny'; expected FluxParams"):
+        encode_prompt("tiny", "red")
