@@ -355,6 +355,7 @@ assert "transformers" in sys.modules and "torch" not in sys.modules
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_that_are_no_text(params):
     with pytest.raises(ValueError, match=r"prompt\[1\] has '\\udce9' at position 3"):
         encode_prompt(params, ["red", "caf\udce9"])
