@@ -193,16 +193,18 @@ def test_velocities_that_cannot_be_compiled_for_are_refused_by_name():
         solve(None, velocity=Unhashable())
 
 
-def test_programs_of_functions_made_anew_are_freed():
-    alive = []
+def test_functions_made_anew_and_their_programs_are_freed():
+    functions, programs = [], []
     for _ in range(VELOCITIES_KEPT + 4):
         function = lambda tokens, *rest: -tokens  # noqa: E731
         solve(None, velocity=function, plan=Plan(1))
         _, static = split_arrays("velocity", function)
-        alive.append(weakref.ref(_programs(static).integrate))
+        functions.append(weakref.ref(function))
+        programs.append(weakref.ref(_programs(static).integrate))
     del function, static
     gc.collect()
-    assert sum(ref() is not None for ref in alive) <= VELOCITIES_KEPT
+    assert [ref() is None for ref in functions] == [True] * 4 + [False] * VELOCITIES_KEPT
+    assert sum(ref() is not None for ref in programs) <= VELOCITIES_KEPT
 
 
 @pytest.mark.parametrize("committed", [False, True])

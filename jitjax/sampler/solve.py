@@ -43,18 +43,19 @@ class _Stage:
     """The static settings of a stage; each distinct value is compiled once.
 
     Attributes:
-        velocity, solver: without their arrays, which are arguments of the compiled program.
+        solver: without its arrays, which are arguments of the compiled program.
     """
 
-    velocity: Static
     solver: Static
     grid: Grid
     budget: int
 
-    def build(self, arrays: _Arrays) -> tuple[diffrax.ODETerm, diffrax.AbstractSolver]:
+    def build(
+        self, velocity: Static, arrays: _Arrays
+    ) -> tuple[diffrax.ODETerm, diffrax.AbstractSolver]:
         """Return the term and the solver of the stage."""
-        velocity = self.velocity.join(arrays.velocity)
-        return sag_ode(velocity, self.grid, self.budget), self.solver.join(arrays.solver)
+        term = sag_ode(velocity.join(arrays.velocity), self.grid, self.budget)
+        return term, self.solver.join(arrays.solver)
 
 
 class _Arrays(NamedTuple):
@@ -157,10 +158,10 @@ def jit_solve(
         lifter = None
         if budget < n:
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
-        stage = _Stage(static_velocity, static_solver, grid, budget)
+        stage = _Stage(static_solver, grid, budget)
         y, u, states = _run_stage(
-            stage, arrays, y, sigmas[start : end + 1], SagArgs(lifter, args), progress,
-            check_finite, start, trace,
+            _programs(static_velocity), stage, arrays, y, sigmas[start : end + 1],
+            SagArgs(lifter, args), progress, check_finite, start, trace,
         )  # fmt: skip
         if recorder:
             recorder.add_stage(states, index if lifter else None, y - sigmas[end] * u, lifter)
@@ -178,6 +179,7 @@ def jit_solve(
 
 
 def _run_stage(
+    programs: _Programs,
     stage: _Stage,
     arrays: _Arrays,
     y: Array,
@@ -194,7 +196,6 @@ def _run_stage(
         The last state, the last velocity, and the states after every step (None unless
         `every_step`).
     """
-    programs = _programs(stage.velocity)
     if progress is None and not check_finite:
         y, states, solver_state = programs.integrate(
             stage, every_step, arrays, y, sigmas, sag_args, None
@@ -242,10 +243,9 @@ class _Programs(NamedTuple):
 def _programs(velocity: Static) -> _Programs:
     """Return the compiled functions for one velocity function.
 
-    JAX keeps the programs, and the functions that they were compiled for, as long as the jitted
-    function itself. So each velocity has jitted functions of its own, and the cache is bounded.
+    JAX keeps the programs as long as the jitted function itself, and static arguments for ever. So
+    each velocity has jitted functions of its own that close over it, and the cache is bounded.
     """
-    del velocity
 
     @partial(jax.jit, static_argnums=(0, 1))
     def _integrate(
@@ -257,7 +257,7 @@ def _programs(velocity: Static) -> _Programs:
         sag_args: SagArgs,
         solver_state: Any,
     ) -> tuple[Array, Array | None, Any]:
-        term, solver = stage.build(arrays)
+        term, solver = stage.build(velocity, arrays)
         return integrate(term, solver, y, sigmas, sag_args, solver_state, every_step=every_step)
 
     # All arguments are kept and `y` passes through a barrier, so that the results are on the same
@@ -266,7 +266,7 @@ def _programs(velocity: Static) -> _Programs:
     def _init(
         stage: _Stage, arrays: _Arrays, y: Array, sigmas: Array, sag_args: SagArgs
     ) -> tuple[Array, Any]:
-        term, solver = stage.build(arrays)
+        term, solver = stage.build(velocity, arrays)
         state = solver.init(term, sigmas[0], sigmas[1], y, sag_args)
         return jax.lax.optimization_barrier((y, state))
 
