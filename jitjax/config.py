@@ -8,6 +8,7 @@ that is not implemented, since ignoring one would give a wrong image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -27,6 +28,8 @@ Width = Annotated[int, Range(1, 2**20)]
 TokenId = Annotated[int, Range(0, 2**20)]
 Epsilon = Annotated[float, Range(1e-12, 1)]
 Exponent = Annotated[float, Range(-10, 10)]
+TokenLimit = Annotated[float, Range(1, math.inf)]
+"""`model_max_length` of a tokenizer; transformers writes 10**30 for no limit."""
 
 
 ConfigT = TypeVar("ConfigT")

@@ -126,7 +126,7 @@ def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
     return key
 
 
-def _check_guidance(guidance: Any, batch: int) -> Array:
+def check_guidance(guidance: Any, batch: int) -> Array:
     """Return the guidance as float32, [] or [batch].
 
     Raises:
@@ -144,7 +144,7 @@ def _check_guidance(guidance: Any, batch: int) -> Array:
         raise ValueError(
             f"guidance is {values!s}; expected finite values from {-largest:.1e} to {largest:.1e}"
         )
-    return guidance.astype(jnp.float32)
+    return jnp.asarray(guidance, jnp.float32)
 
 
 @overload
@@ -158,7 +158,7 @@ def denoise(
     *,
     plan: str | Plan = "4x",
     grid: Grid | None = None,
-    guidance: float | Float[Array, " b"] = 3.5,
+    guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     key: Array | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
@@ -221,7 +221,7 @@ def denoise(
     conditioning.check(params.config, batch=b)
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)
-    guidance = _check_guidance(guidance, b)
+    guidance = check_guidance(guidance, b)
 
     budget = plan.budgets(n, conditioning.text.shape[1])[0]
     must_draw = {

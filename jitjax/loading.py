@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def load(
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        TypeError: `path`, `sharding` or `loras` has another type.
+        TypeError: `path` or `sharding` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
             damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
             is missing; or an update does not fit the parameters.

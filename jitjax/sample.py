@@ -32,7 +32,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     plan: str | Plan = "4x",
-    guidance: float | Float[Array, " b"] = 3.5,
+    guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     progress: bool = False,
 ) -> Float[Array, "b height width 3"]:
     """Generate images from prompts.
@@ -67,20 +67,18 @@ def sample(
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
     if isinstance(prompt, Conditioning):
-        conditioning, batch = prompt, prompt.text.shape[0]
-        conditioning.check(config)
+        prompt.check(config)
+        prompts, batch = [], prompt.text.shape[0]
     else:
-        prompt = as_prompts(prompt)
-        conditioning, batch = None, len(prompt)
-    encoders = TEXT_ENCODERS if conditioning is None else ()
-    for part in ("transformer", "autoencoder", *encoders):
+        prompts = as_prompts(prompt)
+        batch = len(prompts)
+    for part in ("transformer", "autoencoder", *(TEXT_ENCODERS if prompts else ())):
         params.part(part)
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     check_guidance(guidance, batch)
     noise_keys, denoise_keys = split(batch_keys(key, batch))
-    if conditioning is None:
-        conditioning = encode_prompt(params, prompt)
+    conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompts)
     noise = draw_noise(noise_keys, grid, config.transformer.in_channels)
     with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
         tokens = denoise(

@@ -6,7 +6,6 @@ prompts --tokenizer_2--> ids [b, T]  --T5-->   text   [b, T, D]
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -20,10 +19,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jitjax.checkpoint import FluxParams
-from jitjax.config import FluxConfig
+from jitjax.config import FluxConfig, TokenLimit
 from jitjax.models.clip import CLIPText
 from jitjax.models.t5 import T5Encoder
 from jitjax.sampler.meshes import to_auto_axes
+from jitjax.validation import check, read_json, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -194,11 +194,9 @@ def tokenize(
     """
     prompts = as_prompts(prompts)
     folder = Path(tokenizer_folder)
-    clip_length = min(
-        _read_settings(folder / "tokenizer").get("model_max_length") or CLIP_LENGTH,
-        CLIP_LENGTH,
-        config.clip.max_position_embeddings,
-    )
+    limit = _read_settings(folder / "tokenizer").get("model_max_length", CLIP_LENGTH)
+    limit = check(limit, TokenLimit, f"{folder / 'tokenizer'}: model_max_length")
+    clip_length = int(min(limit, CLIP_LENGTH, config.clip.max_position_embeddings))
     t5_ids = _encode(
         folder / "tokenizer_2", "T5", prompts, config.text_length, config.t5.vocab_size
     )
@@ -246,7 +244,12 @@ def _load_tokenizer(folder: str, length: int) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # `tokenizers` raises no other class
+            raise ValueError(
+                f"{path / 'tokenizer.json'} is not a tokenizer ({shown(str(error))})"
+            ) from None
     elif all((path / file).is_file() for file in older_files):
         from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -261,7 +264,8 @@ def _load_tokenizer(folder: str, length: int) -> Tokenizer:
         )
     pad_token = _read_settings(path).get("pad_token") or PAD_TOKENS[path.name]
     if isinstance(pad_token, dict):
-        pad_token = pad_token["content"]
+        pad_token = pad_token.get("content")
+    pad_token = check(pad_token, str, f"{path}: pad_token")
     pad_id = tokenizer.token_to_id(pad_token)
     if pad_id is None:
         raise ValueError(
@@ -277,6 +281,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            settings = json.loads((path / name).read_text(encoding="utf-8"))
+            settings = read_json(path / name)
             merged |= {key: value for key, value in settings.items() if value is not None}
     return merged

@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from jitjax.validation import shown
 
 from ..tables.engine import ConversionError
 from .strengths import WEIGHTS_FILE
@@ -21,7 +22,7 @@ def check_pairs(loras: Loras) -> list[tuple[Path, float]]:
     """Return the (file, scale) pairs. Raises `ValueError` if `loras` is anything else."""
     expected = 'expected a list of (file, scale) pairs, for example [("ink.safetensors", 0.7)]'
     if not isinstance(loras, list | tuple):
-        raise ValueError(f"loras is {_short(loras)}; {expected}")
+        raise ValueError(f"loras is {shown(loras)}; {expected}")
     pairs = []
     for pair in loras:
         if (
@@ -29,21 +30,16 @@ def check_pairs(loras: Loras) -> list[tuple[Path, float]]:
             or len(pair) != 2
             or not isinstance(pair[0], str | os.PathLike)
         ):
-            raise ValueError(f"loras has the entry {_short(pair)}; {expected}")
+            raise ValueError(f"loras has the entry {shown(pair)}; {expected}")
         path = Path(pair[0])
         try:
             scale = math.nan if isinstance(pair[1], str | bytes | bool) else float(pair[1])
         except (TypeError, ValueError, OverflowError):
             scale = math.nan
         if not math.isfinite(scale):
-            raise ValueError(f"{path}: scale is {_short(pair[1])}; expected a finite number")
+            raise ValueError(f"{path}: scale is {shown(pair[1])}; expected a finite number")
         pairs.append((path, scale))
     return pairs
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def find_files(loras: Loras) -> list[tuple[Path, float]]:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jitjax.checkpoint import METADATA_FILE, PARTS, TEXT_ENCODERS, FluxParams
-from jitjax.config import FluxConfig
-from jitjax.validation import Range, check, listed, read_json, shown, type_hints
+from jitjax.config import FluxConfig, TokenLimit
+from jitjax.validation import check, listed, read_json, shown, type_hints
 
 from ..components import (
     COMPONENTS,
@@ -48,8 +48,6 @@ TEXT_LENGTH = 512
 """Largest number of T5 tokens that FLUX was trained with; the tokenizer may have a lower limit."""
 IMAGE_SIZE = 1024
 """Image side in pixels, if `vae/config.json` has no `sample_size`."""
-MaxLength = Annotated[float, Range(1, math.inf)]
-"""`model_max_length` of a tokenizer; transformers writes 10**30 for no limit."""
 
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -134,7 +132,7 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
         component.name: component.read_config(path)
         for component, path in zip(COMPONENTS, paths, strict=True)
     }
-    limit = _optional(tokenizers[1], "model_max_length", MaxLength, TEXT_LENGTH)
+    limit = _optional(tokenizers[1], "model_max_length", TokenLimit, TEXT_LENGTH)
     size = type_hints(FluxConfig)["image_size"]
     try:
         return FluxConfig(

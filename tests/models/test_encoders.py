@@ -188,4 +188,6 @@ def test_missing_and_unknown_tensors_are_errors():
     rules, shapes = clip_rules(CLIP), leaf_shapes(clip.abstract_params(CLIP))
     with pytest.raises(ConversionError, match=r"unmatched key: text_projection.weight") as error:
         check_keys(rules, shapes, {"text_projection.weight": (16, 16)}, label="clip")
-    assert "missing key: text_model.final_layer_norm.bias [16]" in str(error.value)
+    (problems,) = error.value.lists.values()
+    assert "missing key: text_model.final_layer_norm.bias [16]" in problems
+    assert "... and 17 more" in str(error.value)
