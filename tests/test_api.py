@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -143,6 +144,12 @@ def test_denoise_under_jit_vmap_and_grad(small, conditioning, noise):
         ({"height": 10**9}, "to 8192"),
         ({"height": 64.0}, "height is 64.0"),
         ({"prompt": []}, "empty"),
+        ({"key": None}, "key is None; expected jax.random.key"),
+        ({"key": 0}, "expected jax.random.key"),
+        ({"guidance": float("nan")}, "guidance is nan; expected finite values"),
+        ({"guidance": np.inf}, "guidance is inf; expected finite values"),
+        ({"guidance": 1e38}, r"guidance is 1e\+38; expected finite values"),
+        ({"guidance": np.ones(3)}, r"guidance has shape \[3\]"),
         ({"key": jnp.zeros(3)}, "expected jax.random.key"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"expected \[\] or \[1\]"),
     ],
@@ -151,6 +158,26 @@ def test_sample_rejects_invalid_arguments(small, change, message):
     arguments = {"prompt": PROMPT, "key": jax.random.key(0), "plan": "4x"} | change
     with pytest.raises(ValueError, match=message):
         jitjax.sample(small, arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize("part", ["transformer", "autoencoder", "t5", "clip"])
+def test_sample_names_a_missing_part_before_any_model_runs(small, monkeypatch, part):
+    def fail(*arguments, **options):
+        raise AssertionError("a model runs")
+
+    module = sys.modules["jitjax.sample"]  # `jitjax.sample` is the function
+    monkeypatch.setattr(module, "encode_prompt", fail)
+    monkeypatch.setattr(module, "denoise", fail)
+    with pytest.raises(ValueError, match=part):
+        jitjax.sample(dataclasses.replace(small, **{part: {}}), PROMPT, key=jax.random.key(0))
+
+
+def test_sample_under_strict_modes(small):
+    arguments = {"key": jax.random.key(0), "plan": PLAN.replace(activation="random")}
+    expected = jitjax.sample(small, PROMPT, **arguments)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        image = jitjax.sample(small, PROMPT, **arguments)
+    np.testing.assert_array_equal(image, expected)
 
 
 @pytest.mark.usefixtures("unchecked")

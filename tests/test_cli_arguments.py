@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jitjax import cli, command, images
 from jitjax.convert import __main__ as convert
@@ -91,6 +94,16 @@ def test_files_are_not_replaced(tmp_path, monkeypatch):
     longest = tmp_path / ("a" * 251 + ".png")
     assert cli._Outputs(longest, [0], False).write(0, IMAGE, "p", {}) == longest
     assert not list(tmp_path.glob(".*"))
+
+
+def test_writes_of_one_file_at_the_same_time(tmp_path):
+    path = tmp_path / "a.png"
+    with ThreadPoolExecutor(8) as pool:
+        write = images.write_png
+        for done in [pool.submit(write, path, IMAGE, "a", {"seed": i}) for i in range(100)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == [path]
+    assert Image.open(path).size == (16, 16)
 
 
 def test_settings_are_json_and_pictures_finite(tmp_path):

@@ -194,6 +194,16 @@ def test_streams_of_help(environment, script, status, option):
     assert "Exception" not in done.stderr
 
 
+def test_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
+    (tmp_path / "file").touch()
+    bad = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file")}
+    done = run(*QUICK, "-o", tmp_path / "a.png", environment=bad)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
+    notes = [line for line in done.stderr.splitlines() if "step" not in line and line.strip()]
+    assert len(notes) <= 1, notes
+
+
 def test_prompt_from_standard_input(environment, tmp_path):
     out = tmp_path / "a.png"
     done = run("-", *QUICK[1:], "-o", out, environment=environment, input="a green ring\n")

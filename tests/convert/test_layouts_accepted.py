@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+import warnings
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_layouts import (
     CONFIGS,
     assert_equal,
@@ -19,6 +23,8 @@ from test_layouts import (
 import jitjax
 from jitjax.convert.__main__ import main
 from jitjax.convert.components import from_state
+from jitjax.convert.sources.single_files import open_sources
+from jitjax.loading import BUNDLED
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +109,30 @@ def test_schedule_of_a_transformer_without_guidance(tmp_path, states, capsys, sc
     assert (config.text_length, config.dynamic_shift, config.shift) == expected
     notes = [line for line in capsys.readouterr().err.splitlines() if "--schedule" in line]
     assert len(notes) == (schedule == "auto")
+
+
+def test_transformer_of_another_kind_in_a_folder(tmp_path):
+    """The schedule is the folder's, with a warning, or the one that is asked for."""
+    state = load_file(BUNDLED / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors")
+    other = {name: value for name, value in state.items() if "guidance" not in name}
+    files = {"transformer": write(tmp_path, "other", other)}
+    with pytest.warns(UserWarning, match="has no guidance, unlike that of .* --schedule dev or"):
+        kept = open_sources(BUNDLED / "tiny", files).config
+    assert not kept.transformer.guidance_embeds
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = open_sources(BUNDLED / "tiny", {}).config
+        asked = open_sources(BUNDLED / "tiny", files, schedule="schnell").config
+    assert (kept.text_length, kept.dynamic_shift) == (own.text_length, own.dynamic_shift)
+    assert (asked.text_length, asked.dynamic_shift, asked.shift) == (256, False, 1.0)
+
+
+def test_clip_saved_by_transformers_5_in_a_folder_of_its_own(tmp_path, states, tokenizers):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    short = {name.removeprefix("text_model."): value for name, value in states["clip"].items()}
+    write(folder, "model", short)
+    config = {"model_type": "clip_text_model"} | dataclasses.asdict(CONFIGS["clip"])
+    (folder / "config.json").write_text(json.dumps(config))
+    params = read_files([folder], tokenizers=tokenizers)
+    assert_equal(params.clip, from_state("clip", states["clip"], CONFIGS["clip"]))
