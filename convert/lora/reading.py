@@ -85,13 +85,13 @@ class _LoraFile:
         self._problems.check()
         loaded = ", ".join(self._layers) or "none that a LoRA can update"
         skipped = ", ".join(f"{model} ({count} layers)" for model, count in passed_over.items())
-        if not self._updated:
-            found = f"updates only {skipped}" if skipped else "updates nothing"
-            raise ConversionError(f"{self._path} {found}; the loaded models are: {loaded}")
+        if not self._updated and not skipped:
+            raise ConversionError(f"{self._path} updates nothing; the loaded models are: {loaded}")
         if skipped:
+            nothing = "" if self._updated else "; nothing of it is merged"
             warnings.warn(
                 f"{self._path}: passed over what is not loaded or not used here: {skipped}; "
-                f"the loaded models are: {loaded}",
+                f"the loaded models are: {loaded}{nothing}",
                 stacklevel=2,
             )
         if remark := self._strengths.kohya_remark(self._alphas(groups.values())):

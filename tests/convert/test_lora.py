@@ -211,10 +211,9 @@ def test_conversion_merges_updates(tmp_path, states, capsys, monkeypatch, split_
     )}  # fmt: skip
     capsys.readouterr()
     out[-1] = str(tmp_path / "none")
-    assert main([flux, "--lora", str(write(tmp_path, "te", te)), *out]) == 2
     assert main([flux, "--lora", f"{lora}:much", *out]) == 2
+    assert main([flux, "--lora", str(write(tmp_path, "te", te)), *out]) == 0
     error = capsys.readouterr().err
-    assert (
-        "te.safetensors updates only clip (1 layers); the loaded models are: transformer" in error
-    )
+    assert "te.safetensors: passed over" in error
+    assert "clip (1 layers); the loaded models are: transformer; nothing of it is merged" in error
     assert "'much' is not a number" in error

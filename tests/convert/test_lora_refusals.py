@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import warnings
 
@@ -319,5 +318,3 @@ def test_nothing_is_changed_by_a_refusal(tmp_path, params):
     before = np.array(params.transformer["image_in"]["kernel"])
     refusal(params, [(good, 1.0), (save(tmp_path / "bad.safetensors", {}), 1.0)])
     np.testing.assert_array_equal(params.transformer["image_in"]["kernel"], before)
-    none = dataclasses.replace(params, transformer={})
-    assert "updates only transformer (1 layers)" in refusal(none, [(good, 1.0)])
