@@ -22,18 +22,6 @@ import jitjax
 from jitjax.checkpoint import abstract_params
 
 
-@pytest.fixture(scope="module")
-def saved(small, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    jitjax.save(small, path)
-    return path
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
 def test_round_trip_is_exact(small, saved):
     loaded = jitjax.load(saved)
     assert loaded.config == small.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -14,18 +13,6 @@ import pytest
 import jitjax
 from jitjax.checkpoint import verify
 from jitjax.convert.__main__ import main
-
-
-@pytest.fixture(scope="module")
-def saved(small, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    jitjax.save(small, path)
-    return path
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def edit(path: Path, change) -> None:

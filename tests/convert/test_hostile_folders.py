@@ -62,17 +62,23 @@ def test_wrong_value(folder, file, key, value):
     assert len(message) < 400 + len(str(folder))
 
 
-def test_values_that_are_right(folder):
-    for file, key, value in (
-        (TOKENIZER, "model_max_length", 10**30),
-        (TOKENIZER, "model_max_length", None),
-        (VAE, "scaling_factor", 1),
-        (VAE, "sample_size", None),
-    ):
-        content = json.loads((folder / file).read_text(encoding="utf-8-sig"))
-        text = json.dumps(content | {key: value})
-        (folder / file).write_text("\ufeff" + text, encoding="utf-8")
-        read_config(folder)
+@pytest.mark.parametrize(
+    ("file", "key", "value", "read", "expected"),
+    [
+        (TOKENIZER, "model_max_length", 10**30, lambda c: c.text_length, 512),
+        (TOKENIZER, "model_max_length", 100, lambda c: c.text_length, 100),
+        (TOKENIZER, "model_max_length", None, lambda c: c.text_length, 512),
+        (VAE, "scaling_factor", 1, lambda c: c.autoencoder.scaling_factor, 1.0),
+        (VAE, "sample_size", None, lambda c: c.image_size, 1024),
+    ],
+)
+def test_value_that_is_right(folder, file, key, value, read, expected):
+    """Also after a byte order mark, which editors on Windows write."""
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text("\ufeff" + json.dumps(content | {key: value}), encoding="utf-8")
+    got = read(read_config(folder))
+    assert got == expected
+    assert type(got) is type(expected)
 
 
 @pytest.mark.parametrize(
