@@ -142,20 +142,11 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     twice: list[str] = []
-
-    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in made and made[key] != value:
-                twice.append(key)
-            made[key] = value
-        return made
-
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most 64 MiB")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # editors on Windows write a BOM
-        raw = json.loads(text, object_pairs_hook=make_object)
+        raw = json.loads(text, object_pairs_hook=functools.partial(_make_object, twice))
     except ValueError as error:
         raise ValueError(f"{path} is not a complete JSON file: {error}") from None
     except RecursionError:
@@ -165,6 +156,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} contains a {type(raw).__name__}; expected a JSON object")
     return raw
+
+
+def _make_object(twice: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object; add keys that have two values to `twice`."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made and made[key] != value:
+            twice.append(key)
+        made[key] = value
+    return made
 
 
 def shown(value: Any) -> str:

@@ -9,6 +9,7 @@ settings, which have no quantisation convolutions before and after the latents.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -235,7 +236,12 @@ def from_latents(
 
 def abstract_params(config: AutoencoderConfig, dtype: Any = jnp.float32) -> Any:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: AutoencoderConfig) -> Any:
+    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
     shape = (1, config.factor, config.factor, config.in_channels)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    tree = jax.eval_shape(Autoencoder(config).init, jax.random.key(0), images)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+    return jax.eval_shape(Autoencoder(config).init, jax.random.key(0), images)["params"]

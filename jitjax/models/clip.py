@@ -8,6 +8,7 @@ Source: Radford et al., 2021 (arXiv 2103.00020). Reference: transformers 5 `CLIP
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -146,6 +147,11 @@ class CLIPText(nn.Module):
 
 def abstract_params(config: CLIPConfig, dtype: Any = jnp.float32) -> Any:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: CLIPConfig) -> Any:
+    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(CLIPText(config).init, jax.random.key(0), ids)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+    return jax.eval_shape(CLIPText(config).init, jax.random.key(0), ids)["params"]

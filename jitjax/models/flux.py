@@ -15,6 +15,7 @@ The architecture is Black Forest Labs' FLUX.1. Reference: diffusers `FluxTransfo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -276,7 +277,12 @@ def _check_inputs(
 
 def abstract_params(config: TransformerConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
 
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: TransformerConfig) -> Any:
+    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
     def init() -> Any:
         tokens, positions = jnp.zeros((1, 1, config.in_channels)), jnp.zeros((1, 1, 3))
         text = jnp.zeros((1, 1, config.joint_attention_dim))
@@ -284,4 +290,4 @@ def abstract_params(config: TransformerConfig, dtype: Any = jnp.float32) -> dict
         arrays = (tokens, positions, text, pooled, jnp.ones(1), jnp.ones(1))
         return FluxTransformer(config).init(jax.random.key(0), *arrays)["params"]
 
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), jax.eval_shape(init))
+    return jax.eval_shape(init)

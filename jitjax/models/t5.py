@@ -10,6 +10,7 @@ Reference: transformers 5 `T5EncoderModel`.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -174,6 +175,11 @@ class T5Encoder(nn.Module):
 
 def abstract_params(config: T5Config, dtype: Any = jnp.float32) -> Any:
     """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: T5Config) -> Any:
+    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+    return jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)["params"]
