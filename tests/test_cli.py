@@ -11,11 +11,6 @@ from PIL import Image
 from jitjax import cli
 
 
-@pytest.fixture(autouse=True)
-def _compilation_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-
-
 def run(*arguments: object) -> None:
     cli.main([str(argument) for argument in arguments])
 

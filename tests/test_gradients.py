@@ -22,6 +22,8 @@ from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 GRID = (4, 5)
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
 

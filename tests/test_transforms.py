@@ -21,6 +21,8 @@ from jitjax.sampler.solve import VELOCITIES_KEPT, _programs, jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.sampler.static import split_arrays
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 GRID = (4, 4)
 SPARSE = Plan(2, (0.5, 1.0), (0.5, 1.0))
 NOISE = jax.random.normal(jax.random.key(0), (1, 16, 4))
