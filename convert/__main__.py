@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jitjax import command
 from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
+from jitjax.checkpoint.atomic import remove_unfinished
 from jitjax.loading import load
 
 from .sources.hub import fetch, is_repository
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command.run(
         lambda: _run(arguments),
         error_prefix=ERROR,
-        cleanup=None,
+        cleanup=remove_unfinished,
         grace=10.0,
         memory_hint="close other programs, or convert fewer --parts at a time",
     )

@@ -37,6 +37,9 @@ OUT_OF_MEMORY = (
 )
 """Parts of the messages by which JAX, XLA, LLVM and Python say that memory is used up."""
 
+CLEANUP_SECONDS = 10.0
+"""Longest time for removing unfinished files; a disk that hangs must not keep the process."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that refuses what `argparse` drops or guesses, with errors of one line.
@@ -87,7 +90,7 @@ def run(
     body: Callable[[], int],
     *,
     error_prefix: str,
-    cleanup: Callable[[], None] | None,
+    cleanup: Callable[[], None],
     grace: float,
     memory_hint: str,
 ) -> int:
@@ -96,10 +99,9 @@ def run(
     Args:
         body: does the work and returns the exit status.
         error_prefix: begins errors.
-        cleanup: deletes unfinished files while `body` still runs, so that a second signal can end
-            the process at once. None if only `body` can, which then has all of `grace`.
+        cleanup: deletes unfinished files while `body` still runs, before the process is ended.
         grace: seconds that `body` has to end after Ctrl-C or SIGTERM, which raise
-            `KeyboardInterrupt` in it. After that the process ends at once.
+            `KeyboardInterrupt` in it. After that, or after a second signal, the process is ended.
         memory_hint: what to do if memory is used up.
 
     Returns:
@@ -137,7 +139,7 @@ def _explain(error: Exception, memory_hint: str) -> str:
 
 
 @contextlib.contextmanager
-def _stoppable(cleanup: Callable[[], None] | None, grace: float) -> Iterator[list[int]]:
+def _stoppable(cleanup: Callable[[], None], grace: float) -> Iterator[list[int]]:
     """Make signals raise `KeyboardInterrupt` once, and end the process if that does not help.
 
     JAX swallows exceptions that are raised in its callbacks, and Python handles no signal while
@@ -160,7 +162,7 @@ def _stoppable(cleanup: Callable[[], None] | None, grace: float) -> Iterator[lis
     def watch() -> None:
         received: list[int] = []
         deadline = 0.0
-        while not (cleanup and len(received) > 1):
+        while len(received) < 2:
             try:
                 byte = reader.recv(1)
             except TimeoutError:
@@ -173,8 +175,9 @@ def _stoppable(cleanup: Callable[[], None] | None, grace: float) -> Iterator[lis
                 received.append(byte[0])
             if received:
                 reader.settimeout(max(deadline - time.monotonic(), 0.001))
-        if cleanup:
-            cleanup()
+        cleaner = threading.Thread(target=cleanup, daemon=True)
+        cleaner.start()
+        cleaner.join(CLEANUP_SECONDS)
         with contextlib.suppress(OSError):
             os.write(2, f"\njitjax: {startup.stop_text(received[0])}\n".encode())
         os._exit(128 + received[0])

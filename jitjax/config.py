@@ -226,6 +226,13 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> AutoencoderConfig:
         """Build from `vae/config.json`; unsupported settings raise `ValueError`."""
+        # diffusers takes 0.18215 and None for these, which are not FLUX's and give no picture.
+        for name in ("scaling_factor", "shift_factor"):
+            if name not in raw:
+                raise ValueError(
+                    f"{cls.__name__}.{name} is missing; expected a number (FLUX.1's is "
+                    f"{getattr(cls, name)})"
+                )
         name = "block_out_channels"
         channels = raw.get(name, cls.block_out_channels)
         channels = check(channels, type_hints(cls)[name], f"{cls.__name__}.{name}")

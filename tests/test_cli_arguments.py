@@ -119,7 +119,9 @@ def test_out_of_memory_is_one_line(capsys):
         def body() -> int:
             raise error
 
-        return command.run(body, error_prefix="e: ", cleanup=None, grace=1.0, memory_hint="shrink")
+        return command.run(
+            body, error_prefix="e: ", cleanup=lambda: None, grace=1.0, memory_hint="shrink"
+        )
 
     for error in (
         MemoryError(),

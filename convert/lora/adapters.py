@@ -33,6 +33,10 @@ class Change(Protocol):
         """Return some rows of the change, float32."""
         ...
 
+    def is_zero(self) -> bool:
+        """Whether it is 0 because one of its matrices is; looks at no more than it has to."""
+        ...
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -49,6 +53,9 @@ class LowRank:
     def rows(self, rows: Rows | None) -> np.ndarray:
         return select(self.up, rows) @ self.down
 
+    def is_zero(self) -> bool:
+        return not (np.any(self.up) and np.any(self.down))
+
 
 @dataclass(frozen=True)
 class Hadamard:
@@ -59,6 +66,9 @@ class Hadamard:
 
     def rows(self, rows: Rows | None) -> np.ndarray:
         return self.first.rows(rows) * self.second.rows(rows)
+
+    def is_zero(self) -> bool:
+        return self.first.is_zero() or self.second.is_zero()
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,9 @@ class Kronecker:
         outer, inner = self.outer[index // height], self.inner[index % height]
         return (outer[:, :, None] * inner[:, None, :]).reshape(len(index), -1)
 
+    def is_zero(self) -> bool:
+        return not (np.any(self.outer) and np.any(self.inner))
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -88,6 +101,9 @@ class Difference:
 
     def rows(self, rows: Rows | None) -> np.ndarray:
         return np.asarray(select(self.values, rows), np.float32)
+
+    def is_zero(self) -> bool:
+        return not np.any(self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +152,11 @@ class Update:
     def is_sum(self) -> bool:
         """Whether the update is added, whatever the weight is."""
         return self.magnitude is None and not self.replaces
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing at any scale, as far as its matrices and alpha show."""
+        return self.is_sum and (self.factor == 0 or self.change.is_zero())
 
     def added(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return what is added to the weight, float32; only if `is_sum`."""

@@ -36,7 +36,8 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
         ValueError: `loras` is not a list of (file, scale) pairs, or a scale is not finite.
 
     Warns:
-        UserWarning: a file also has updates of models that are not in `params`.
+        UserWarning: a file also has updates of models that are not in `params`, or all of its
+            updates are 0.
 
     Source: Hu et al., 2021 (arXiv 2106.09685), section 4.1; `adapters.py` has the others.
     """

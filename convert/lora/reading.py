@@ -12,6 +12,7 @@ from pathlib import Path
 from jitjax.config import FluxConfig
 
 from ..tables.engine import ConversionError
+from .adapters import Update
 from .layer_updates import LayerUpdates, NeedsImage
 from .names import (
     OTHER_KINDS,
@@ -68,6 +69,7 @@ class _LoraFile:
         self._tensors, self._strengths = LoraTensors(path), Strengths(path)
         self._problems = Problems(path)
         self._updated: dict[tuple[str, str], str] = {}  # (model, weight) -> key of its update
+        self._updates: list[Update] = []
 
     def add_to(self, updates: Updates) -> None:
         """Add all updates of the file."""
@@ -92,6 +94,13 @@ class _LoraFile:
             warnings.warn(
                 f"{self._path}: passed over what is not loaded or not used here: {skipped}; "
                 f"the loaded models are: {loaded}{nothing}",
+                stacklevel=2,
+            )
+        # Scale 0 is the user's wish.
+        if self._scale and self._updated and all(update.is_zero for update in self._updates):
+            reason = "B or A" if any(update.factor for update in self._updates) else "alpha"
+            warnings.warn(
+                f"{self._path}: changes nothing, because {reason} is 0 in all of its updates",
                 stacklevel=2,
             )
         if remark := self._strengths.kohya_remark(self._alphas(groups.values())):
@@ -173,6 +182,7 @@ class _LoraFile:
         )
         try:
             for kind, tensor, update in reader.read():
+                self._updates.append(update)
                 for target, rows in layer.weights if kind == "weight" else layer.biases:
                     other = self._updated.setdefault((model, target), tensor)
                     if other != tensor:

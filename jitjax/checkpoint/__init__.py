@@ -6,7 +6,7 @@ A checkpoint is a folder:
                            configuration and of each array
     tokenizer/             CLIP's tokenizer, as in a diffusers folder
     tokenizer_2/           T5's tokenizer
-    params/transformer/    arrays of each part, an orbax checkpoint (see `storage.py`)
+    params/transformer/    arrays of each part, an orbax checkpoint (see `array_layout.py`)
     params/t5/ ...
 
 A checkpoint has the tokenizers if it has a text encoder. It is written under a temporary name and

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ except ImportError:  # Windows
 
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder that the usual file systems allow."""
+
+_unfinished: dict[Path, tuple[Path, Sequence[str]]] = {}
+"""Working folder of each write of this process -> its target and what it owns there."""
 
 
 def check_target(
@@ -91,6 +95,7 @@ def atomic_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     work = _work_folder(path)
     lock = _lock(work, path)
+    _unfinished[work] = path, owned
     try:
         _recover(work, path, owned)
         _check_existing(path, overwrite, check_replaceable)
@@ -105,11 +110,37 @@ def atomic_folder(
         try:
             _recover(work, path, owned)
         finally:
-            (work / "lock").unlink(missing_ok=True)
-            with suppress(OSError):  # another process has locked it meanwhile
-                work.rmdir()
+            _remove(work)
+            del _unfinished[work]
             if lock is not None:
                 os.close(lock)
+
+
+def remove_unfinished(seconds: float = 1.0) -> None:
+    """Remove what `atomic_folder` has not finished; only right before the process ends.
+
+    Blocks that still run in other threads may go on writing, so what they write meanwhile is
+    removed again.
+
+    Args:
+        seconds: time after which this gives up; the next write to the same target cleans up then.
+    """
+    deadline = time.monotonic() + seconds
+    for work, (path, owned) in list(_unfinished.items()):
+        while work.exists():
+            with suppress(OSError):
+                _recover(work, path, owned)
+                _remove(work)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+
+
+def _remove(work: Path) -> None:
+    """Remove a working folder in which there is only a lock."""
+    (work / "lock").unlink(missing_ok=True)
+    with suppress(OSError):  # another process has locked it meanwhile
+        work.rmdir()
 
 
 def _check_existing(path: Path, overwrite: bool, check_replaceable: Callable[[Path], None]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint import storage
+from jitjax.checkpoint.array_reader import read_arrays, read_leaf_metadata
 from jitjax.checkpoint.parameters import (
     PARTS,
     TEXT_ENCODERS,
@@ -114,7 +114,7 @@ def _load_parts(
         path = folder / "params" / part
         targets = _restore_targets(path, part, abstract[part], sharding_for)
         flat = {}
-        for name, array, problem in storage.read_arrays(path, targets, digests[part]):
+        for name, array, problem in read_arrays(path, targets, digests[part]):
             if array is not None and not problem:
                 array, problem = _cast(array, dtype)
             flat[name] = array
@@ -151,7 +151,7 @@ def _restore_targets(
     Raises:
         ValueError: the leaves do not match the configuration; the message lists all mismatches.
     """
-    leaves = storage.read_leaf_metadata(path)
+    leaves = read_leaf_metadata(path)
     abstract_leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
     expected = {name: list(leaf.shape) for name, leaf in abstract_leaves.items()}
     stored = {name: list(leaf.shape) for name, leaf in leaves.items()}
@@ -207,7 +207,7 @@ def verify(
             problems.append(str(error))
             continue
         digests = metadata["digests"][part]
-        for name, _, problem in storage.read_arrays(part_folder, targets, digests):
+        for name, _, problem in read_arrays(part_folder, targets, digests):
             progress(f"{part}/{name}")
             problems += [f"{part}/{name} {problem}"] if problem else []
     if problems:

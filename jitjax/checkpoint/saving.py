@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import xxhash
 
-from jitjax.checkpoint import storage
+from jitjax.checkpoint.array_writer import Writer
 from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
 from jitjax.config import FluxConfig
@@ -143,7 +143,7 @@ def checkpoint_writer(
 
     Yields:
         function that writes a piece of a leaf: it takes the name of the part, then the arguments of
-        `storage.Writer.write`.
+        `array_writer.Writer.write`.
 
     Raises:
         FileExistsError, FileNotFoundError: as for `save`.
@@ -162,7 +162,7 @@ def checkpoint_writer(
     ) as new:
         for folder in tokenizers:
             shutil.copytree(folder, new / folder.name)
-        writers = {part: storage.Writer(new / "params" / part) for part in parts}
+        writers = {part: Writer(new / "params" / part) for part in parts}
         try:
             yield lambda part, *arguments: writers[part].write(*arguments)
             digests = {part: writer.finish() for part, writer in writers.items()}

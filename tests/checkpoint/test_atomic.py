@@ -233,13 +233,13 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, code):
 
 
 def test_failed_save_leaves_no_threads(small, tmp_path, monkeypatch):
-    from jitjax.checkpoint import storage
+    from jitjax.checkpoint import array_writer
 
     def fail(*arguments):
         raise OSError("the disk is full")
 
     before = threading.active_count()
-    monkeypatch.setattr(storage, "write_file", fail)
+    monkeypatch.setattr(array_writer, "write_file", fail)
     with pytest.raises(OSError, match="the disk is full"):
         jitjax.save(small, tmp_path / "out")
     assert threading.active_count() == before

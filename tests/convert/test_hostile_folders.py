@@ -63,6 +63,19 @@ def test_wrong_value(folder, file, key, value):
 
 
 @pytest.mark.parametrize(
+    ("key", "usual"), [("scaling_factor", "0.3611"), ("shift_factor", "0.1159")]
+)
+def test_missing_factor_of_the_latents(folder, key, usual):
+    """diffusers takes 0.18215 without a word, or fails with `None`."""
+    content = json.loads((folder / VAE).read_text())
+    del content[key]
+    (folder / VAE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{key} is missing; .*{usual}") as caught:
+        read_config(folder)
+    assert str(folder / VAE) in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("file", "key", "value", "read", "expected"),
     [
         (TOKENIZER, "model_max_length", 10**30, lambda c: c.text_length, 512),

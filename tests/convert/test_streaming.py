@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jitjax
-from jitjax.checkpoint import PARTS, storage
+from jitjax.checkpoint import PARTS, array_layout, array_reader, array_writer
 from jitjax.convert.__main__ import main
 from jitjax.convert.sources import diffusers_folder
 from jitjax.convert.targets.checkpoint import ArrayPool
@@ -72,8 +72,9 @@ def flip_bit(path: Path, offset: int, bit: int) -> None:
 def test_splitting_does_not_change_the_result(folder, small, tmp_path, monkeypatch, split_bytes):
     """Small limits split small leaves like large ones; orbax alone reads the same arrays."""
     monkeypatch.setattr(diffusers_folder, "SPLIT_BYTES", split_bytes)
-    for name in ("MAX_PENDING_BYTES", "MAX_GROUP_BYTES", "MAX_CHUNK_BYTES"):
-        monkeypatch.setattr(storage, name, 2000)
+    monkeypatch.setattr(array_layout, "MAX_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(array_writer, "MAX_PENDING_BYTES", 2000)
+    monkeypatch.setattr(array_reader, "MAX_GROUP_BYTES", 2000)
     checkpoint = tmp_path / "checkpoint"
     assert main([str(folder), "--dtype", "auto", "--out", str(checkpoint)]) == 0
     assert main(["--verify", str(checkpoint)]) == 0
@@ -96,8 +97,8 @@ def _assert_shape_in_metadata(metadata, expected) -> None:
 @given(shape=st.lists(st.integers(1, 60), min_size=1, max_size=4).map(tuple), itemsize=st.just(2))
 def test_chunks_are_contiguous_in_memory(shape, itemsize):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "MAX_CHUNK_BYTES", 500)
-        chunk = storage.chunk_shape(shape, itemsize)
+        patch.setattr(array_layout, "MAX_CHUNK_BYTES", 500)
+        chunk = array_layout.chunk_shape(shape, itemsize)
     assert itemsize * np.prod(chunk) <= 500
     numbers = np.arange(np.prod(shape)).reshape(shape)[tuple(slice(n) for n in chunk)]
     np.testing.assert_array_equal(numbers.reshape(-1), np.arange(np.prod(chunk)))
@@ -128,7 +129,7 @@ def test_array_pool_reuses_memory_without_views():
 
 def test_device_array_is_compared_in_pieces(unchecked, monkeypatch):
     """For a fake GPU array, no slice is larger than a chunk, and the digest is the same."""
-    monkeypatch.setattr(storage, "MAX_CHUNK_BYTES", 500)
+    monkeypatch.setattr(array_layout, "MAX_CHUNK_BYTES", 500)
     slices = []
 
     class OnDevice(np.ndarray):
@@ -142,11 +143,11 @@ def test_device_array_is_compared_in_pieces(unchecked, monkeypatch):
             return super().__getitem__(rows).view(np.ndarray)
 
     numbers = np.arange(7 * 50, dtype=np.float32).reshape(7, 50)
-    digest = storage.Digest(numbers.shape, numbers.dtype)
+    digest = array_layout.Digest(numbers.shape, numbers.dtype)
     digest.update(numbers)
-    assert not storage.compare_digest(numbers.view(OnDevice), "a", {"a": digest.hexdigest()})
+    assert not array_reader.compare_digest(numbers.view(OnDevice), "a", {"a": digest.hexdigest()})
     assert slices == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    assert storage.compare_digest(numbers.view(OnDevice), "a", {"a": "0"}) == (
+    assert array_reader.compare_digest(numbers.view(OnDevice), "a", {"a": "0"}) == (
         "differs from what was written"
     )
 

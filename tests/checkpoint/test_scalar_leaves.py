@@ -11,7 +11,9 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
-from jitjax.checkpoint import storage
+from jitjax.checkpoint.array_layout import Digest
+from jitjax.checkpoint.array_reader import compare_digest, read_arrays, read_leaf_metadata
+from jitjax.checkpoint.array_writer import Writer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -19,7 +21,7 @@ def test_scalar_leaf_round_trip(tmp_path, dtype: str):
     scale = np.asarray(jnp.asarray(1.5, dtype))
     kernel = np.arange(12, dtype=np.float32).reshape(4, 3)
     path = tmp_path / "part"
-    writer = storage.Writer(path)
+    writer = Writer(path)
     writer.write("norm/scale", scale, 0, scale.shape)
     writer.write("kernel", kernel, 0, kernel.shape)
     digests = writer.finish()
@@ -29,7 +31,7 @@ def test_scalar_leaf_round_trip(tmp_path, dtype: str):
     np.testing.assert_array_equal(by_orbax["norm"]["scale"], scale)
     np.testing.assert_array_equal(by_orbax["kernel"], kernel)
 
-    metadata = storage.read_leaf_metadata(path)
+    metadata = read_leaf_metadata(path)
     assert metadata["norm/scale"].shape == ()
     assert metadata["norm/scale"].dtype == jnp.dtype(dtype)
     assert metadata["norm/scale"].storage_metadata.write_shape == ()
@@ -39,7 +41,7 @@ def test_scalar_leaf_round_trip(tmp_path, dtype: str):
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for name, leaf in metadata.items()
     }
-    for name, array, damage in storage.read_arrays(path, targets, digests):
+    for name, array, damage in read_arrays(path, targets, digests):
         assert damage == ""
         np.testing.assert_array_equal(array, {"norm/scale": scale, "kernel": kernel}[name])
         assert array is not None
@@ -56,8 +58,8 @@ def test_scalar_leaf_on_an_accelerator_is_compared(unchecked):
             return [SimpleNamespace(platform="gpu")]
 
     scale = np.asarray(1.5, np.float32)
-    digest = storage.Digest(scale.shape, scale.dtype)
+    digest = Digest(scale.shape, scale.dtype)
     digest.update(scale)
     array: Any = scale.view(OnDevice)
-    assert storage.compare_digest(array, "scale", {"scale": digest.hexdigest()}) == ""
-    assert storage.compare_digest(array, "scale", {"scale": "0"}) == "differs from what was written"
+    assert compare_digest(array, "scale", {"scale": digest.hexdigest()}) == ""
+    assert compare_digest(array, "scale", {"scale": "0"}) == "differs from what was written"
