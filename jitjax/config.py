@@ -186,7 +186,13 @@ class CLIPConfig:
 
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> CLIPConfig:
-        """Build from `text_encoder/config.json`; unsupported settings raise `ValueError`."""
+        """Build from `text_encoder/config.json`, or from that of a whole CLIP.
+
+        Raises:
+            ValueError: a setting is not supported.
+        """
+        if "text_config" in raw:
+            raw = check(raw["text_config"], dict[str, Any], f"{cls.__name__}.text_config")
         # transformers leaves out what equals its default: 8 heads, which no shape shows.
         return _from_mapping(cls, {"num_attention_heads": 8, **raw}, {})
 

@@ -141,20 +141,29 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file does not contain a JSON object, or gives two values to one key.
         OSError: the file cannot be read.
     """
-    twice: list[str] = []
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size} bytes; expected a JSON file of at most 64 MiB")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: bytes, label: object) -> dict[str, Any]:
+    """Return the JSON object in `content`, which messages call `label`.
+
+    Raises:
+        ValueError: it is no JSON object, or gives two values to one key.
+    """
+    twice: list[str] = []
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # editors on Windows write a BOM
+        text = content.decode("utf-8-sig")  # editors on Windows write a BOM
         raw = json.loads(text, object_pairs_hook=functools.partial(_make_object, twice))
     except ValueError as error:
-        raise ValueError(f"{path} is not a complete JSON file: {error}") from None
+        raise ValueError(f"{label} is not complete JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; expected a JSON object") from None
+        raise ValueError(f"{label} is nested too deeply; expected a JSON object") from None
     if twice:
-        raise ValueError(f"{path} gives the key {shown(twice[0])} two values; expected one")
+        raise ValueError(f"{label} gives the key {shown(twice[0])} two values; expected one")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} contains a {type(raw).__name__}; expected a JSON object")
+        raise ValueError(f"{label} contains a {type(raw).__name__}; expected a JSON object")
     return raw
 
 

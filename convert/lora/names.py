@@ -45,8 +45,8 @@ BARE = {
 """model -> beginning of a layer's name without prefix; used if the model is not loaded."""
 UNUSED = {"clip": ("text_projection", "text_model.text_projection")}
 """model -> layers that FLUX does not use, though files have updates of them."""
-WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:base_model\.model|_orig_mod)\.")
-"""What PEFT and `torch.compile` insert into names."""
+WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:base_model\.model|_orig_mod|module)\.")
+"""What PEFT, `torch.compile` and `DistributedDataParallel` insert into names."""
 
 # The name of a PEFT adapter may follow the kind.
 _ADAPTER = r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?"

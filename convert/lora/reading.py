@@ -110,6 +110,7 @@ class _LoraFile:
         """Return name of a layer -> kind of a tensor -> its key; checks what the file is."""
         groups: dict[str, dict[str, str]] = defaultdict(dict)
         adapters: dict[str, None] = {}  # an ordered set of names
+        norms: list[str] = []  # whole norms, which control LoRAs have
         for key in self._tensors.keys:
             if ".original_module." in key:  # PEFT with bias="all": the untrained value
                 continue
@@ -120,8 +121,9 @@ class _LoraFile:
             parsed = parse_key(key)
             if parsed is None:
                 if re.search(r"(query|key)_norm\.scale$", key):
-                    raise self._needs_image(f"it has {key}")
-                self._add_unknown([key])
+                    norms.append(key)
+                else:
+                    self._add_unknown([key])
                 continue
             kinds = groups[WRAPPERS.sub("", parsed.layer)]
             if parsed.adapter:
@@ -137,11 +139,18 @@ class _LoraFile:
             raise ConversionError(
                 f"{self._path} has {len(adapters)} PEFT adapters: {names}; expected one"
             )
-        if groups and all(kinds.keys() <= {"weight", "bias"} for kinds in groups.values()):
-            first = next(key for kinds in groups.values() for key in kinds.values())
+        keys = [key for kinds in groups.values() for key in kinds.values()]
+        if (
+            keys
+            and all(kinds.keys() <= {"weight", "bias"} for kinds in groups.values())
+            # "lora_a.weight" and such are low-rank matrices under names that are not known.
+            and not any(re.search(r"lora|\.[ab]\.", key, re.IGNORECASE) for key in keys)
+        ):
             raise ConversionError(
-                f"{self._path} has whole weights (such as {first}); expected a LoRA, not a model"
+                f"{self._path} has whole weights (such as {keys[0]}); expected a LoRA, not a model"
             )
+        if norms:
+            raise self._needs_image(f"it has {norms[0]}")
         return groups
 
     def _is_zero_difference(self, keys: Mapping[str, str]) -> bool:

@@ -22,7 +22,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..components import read_json
+from jitjax.validation import parse_json, read_json
+
 from ..tables.engine import ConversionError
 from .problems import Misfit
 
@@ -169,11 +170,9 @@ class Strengths:
         if "lora_adapter_metadata" in header:
             label = f"lora_adapter_metadata in the header of {path}"
             try:
-                raw = json.loads(header["lora_adapter_metadata"])
-            except (ValueError, RecursionError) as error:
-                raise ConversionError(f"{label} is not JSON: {error}") from None
-            if not isinstance(raw, dict):
-                raise ConversionError(f"{label} is a {type(raw).__name__}; expected a JSON object")
+                raw = parse_json(header["lora_adapter_metadata"].encode(), label)
+            except ValueError as error:
+                raise ConversionError(str(error)) from None
             self._settings.append(_settings(label, raw))
         plain = {key: _parse(value) for key, value in header.items()}
         self._settings.append(_settings(f"header of {path}", plain))

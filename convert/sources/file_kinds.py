@@ -6,6 +6,7 @@ Also says what is at a path where no file is.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import zipfile
@@ -134,7 +135,14 @@ def _explain_text(path: Path, head: bytes) -> str:
 def explain_absence(path: Path) -> str:
     """Say in one line why there is no file or folder at a path, with similar names beside it."""
     if path.is_symlink():
+        try:
+            path.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return f"{path} is a circle of symbolic links; expected a file or folder"
         return f"{path} is a symlink to {os.readlink(path)}, which is gone; download it again"
+    if path.exists():
+        return f"{path} is a pipe or a device; expected a file or folder"
     parent = path.parent
     if not parent.is_dir():
         return f"{path}: no such file; there is no folder {parent}"

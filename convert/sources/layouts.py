@@ -325,8 +325,8 @@ def _closest_layout(shapes: Shapes) -> str:
     first_names = ", ".join(sorted(shapes)[:5]) or "(none)"
     return (
         f"the closest layout is {closest.title!r}: it shares {most_shared} of {len(names)} names "
-        f"(not counting block numbers) and requires {closest.marker!r}; the file's first names "
-        f"are {first_names}"
+        f"(not counting block numbers) but lacks {closest.marker!r}; the file's first names are "
+        f"{first_names}"
     )
 
 

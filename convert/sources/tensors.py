@@ -91,11 +91,20 @@ def scan(path: Path) -> Mapping[str, Tensor | GgufTensor]:
     The format is recognised by the first bytes, not by the name.
 
     Raises:
-        ValueError: the file is not a complete safetensors or GGUF file; the message says what it
-            is.
+        ValueError: the file is not a complete safetensors or GGUF file (the message says what it
+            is), or a name is not printable.
     """
-    if is_gguf(path):
-        return scan_gguf(path)
+    tensors = scan_gguf(path) if is_gguf(path) else _scan_safetensors(path)
+    odd = [name for name in tensors if not name or not name.isprintable()]
+    if odd:  # they would garble messages
+        raise ValueError(
+            f"{path} has a tensor that is called {odd[0][:60]!r}; expected a name of printable "
+            "characters"
+        )
+    return tensors
+
+
+def _scan_safetensors(path: Path) -> Mapping[str, Tensor]:
     try:
         with safe_open(path, "numpy"):  # checks the header against the length of the file
             pass

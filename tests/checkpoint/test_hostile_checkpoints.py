@@ -76,7 +76,7 @@ def test_edited_metadata(copy, change, message):
         ("[" * 100_000, "nested too deeply"),
         ('{"format": 3, "format": 4}', "gives the key 'format' two values"),
         (b"\xff\xfe{", "cannot be read"),
-        ("", "not a complete JSON file"),
+        ("", "not complete JSON"),
         ("3", "contains a int; expected a JSON object"),
         ("{" + f'"format": {"9" * 5000}' + "}", "cannot be read"),
     ],

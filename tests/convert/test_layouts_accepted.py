@@ -136,3 +136,10 @@ def test_clip_saved_by_transformers_5_in_a_folder_of_its_own(tmp_path, states, t
     (folder / "config.json").write_text(json.dumps(config))
     params = read_files([folder], tokenizers=tokenizers)
     assert_equal(params.clip, from_state("clip", states["clip"], CONFIGS["clip"]))
+    # The settings of the text half of a whole CLIP; no shape shows the number of heads.
+    whole = {"model_type": "clip", "text_config": config, "vision_config": {}, "hidden_size": 3}
+    (folder / "config.json").write_text(json.dumps(whole))
+    assert read_files([folder], tokenizers=tokenizers).config.clip == CONFIGS["clip"]
+    (folder / "config.json").write_text(json.dumps(whole | {"text_config": None}))
+    with pytest.raises(ValueError, match="text_config is None; expected"):
+        read_files([folder], tokenizers=tokenizers)

@@ -170,8 +170,8 @@ def test_contradictions(tmp_path, params, fields, alpha, message):
         ({"init_lora_weights": "pissa_niter_4"}, "expected an initialisation that leaves the base"),
         ({"bias": 3}, 'bias is 3; expected "none", "all" or "lora_only"'),
         ({"modules_to_save": "x"}, "modules_to_save is .*; expected a list of names"),
-        ([1], "is a list; expected a JSON object"),
-        ("{", "is not JSON"),
+        ([1], "contains a list; expected a JSON object"),
+        ("{", "is not complete JSON"),
     ],
 )
 def test_settings_of_wrong_types(tmp_path, params, metadata, message):
