@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -113,3 +114,30 @@ def test_shards_of_which_the_index_lists_one(tmp_path):
     first = {name: value for name, value in state.items() if "single" not in name}
     with pytest.raises(ValueError, match=r"shares (\d+) of \1 names .* but lacks 'single_transf"):
         read_files([save(tmp_path / "first.safetensors", first)])
+
+
+def test_damaged_gguf(tmp_path):
+    path = tmp_path / "flux.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, value in original_transformer(STATES["transformer"]).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = path.read_bytes()
+    assert read_files([path]).config.transformer == CONFIGS["transformer"]
+    number = (2**60).to_bytes(8, "little")
+    for content in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"GGUF" + (99).to_bytes(4, "little") + whole[8:],
+        whole[:8] + number + whole[16:],  # tensors
+        whole[:16] + number + whole[24:],  # settings
+        b"GGUF" + bytes(range(256)),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a complete GGUF file") as caught:
+            read_files([path])
+        assert str(caught.value).startswith(str(path))
+        assert "\n" not in str(caught.value)
