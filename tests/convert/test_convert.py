@@ -147,6 +147,8 @@ def original(tmp_path_factory) -> Path:
             "norm_num_groups": 2,
             "use_quant_conv": False,
             "sample_size": 64,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
         },
     )
     write_json(
