@@ -217,6 +217,7 @@ def _to_checkpoint(options: argparse.Namespace) -> None:
     for file, _ in loras:
         if not file.exists():
             raise FileNotFoundError(f"--lora: {str(file)!r} does not exist; expected a LoRA file")
+    command.check_device()  # reading and writing place arrays
     parts = list(dict.fromkeys(options.parts)) if options.parts else None
     location = options.source
     if location is not None and is_repository(location):
@@ -270,6 +271,7 @@ def _to_diffusers(options: argparse.Namespace) -> None:
 
 
 def _verify(path: Path) -> int:
+    command.check_device()
     try:
         with tqdm(desc="verifying", unit="array") as bar:
             verify(path, lambda name: bar.update())

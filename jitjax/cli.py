@@ -39,7 +39,8 @@ whatever the count. The prompt and the settings are stored in the text chunks of
 
 Compiled programs are cached, so that later images of the same size start faster, in
 {cache}
-or in the folder that JAX_COMPILATION_CACHE_DIR names.
+or in the folder that JAX_COMPILATION_CACHE_DIR names. XLA's own log is hidden unless
+TF_CPP_MIN_LOG_LEVEL is set (0 shows all of it).
 
 exit status: 0 done; 2 not possible, with a line that says why; 130 stopped by Ctrl-C; 143 stopped
 by SIGTERM; 1 an unexpected error, with a traceback.

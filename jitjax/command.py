@@ -313,9 +313,11 @@ def exists(path: Path) -> bool:
 
 
 def check_device() -> None:
-    """Raise `OSError` unless JAX has a device to compute on."""
+    """Raise `OSError` unless JAX can start and has a device to compute on."""
     import jax
 
+    if problem := startup.address_space_problem():
+        raise OSError(problem)
     try:
         jax.devices()
     except Exception as error:  # JAX's plug-ins for devices raise errors of any type

@@ -3,22 +3,28 @@
 Until `jitjax.command.run` takes over, a signal ends the process at once, because there is nothing
 to clean up, and an error that the user's machine causes is one line.
 
-This module imports next to nothing, because Ctrl-C gives a traceback before `begin`.
+Ctrl-C gives a traceback before `begin`. This module therefore imports nothing that Python has not
+loaded already: `signal` would load `enum`, `functools` and `collections`, half of the time.
 """
 
-from __future__ import annotations
-
+import _signal  # pyright: ignore[reportMissingImports]
 import os
-import signal
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
+SIGNALS = {
+    getattr(_signal, name): name
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(_signal, name)
+}
+"""Number of each signal that stops a command -> its name."""
+LEAST_ADDRESS_SPACE = 1300 * 2**20
+"""Bytes of address space below which jaxlib 0.10 aborts when it starts, whatever the picture."""
+QUIET = "3"
+"""Level of `TF_CPP_MIN_LOG_LEVEL` at which XLA's libraries print nothing but why they abort."""
 
 
 def begin() -> None:
@@ -33,10 +39,14 @@ def begin() -> None:
     open_missing_streams()
     try:
         for signum in default_signals():
-            signal.signal(signum, _exit_at_once)
+            _signal.signal(signum, _exit_at_once)
     except ValueError:
         return  # a thread of another program
     sys.excepthook = _report_import_error
+    address_space_problem()  # loads a module, for which there may be no memory later
+    # Errors of XLA's libraries are exceptions, too. Where memory is used up, its allocator for GPUs
+    # prints a hundred lines before them.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", QUIET)
 
 
 def end() -> None:
@@ -64,10 +74,10 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def default_signals() -> list[signal.Signals]:
+def default_signals() -> list[int]:
     """Return the signals that nobody handles or ignores (as `nohup` does)."""
-    default = (signal.SIG_DFL, signal.default_int_handler, _exit_at_once)
-    return [signum for signum in SIGNALS if signal.getsignal(signum) in default]
+    default = (_signal.SIG_DFL, _signal.default_int_handler, _exit_at_once)
+    return [signum for signum in SIGNALS if _signal.getsignal(signum) in default]
 
 
 def _exit_at_once(signum: int, frame: object) -> None:
@@ -84,19 +94,34 @@ def _write_error(text: str) -> None:
 
 def stop_text(signum: int) -> str:
     """Say which signal has stopped the command."""
-    return f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}"
+    return f"stopped by {'Ctrl-C' if signum == _signal.SIGINT else SIGNALS[signum]}"
 
 
 def _report_import_error(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    kind: type[BaseException], error: BaseException, traceback: "TracebackType | None"
 ) -> None:
     """An exception hook: errors that a user's machine causes while modules are imported."""
     expected = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
     if not isinstance(error, expected):
         sys.__excepthook__(kind, error, traceback)
         return
-    _write_error(f"error: {one_line(error)}")
+    _write_error(f"error: {address_space_problem() or one_line(error)}")
     os._exit(2)  # the status of an exception hook is always 1
+
+
+def address_space_problem() -> str | None:
+    """Say if `ulimit -v` leaves too little for JAX, which would then abort or crash."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY or limit >= LEAST_ADDRESS_SPACE:
+        return None
+    return (
+        f"the address space is limited to {limit / 1e9:.2g} GB (ulimit -v); expected 2 GB or more, "
+        "which JAX needs to start"
+    )
 
 
 def one_line(error: BaseException) -> str:
