@@ -20,8 +20,11 @@ from platformdirs import user_cache_dir
 import jitjax
 from jitjax import command, images
 from jitjax.checkpoint import PARTS, read_metadata
+from jitjax.config import FluxConfig
+from jitjax.latents import token_grid
 from jitjax.loading import bundled
 from jitjax.sampler.plan import PLANS, get_plan
+from jitjax.validation import shown
 
 EXAMPLES = """\
 examples:
@@ -136,10 +139,12 @@ def _run(args: argparse.Namespace) -> int:
     width, height = _parse_size(args.size)
     plan = get_plan(args.plan)
     if args.steps is not None:
+        if args.steps > LARGEST_COUNT:
+            raise ValueError(f"--steps is {args.steps}; expected 1 to {LARGEST_COUNT}")
         plan = plan.replace(steps=args.steps)
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
-    _check_parts(args.checkpoint)
+    _check_checkpoint(args.checkpoint, width, height)
     command.check_device()
     _enable_compilation_cache()
     params = jitjax.load(args.checkpoint)
@@ -205,12 +210,17 @@ def _read_prompt(text: str) -> str:
             with contextlib.suppress(UnicodeEncodeError):
                 data = os.fsencode(text)
     try:
-        return data.decode()
+        prompt = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{source} has bytes that are not UTF-8 ({data[error.start : error.end]!r} at "
             f"position {error.start}); expected UTF-8 text"
         ) from None
+    if "\0" in prompt:  # as in UTF-16; PNG files cannot store it
+        raise ValueError(
+            f"{source} has a zero byte at position {prompt.index(chr(0))}; expected UTF-8 text"
+        )
+    return prompt
 
 
 def _read_input() -> bytes:
@@ -237,17 +247,21 @@ def _parse_size(text: str | None) -> tuple[int | None, int | None]:
     return int(width), int(height)
 
 
-def _check_parts(checkpoint: str) -> None:
-    """Raise `ValueError` if a checkpoint folder lacks a model, before minutes of loading."""
+def _check_checkpoint(checkpoint: str, width: int | None, height: int | None) -> None:
+    """Raise `ValueError` if a checkpoint cannot make the picture, before minutes of loading."""
+    config = FluxConfig()
     folder = Path(checkpoint)
-    if checkpoint in bundled() or not folder.exists():
-        return  # `load` reports a folder that does not exist
-    available = read_metadata(folder)["parts"]
-    missing = [part for part in PARTS if part not in available]
-    if missing:
-        raise ValueError(
-            f"--checkpoint {checkpoint} has no {', '.join(missing)}; expected {', '.join(PARTS)}"
-        )
+    if checkpoint not in bundled() and folder.exists():  # else `load` reports it
+        metadata = read_metadata(folder)
+        config, available = metadata["config"], metadata["parts"]
+        missing = [part for part in PARTS if part not in available]
+        if missing:
+            raise ValueError(
+                f"--checkpoint {checkpoint} has no {', '.join(missing)}; "
+                f"expected {', '.join(PARTS)}"
+            )
+    default = config.image_size
+    token_grid(default if height is None else height, default if width is None else width, config)
 
 
 def _pixels(image: np.ndarray, seed: int) -> np.ndarray:
@@ -291,14 +305,19 @@ class _Outputs:
             command.check_writable(folder, "--out")
 
     def _check(self, path: Path) -> None:
-        if not command.exists(path):
-            return
+        try:
+            if not command.exists(path):
+                return
+        except OSError as error:
+            raise type(error)(f"--out: {error.strerror}: {shown(str(path))}") from None
         if path.exists() and not path.is_file():
             raise FileExistsError(f"--out: {str(path)!r} exists and is not a file")
         if not self._overwrite:
             raise FileExistsError(
                 f"--out: {str(path)!r} exists; expected a new name, or --overwrite to replace it"
             )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"--out: {str(path)!r} is read-only; expected another name")
 
     def write(self, i: int, image: np.ndarray, prompt: str, settings: dict[str, object]) -> Path:
         """Write picture `i`; return its path, a new one if another file has appeared there."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write_png(
         path: the file. Of a symbolic link, the file that it points to.
         image: uint8 [height, width, 3].
         prompt, settings: for the text chunks `prompt` and `settings` (JSON).
-        overwrite: replace the file if it exists.
+        overwrite: replace the file if it exists; its permissions remain.
 
     Raises:
         FileExistsError: the file exists and may not be replaced.
@@ -52,6 +53,8 @@ def write_png(
         with temporary.open("xb") as file:
             Image.fromarray(image).save(file, format="PNG", pnginfo=info)
         if overwrite:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)  # a picture that was private remains so
             os.replace(temporary, path)
         else:
             _rename_to_new(temporary, path)

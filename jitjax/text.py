@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 CLIP_LENGTH = 77
 """Token ids per prompt that CLIP was trained with."""
 
+LONGEST_QUOTE = 200
+"""Largest number of characters of a prompt in a warning."""
+
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
 """Subfolder -> padding token if the tokenizer's files name none."""
 
@@ -214,9 +217,12 @@ def _encode(
             overflow = encoding.overflowing[0]
             tokens = zip(overflow.offsets, overflow.special_tokens_mask, strict=True)
             start = next(offset[0] for offset, is_special in tokens if not is_special)
+            unseen = prompt[start:].strip()
+            more = len(unseen) - LONGEST_QUOTE
             warnings.warn(
                 f"prompt[{i}] has more than {length} {encoder} tokens; {encoder} does not see "
-                f"{prompt[start:].strip()!r}",
+                f"{unseen[:LONGEST_QUOTE]!r}"
+                + (f" and {more} more characters" if more > 0 else ""),
                 UserWarning,
                 stacklevel=4,
             )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jitjax
 from jitjax import cli, command, images
 from jitjax.convert import __main__ as convert
 
@@ -134,3 +139,79 @@ def test_out_of_memory_is_one_line(capsys):
         assert text.count("\n") == 1
     with pytest.raises(KeyError):
         run(KeyError("a bug"))
+
+
+def test_what_is_replaced_keeps_its_permissions(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.touch(0o600)
+    cli._Outputs(path, [0], True).write(0, IMAGE, "p", {})
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Image.open(path).size == (16, 16)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all
+    with pytest.raises(PermissionError, match=r"a\.png' is read-only; expected another name"):
+        cli._Outputs(path, [0], True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "100", "height is 100 pixels; expected a multiple of 16 from 16 to 8192"),
+        ("--size", "0", "height is 0 pixels"),
+        ("--size", "99999x64", "width is 99999 pixels"),
+        ("--size", "1e3", "--size is '1e3'"),
+        ("--size", "\uff16\uff14", "--size is"),  # digits, but not of ASCII
+        ("--steps", "99999999999", "--steps is 99999999999; expected 1 to 100000"),
+        ("--guidance", "1e400", "--guidance is inf; expected a finite number"),
+        ("--count", "100001", "--count is 100001; expected 1 to 100000"),
+        ("--checkpoint", "folder", "--checkpoint folder has no t5, autoencoder; expected"),
+    ],
+)
+def test_said_before_loading(tmp_path, monkeypatch, capsys, option, value, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    metadata = {"config": jitjax.FluxConfig(), "parts": ["clip", "transformer"]}
+    monkeypatch.setattr(cli, "read_metadata", lambda folder: metadata)
+    monkeypatch.setattr(jitjax, "load", lambda path: pytest.fail("loaded"))
+    assert status_of("x", option, value) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"jitjax: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_count_keeps_one_picture_at_a_time(tmp_path, monkeypatch):
+    """Memory does not grow with the count: one picture is asked for, written and let go."""
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def sample(params, conditioning, *, key, **others):
+        assert key.shape == (1,)
+        assert len(list(tmp_path.glob("*.png"))) == len(made)
+        assert sum(reference() is not None for reference in made) <= 1
+        images = np.zeros((1, 16, 16, 3), np.float32)
+        made.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(jitjax, "load", lambda path: None)
+    monkeypatch.setattr(jitjax, "encode_prompt", lambda params, prompt: None)
+    monkeypatch.setattr(jitjax, "sample", sample)
+    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    cli.main(["x", "-o", str(tmp_path / "a.png"), "--count", "24", "--seed", "3"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"a-{seed}.png" for seed in range(3, 27)
+    )
+
+
+def test_prompts_that_are_no_text(monkeypatch):
+    for data, message in (
+        ("a ring".encode("utf-16-le"), "a zero byte at position 1; expected UTF-8"),
+        ("a ring".encode("utf-16"), r"not UTF-8 \(b'\\xff' at position 0\)"),
+        (b" \n", "is empty"),
+        (b"a" * (2**20 + 1), "more than 1048576 bytes"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        with pytest.raises(ValueError, match=f"^standard input .*{message}"):
+            cli._read_prompt("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa ring\n")))
+    assert cli._read_prompt("-") == "a ring"
+    with pytest.raises(ValueError, match="the prompt has a zero byte at position 1"):
+        cli._read_prompt("a\0b")
+    assert cli._read_prompt("") == ""  # the empty prompt

@@ -220,6 +220,12 @@ def test_warning_quotes_the_truncated_text(folder):
         "prompt[1] has more than 6 T5 tokens; T5 does not see 'Blue circle red'",
         "prompt[1] has more than 8 CLIP tokens; CLIP does not see 'lue circle red'",
     ]
+    with pytest.warns(UserWarning, match="does not see") as warned:
+        tokenize(folder, ["red " * 1000], CONFIG)
+    assert str(warned[0].message) == (
+        f"prompt[0] has more than 6 T5 tokens; T5 does not see {'red ' * 50!r} and "
+        f"{4 * (1000 - 5 - 50) - 1} more characters"
+    )
     assert t5_ids[1, -1] == 1  # Truncation keeps the end-of-text token.
     assert clip_ids[1, -1] == END
 
