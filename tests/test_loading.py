@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 
 import jitjax
 from jitjax.checkpoint import abstract_params
@@ -117,3 +120,16 @@ def test_equality_is_identity(small):
     assert len({small, same, small}) == 2
     assert jax.tree.structure(small) == jax.tree.structure(same)
     jax.tree.map(np.testing.assert_array_equal, small, same)
+
+
+def test_copies_and_serialisation_keep_every_value(small):
+    """The parts are plain dictionaries, which `flax.serialization` knows."""
+    params = dataclasses.replace(small, transformer={}, t5={}, autoencoder={})
+    for other in (copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
+        assert jax.tree.structure(other) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_array_equal, other, params)
+    zeros = jax.tree.map(np.zeros_like, params.clip)
+    restored = serialization.from_bytes(zeros, serialization.to_bytes(params.clip))
+    jax.tree.map(np.testing.assert_array_equal, restored, params.clip)
+    with pytest.raises(TypeError, match="FluxParams"):
+        serialization.to_bytes(params)
