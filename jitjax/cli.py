@@ -24,7 +24,6 @@ from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.loading import bundled
 from jitjax.sampler.plan import PLANS, get_plan
-from jitjax.validation import shown
 
 EXAMPLES = """\
 examples:
@@ -251,7 +250,7 @@ def _check_checkpoint(checkpoint: str, width: int | None, height: int | None) ->
     """Raise `ValueError` if a checkpoint cannot make the picture, before minutes of loading."""
     config = FluxConfig()
     folder = Path(checkpoint)
-    if checkpoint not in bundled() and folder.exists():  # else `load` reports it
+    if checkpoint and checkpoint not in bundled() and folder.exists():  # else `load` reports it
         metadata = read_metadata(folder)
         config, available = metadata["config"], metadata["parts"]
         missing = [part for part in PARTS if part not in available]
@@ -305,11 +304,8 @@ class _Outputs:
             command.check_writable(folder, "--out")
 
     def _check(self, path: Path) -> None:
-        try:
-            if not command.exists(path):
-                return
-        except OSError as error:
-            raise type(error)(f"--out: {error.strerror}: {shown(str(path))}") from None
+        if not command.exists(path):
+            return
         if path.exists() and not path.is_file():
             raise FileExistsError(f"--out: {str(path)!r} exists and is not a file")
         if not self._overwrite:

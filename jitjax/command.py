@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jitjax import startup
+from jitjax.validation import shown
 
 OUT_OF_MEMORY = (
     "resource_exhausted",
@@ -130,12 +132,25 @@ def _explain(error: Exception, memory_hint: str) -> str:
         and any(part in text.lower() for part in OUT_OF_MEMORY)
     ):
         return f"out of memory; {memory_hint} ({startup.one_line(error)})"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if isinstance(error, ValueError):
         return text
     if type(error).__name__ == "JaxRuntimeError":
         # XLA's libraries do not always say that memory is what they lack.
         return f"JAX has failed: {startup.one_line(error)}; if memory is short, {memory_hint}"
     raise error
+
+
+def _explain_os_error(error: OSError) -> str:
+    """Return the text of an error, where the system's own names nothing or a very long path."""
+    try:
+        os.getcwd()
+    except OSError:
+        return f"the working directory is gone ({error.strerror or error}); change to another one"
+    if error.errno == errno.ENAMETOOLONG and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {shown(str(error.filename))}"
+    return str(error)
 
 
 @contextlib.contextmanager

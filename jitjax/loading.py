@@ -65,6 +65,8 @@ def load(
 
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path is {shown(path)}; expected a path, or one of {bundled()}")
+    if path == "":
+        raise ValueError(f"path is empty; expected a checkpoint folder, or one of {bundled()}")
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
     sharding_for = _sharding_function(sharding)

@@ -215,3 +215,18 @@ def test_prompts_that_are_no_text(monkeypatch):
     with pytest.raises(ValueError, match="the prompt has a zero byte at position 1"):
         cli._read_prompt("a\0b")
     assert cli._read_prompt("") == ""  # the empty prompt
+
+
+def test_folders_that_are_gone_and_long_names_are_clear(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert status_of("x") == 2
+    error = "the working directory is gone (No such file or directory); change to another one"
+    assert capsys.readouterr().err == f"jitjax: error: {error}\n"
+    monkeypatch.chdir(tmp_path)
+    assert status_of("x", "-o", "a" * 5000 + ".png") == 2
+    assert status_of("x", "--checkpoint", "a" * 5000) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("jitjax: error: File name too long: 'aaaa")
+        assert len(line) < 200

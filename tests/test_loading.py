@@ -67,6 +67,8 @@ def test_wrong_types(unchecked, tmp_path):
             jitjax.load("tiny", loras=loras)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         jitjax.load("tiny", loras=[(tmp_path / "nowhere", 1)])
+    with pytest.raises(ValueError, match="path is empty; expected a checkpoint folder"):
+        jitjax.load("")
     with pytest.raises(TypeError, match="path is 3"):
         jitjax.load(3)  # pyright: ignore[reportArgumentType]
 
