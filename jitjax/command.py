@@ -338,7 +338,8 @@ def check_device() -> None:
     except Exception as error:  # JAX's plug-ins for devices raise errors of any type
         platforms = os.environ.get("JAX_PLATFORMS")
         setting = f" (JAX_PLATFORMS is {platforms!r})" if platforms else ""
-        raise OSError(f"JAX has no device{setting}: {startup.one_line(error)}") from error
+        reason = startup.one_line(error) if str(error) else "it is not installed, or finds none"
+        raise OSError(f"JAX has no device{setting}: {reason}") from error
 
 
 def check_writable(folder: Path, option: str) -> None:

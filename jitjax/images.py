@@ -58,6 +58,10 @@ def write_png(
             os.replace(temporary, path)
         else:
             _rename_to_new(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a write: the disk is full
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)

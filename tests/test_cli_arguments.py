@@ -230,3 +230,13 @@ def test_folders_that_are_gone_and_long_names_are_clear(tmp_path, monkeypatch, c
     for line in capsys.readouterr().err.splitlines():
         assert line.startswith("jitjax: error: File name too long: 'aaaa")
         assert len(line) < 200
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def save(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        images.write_png(tmp_path / "a.png", IMAGE, "p", {})
+    assert not list(tmp_path.iterdir())

@@ -81,6 +81,19 @@ def test_too_little_address_space_for_a_device(monkeypatch):
         command.check_device()
 
 
+def test_a_backend_that_fails_without_a_word(monkeypatch):
+    """As jax 0.10 does with JAX_PLATFORMS=cuda and no plug-in for it."""
+
+    def devices() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    expected = r"no device \(JAX_PLATFORMS is 'cuda'\): it is not installed, or finds none"
+    with pytest.raises(OSError, match=expected):
+        command.check_device()
+
+
 @pytest.mark.parametrize("mode", ["", "--to-diffusers", "--verify"])
 def test_a_conversion_without_a_device_is_one_line(tmp_path, monkeypatch, capsys, mode):
     def no_device() -> None:
