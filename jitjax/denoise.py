@@ -23,7 +23,7 @@ from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
-from jitjax.sampler.meshes import to_auto_axes
+from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.sampler.solve import jit_solve
@@ -151,6 +151,7 @@ def check_guidance(guidance: Any, batch: int) -> Array:
 def denoise(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
 def denoise(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
+@with_auto_axes("noise")
 def denoise(
     params: FluxParams,
     conditioning: Conditioning,
@@ -202,9 +203,6 @@ def denoise(
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     plan = get_plan(plan)
-    params, conditioning, noise, guidance, key = to_auto_axes(
-        (params, conditioning, noise, guidance, key)
-    )
     config = params.config.transformer
     noise = as_array("noise", noise)
     if noise.ndim != 3 or noise.shape[2] != config.in_channels:

@@ -19,11 +19,12 @@ from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
-from jitjax.sampler.meshes import to_auto_axes
+from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import Conditioning, as_prompts, check_params, encode_prompt
 
 
+@with_auto_axes("prompt", "key")
 def sample(
     params: FluxParams,
     prompt: str | Sequence[str] | Conditioning,
@@ -60,7 +61,6 @@ def sample(
         FileNotFoundError: a tokenizer is missing.
     """
     check_params(params)
-    params, prompt, key = to_auto_axes((params, prompt, key))
     config = params.config
     plan = get_plan(plan)
     height = config.image_size if height is None else height
@@ -94,6 +94,7 @@ def sample(
     return decode(params, tokens, grid=grid)
 
 
+@with_auto_axes("tokens")
 def decode(
     params: FluxParams, tokens: Float[Array, "b n d"], *, grid: Grid
 ) -> Float[Array, "b height width 3"]:
@@ -117,7 +118,6 @@ def decode(
     if not isinstance(tokens, (jax.Array, np.ndarray)):
         raise TypeError(f"tokens is {type(tokens).__name__}; expected an array, from denoise")
     grid = as_grid(grid)
-    params, tokens = to_auto_axes((params, tokens))
     expected = (grid[0] * grid[1], params.config.transformer.in_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
         raise ValueError(

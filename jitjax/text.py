@@ -22,7 +22,7 @@ from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig, TokenLimit
 from jitjax.models.clip import CLIPText
 from jitjax.models.t5 import T5Encoder
-from jitjax.sampler.meshes import to_auto_axes
+from jitjax.sampler.meshes import with_auto_axes
 from jitjax.validation import check, read_json, shown
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Conditioning(eqx.Module):
             )
 
 
+@with_auto_axes()
 def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioning:
     """Encode one prompt or a batch of prompts.
 
@@ -93,7 +94,6 @@ def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioni
         FileNotFoundError: a tokenizer is missing.
     """
     check_params(params)
-    params = to_auto_axes(params)
     t5, clip = params.part("t5"), params.part("clip")
     t5_ids, clip_ids = tokenize(params.tokenizer, prompt, params.config)
     return encode_ids(t5, clip, t5_ids, clip_ids, params.config)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import equinox as eqx
@@ -268,54 +265,3 @@ def test_microflow_none_needs_no_noise_and_no_key(small):
     without = jitjax.denoise(small, conditioning, noise, **options)
     with_key = jitjax.denoise(small, conditioning, noise, key=jax.random.key(0), **options)
     np.testing.assert_array_equal(without, with_key)
-
-
-MESHES = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jitjax import Plan, jit_solve
-noise = jax.random.normal(jax.random.key(0), (8, 16, 8))
-weight = jax.random.normal(jax.random.key(1), (8, 8)) / 3
-plan = Plan(4, (0.5, 1.0), (0.5, 1.0), microflow_noise="initial")
-first = jnp.broadcast_to(jnp.arange(0, 16, 2), (8, 8))
-def velocity(tokens, positions, sigma, valid, args): return jnp.sin(tokens @ args)
-def solve(noise, weight, first, **more):
-    return jit_solve(velocity, noise, jnp.linspace(1, 0, 5), plan=plan, grid=(4, 4),
-                     first_anchors=first, args=weight, **more)
-expected = solve(noise, weight, first)
-def check(got, name):
-    assert float(abs(np.asarray(got) - np.asarray(expected)).max()) <= 4e-6, name
-for kind in (AxisType.Explicit, AxisType.Auto):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
-    for batch in (P(), P("d")):
-        for params in (P(), P("d"), P(None, "d")):
-            y, w = (jax.device_put(x, NamedSharding(mesh, s))
-                    for x, s in ((noise, batch), (weight, params)))
-            check(solve(y, w, first), (kind, batch, params))
-    check(solve(y, w, first, progress=lambda done: None), (kind, "progress"))
-    if kind == AxisType.Auto:
-        check(jax.jit(solve)(y, w, first), "jit")
-    else:
-        try:
-            jax.jit(solve)(y, w, first)
-            raise SystemExit("explicit axes under jit were not refused")
-        except ValueError as error:
-            assert "expected a mesh with auto axes" in str(error), error
-mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-for check_vma in (True, False):
-    f = jax.shard_map(solve, mesh=mesh, in_specs=(P("d"), P(), P("d")), out_specs=P("d"),
-                      check_vma=check_vma)
-    check(f(noise, weight, first), check_vma)
-    check(jax.jit(f)(noise, weight, first), check_vma)
-with jax.default_device(jax.devices()[1]):
-    check(solve(noise, weight, first), "default device")
-print("all equal")
-"""
-
-
-def test_meshes_and_shard_map_give_the_same_result():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    process = subprocess.run(
-        [sys.executable, "-c", MESHES], capture_output=True, text=True, env=environment
-    )
-    assert process.stdout.strip() == "all equal", process.stdout + process.stderr[-3000:]

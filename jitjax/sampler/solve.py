@@ -26,7 +26,7 @@ from jitjax.sampler.checks import (
 )
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.lifter import Lifter
-from jitjax.sampler.meshes import to_auto_axes
+from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
 from jitjax.sampler.static import Static, split_arrays
@@ -69,6 +69,7 @@ class _Arrays(NamedTuple):
 def jit_solve(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
 def jit_solve(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
+@with_auto_axes("noise")
 def jit_solve(
     velocity: Velocity,
     noise: Float[Array, "b n d"],
@@ -92,8 +93,8 @@ def jit_solve(
     of any order, `vmap`, `shard_map`, ...), unless `progress` or `check_finite` is set. For a
     gradient, only the state before each step is kept and each step is computed again.
 
-    Arrays may be sharded over any mesh. Explicit axes are turned into auto axes; under `jit` a mesh
-    needs auto axes, `jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))`.
+    Arrays may be sharded over any mesh, with or without `jax.set_mesh`. The solve runs over auto
+    axes; if the mesh has explicit ones, the result is sharded over the batch as `noise` is.
 
     Args:
         velocity: the velocity function, see `jitjax.sampler.terms.Velocity`: a hashable function,
@@ -138,9 +139,6 @@ def jit_solve(
     n = grid[0] * grid[1]
     budgets = plan.budgets(n, text_tokens)
     noise, sigmas = as_array("noise", noise), as_array("sigmas", sigmas)
-    noise, sigmas, first_anchors, microflow_noise, random_scores, args, velocity = to_auto_axes(
-        (noise, sigmas, first_anchors, microflow_noise, random_scores, args, velocity)
-    )
     if not callable(velocity):
         raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)

@@ -1,0 +1,114 @@
+"""Solves over meshes of four devices; run by `test_meshes.py` in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden import build
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jitjax
+
+PLAN = jitjax.Plan(4, (0.5, 0.8, 1.0), (0.4, 0.7, 1.0), microflow_noise="initial")
+NOISE = jax.random.normal(jax.random.key(0), (8, 16, 8))
+WEIGHT = jax.random.normal(jax.random.key(1), (8, 8)) / 3
+FIRST = jnp.broadcast_to(jnp.arange(0, 16, 2), (8, 8))
+
+
+def velocity(tokens, positions, sigma, valid, args):
+    return jnp.sin(tokens @ args)
+
+
+def solve(noise, weight, first, **more):
+    sigmas = jnp.linspace(1, 0, 5)
+    return jitjax.jit_solve(
+        velocity, noise, sigmas, plan=PLAN, grid=(4, 4), first_anchors=first, args=weight, **more
+    )
+
+
+def loss(weight, noise, first):
+    return (solve(noise, weight, first) ** 2).sum()
+
+
+def check(got, expected, name):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=4e-6, err_msg=str(name))
+
+
+def check_slope(got, expected, name):
+    # A sum over all tokens, whose order depends on the mesh.
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4, err_msg=str(name))
+
+
+def check_mesh(kind: AxisType, in_context: bool, expected, slope) -> None:
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+
+    def place(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        for batch in (P(), P("d")):
+            for params in (P(), P("d"), P(None, "d")):
+                name = (kind, in_context, batch, params)
+                y, w, f = place(NOISE, batch), place(WEIGHT, params), place(FIRST, batch)
+                got = solve(y, w, f)
+                check(got, expected, name)
+                # The result lies where the noise does, so that one can go on with both.
+                check(got - y, expected - NOISE, name)
+                if batch == P("d"):
+                    assert got.sharding.spec[0] == "d", name
+        check(jax.jit(solve)(y, w, f), expected, (*name, "jit"))
+        check(jax.jit(lambda w: solve(y, w, f) - y)(w), expected - NOISE, (*name, "closed over"))
+        check_slope(jax.jit(jax.grad(loss))(w, y, f), slope, (*name, "grad"))
+        check(jax.vmap(lambda y, f: solve(y[None], w, f[None])[0])(y, f), expected, (*name, "vmap"))
+        check(solve(y, w, f, progress=lambda done: None), expected, (*name, "progress"))
+        got, trace = solve(y, w, f, trace=True)
+        check(trace.states[-1], expected, (*name, "trace"))
+        if in_context:
+            check_slope(jax.grad(loss)(w, y, f), slope, (*name, "grad outside jit"))
+            check(solve(NOISE, WEIGHT, FIRST), expected, (*name, "arrays of one device"))
+            check(solve(np.asarray(NOISE), WEIGHT, np.asarray(FIRST)), expected, (*name, "numpy"))
+        for check_vma in (True, False):
+            specs = P("d"), P(), P("d")
+            over_shards = jax.shard_map(
+                solve, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma
+            )
+            check(over_shards(y, place(WEIGHT, P()), f), expected, (*name, check_vma))
+            check(jax.jit(over_shards)(y, place(WEIGHT, P()), f), expected, (*name, check_vma))
+
+
+def check_pictures(kind: AxisType) -> None:
+    """Conditioning with the batch over the mesh and everything else replicated."""
+    with tempfile.TemporaryDirectory() as folder:
+        params = build.small_params(Path(folder))
+        prompts = ["a large red circle", "a small blue star", "two crosses", "a ring"]
+        options = {"key": jax.random.key(0), "plan": PLAN, "height": 64, "width": 64}
+        conditioning = jitjax.encode_prompt(params, prompts)
+        expected = jitjax.sample(params, conditioning, **options)
+        mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            got = jitjax.sample(params, prompts, **options)
+            np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} prompts")
+            over_batch = jax.device_put(conditioning, NamedSharding(mesh, P("d")))
+            got = jitjax.sample(params, over_batch, **options)
+            np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} sample")
+            got = jax.jit(lambda c: jitjax.sample(params, c, **options))(over_batch)
+            np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} jit")
+            assert got.sharding.spec[0] == "d" or kind == AxisType.Auto
+
+
+if __name__ == "__main__":
+    expected = solve(NOISE, WEIGHT, FIRST)
+    slope = jax.grad(loss)(WEIGHT, NOISE, FIRST)
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        for in_context in (False, True):
+            check_mesh(kind, in_context, expected, slope)
+        check_pictures(kind)
+    with jax.default_device(jax.devices()[1]):
+        check(solve(NOISE, WEIGHT, FIRST), expected, "default device")
+    print("all equal")
