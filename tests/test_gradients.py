@@ -17,7 +17,7 @@ from golden import build
 from jitjax.denoise import FluxVelocity, denoise, flux_sigmas
 from jitjax.models.flux import abstract_params
 from jitjax.sampler.grid import positions
-from jitjax.sampler.plan import Plan
+from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
@@ -148,3 +148,48 @@ def test_gradient_memory_is_close_to_a_checkpointed_scan():
     }
     print(memory)
     assert memory["solve"] < 1.5 * memory["scan"]
+
+
+def wide(tokens, positions, sigma, valid, args):
+    """A network whose activations are 64 times as large as a state."""
+    x = tokens @ args["in"]
+    for scale in args["layers"]:
+        x = x + jnp.sin(x * scale)
+    return x @ args["out"] * (0.5 + sigma)
+
+
+def wide_loss(plan):
+    """Return the sum of the result of a solve by `wide`, and its inputs."""
+    n, channels, width = 64, 4, 256
+    args = {
+        "in": jnp.ones((channels, width)),
+        "layers": [jnp.ones((1, 1, width))] * 3,
+        "out": jnp.ones((width, channels)),
+    }
+    noise = jnp.ones((1, n, channels))
+    first = jnp.arange(plan.budgets(n)[0])[None]
+
+    def loss(args, noise):
+        return jit_solve(
+            wide, noise, jnp.linspace(1, 0, plan.steps + 1), plan=plan, grid=(8, 8),
+            first_anchors=first, microflow_noise=noise, args=args,
+        ).sum()  # fmt: skip
+
+    return loss, (args, noise)
+
+
+@pytest.mark.parametrize("name", ["dense", "4x"])
+def test_a_step_more_keeps_one_state_more_for_the_gradient(name):
+    """An activation that is kept as well would be 64 states more in each step."""
+    kept, compiled = {}, {}
+    for steps in (8, 24):  # stages end in proportion, so none of them ends in its first step
+        loss, inputs = wide_loss(PLANS[name].replace(steps=steps))
+        backward = jax.vjp(loss, *inputs)[1]
+        arrays = {id(x): x for x in jax.tree.leaves(backward) if isinstance(x, jax.Array)}
+        kept[steps] = sum(x.nbytes for x in arrays.values())
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*inputs).compile()
+        compiled[steps] = gradient.memory_analysis().temp_size_in_bytes
+    state = inputs[1].nbytes
+    sigma = 4
+    assert kept[24] - kept[8] <= 16 * (state + 2 * sigma)
+    assert compiled[24] - compiled[8] <= 2 * 16 * state
