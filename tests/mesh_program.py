@@ -52,17 +52,18 @@ def check_mesh(kind: AxisType, in_context: bool, expected, slope) -> None:
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
-        for batch in (P(), P("d")):
-            for params in (P(), P("d"), P(None, "d")):
-                name = (kind, in_context, batch, params)
-                y, w, f = place(NOISE, batch), place(WEIGHT, params), place(FIRST, batch)
-                got = solve(y, w, f)
-                check(got, expected, name)
-                # The result lies where the noise does, so that one can go on with both.
-                check(got - y, expected - NOISE, name)
-                if batch == P("d"):
-                    assert got.sharding.spec[0] == "d", name
+        for batch, params in ((P(), P("d")), (P("d"), P()), (P("d"), P(None, "d"))):
+            name = (kind, in_context, batch, params)
+            y, w, f = place(NOISE, batch), place(WEIGHT, params), place(FIRST, batch)
+            got = solve(y, w, f)
+            check(got, expected, name)
+            # The result lies where the noise does, so that one can go on with both.
+            check(got - y, expected - NOISE, name)
+            if batch == P("d"):
+                assert got.sharding.spec[0] == "d", name
         check(jax.jit(solve)(y, w, f), expected, (*name, "jit"))
+        if kind == AxisType.Auto and not in_context:
+            return  # the only case in which nothing is changed
         check(jax.jit(lambda w: solve(y, w, f) - y)(w), expected - NOISE, (*name, "closed over"))
         check_slope(jax.jit(jax.grad(loss))(w, y, f), slope, (*name, "grad"))
         check(jax.vmap(lambda y, f: solve(y[None], w, f[None])[0])(y, f), expected, (*name, "vmap"))
@@ -78,7 +79,6 @@ def check_mesh(kind: AxisType, in_context: bool, expected, slope) -> None:
             over_shards = jax.shard_map(
                 solve, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check_vma
             )
-            check(over_shards(y, place(WEIGHT, P()), f), expected, (*name, check_vma))
             check(jax.jit(over_shards)(y, place(WEIGHT, P()), f), expected, (*name, check_vma))
 
 
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     for kind in (AxisType.Explicit, AxisType.Auto):
         for in_context in (False, True):
             check_mesh(kind, in_context, expected, slope)
-        check_pictures(kind)
+    check_pictures(AxisType.Explicit)
     with jax.default_device(jax.devices()[1]):
         check(solve(NOISE, WEIGHT, FIRST), expected, "default device")
     print("all equal")
