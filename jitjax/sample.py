@@ -42,7 +42,8 @@ def sample(
         params: parameters, from `load`.
         prompt: a string, a sequence of strings for one image each, or a `Conditioning`.
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
-            one key per image. The same key gives the same image in any batch.
+            one key per image. The same key gives the same image in any batch, up to rounding:
+            programs of other batch sizes round differently, by 1e-5 of the range in float32.
         height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
         plan: a name in `PLANS` ("4x", "7x" or "dense") or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
