@@ -72,7 +72,7 @@ for which in "${parts[@]}"; do
         part attention 90 "$python" -m benchmarks.attention --out "$out/attention.jsonl" \
             --implementations xla --heads 2 --width 16 --tokens 20 "${small[@]}" ;;
     speed)
-        part speed 200 "$python" -m benchmarks.speed --attention cudnn --out "$out/speed.jsonl" \
+        part speed 200 "$python" -m benchmarks.speed --out "$out/speed.jsonl" \
             --profile "$out/kernels.txt"
         part speed 50 "$python" -m benchmarks.speed --attention xla --out "$out/speed.jsonl" \
             --plans --profile "$out/kernels-xla.txt" ;;

@@ -1,6 +1,6 @@
 """Measures the transformer and whole plans: seconds, FLOP/s, compilation time and memory.
 
-    python -m benchmarks.speed --model flux-dev --attention cudnn --out speed.jsonl    on a GPU
+    python -m benchmarks.speed --model flux-dev --out speed.jsonl    on a GPU
     python -m benchmarks.speed --model middle --size 512 --dtype float32               on a CPU
     python -m benchmarks.speed --model flux-dev --plans --profile kernels.txt          kernels
 
@@ -36,9 +36,11 @@ from benchmarks.timing import (
     random_params,
     record_row,
 )
-from jitjax.config import FluxConfig, TransformerConfig
-from jitjax.denoise import FluxVelocity, flux_sigmas
-from jitjax.models.flux import abstract_params
+from jitjax.checkpoint import FluxParams
+from jitjax.config import FluxConfig, T5Config, TransformerConfig
+from jitjax.denoise import FluxVelocity, plan_for_device
+from jitjax.models.attention import IMPLEMENTATIONS
+from jitjax.models.flux import abstract_params, compiler_options
 from jitjax.sampler.grid import positions
 
 MODELS = {
@@ -63,14 +65,25 @@ class Bench:
         side: side of the image in pixels, a multiple of 16.
         text: number of text tokens.
         dtype: dtype of the weights.
-        attention: implementation of attention, "xla" or "cudnn".
+        attention: implementation of attention, see `jitjax.models.attention`.
     """
 
     def __init__(self, config: TransformerConfig, side: int, text: int, dtype: Any, attention: str):
         self.config, self.grid, self.text = config, (side // 16, side // 16), text
         self.tokens = self.grid[0] * self.grid[1]
         self.velocity = FluxVelocity(config, attention)
-        self.params = random_params(abstract_params(config, dtype))
+        self.params = FluxParams(
+            transformer=random_params(abstract_params(config, dtype)),
+            t5={},
+            clip={},
+            autoencoder={},
+            config=FluxConfig(
+                transformer=config,
+                t5=T5Config(d_model=config.joint_attention_dim),
+                text_length=text,
+            ),
+            tokenizer="",
+        )
         keys = iter(jax.random.split(jax.random.key(1), 8))
         self.conditioning = jitjax.Conditioning(
             jax.random.normal(next(keys), (1, text, config.joint_attention_dim)),
@@ -79,7 +92,7 @@ class Bench:
         self.noise = jax.random.normal(next(keys), (1, self.tokens, config.in_channels))
         self.microflow_noise = jax.random.normal(next(keys), self.noise.shape)
         self.guidance = jnp.full((1,), 3.5)
-        self.args = (self.params, self.conditioning, self.guidance)
+        self.args = (self.params.transformer, self.conditioning, self.guidance)
         jax.block_until_ready((self.params, self.noise))
 
     def forward(self, tokens: int) -> tuple[Callable[[], Any], float]:
@@ -90,7 +103,8 @@ class Bench:
         """
         token_positions = positions(jnp.arange(tokens), self.grid)[None]
         y = self.noise[:, :tokens]
-        return compile_for(self._evaluate, y, token_positions, jnp.float32(0.9), self.args)
+        args = (y, token_positions, jnp.float32(0.9), self.args)
+        return compile_for(self._evaluate, *args, options=compiler_options())
 
     def _evaluate(
         self, y: jax.Array, token_positions: jax.Array, sigma: jax.Array, args: Any
@@ -101,18 +115,16 @@ class Bench:
         """Return a call that runs `plan` from noise to clean tokens; its first call compiles."""
         budget = plan.budgets(self.tokens, self.text)[0]
         anchors = np.random.default_rng(0).permutation(self.tokens)[None, :budget]
-        sparse = budget < self.tokens
-        sigmas = jnp.asarray(flux_sigmas(plan, self.tokens, FluxConfig()))
-        return lambda: jitjax.jit_solve(
-            self.velocity,
+        return lambda: jitjax.denoise(
+            self.params,
+            self.conditioning,
             self.noise,
-            sigmas,
             plan=plan,
             grid=self.grid,
-            first_anchors=jnp.asarray(anchors) if sparse else None,
+            guidance=self.guidance,
+            first_anchors=jnp.asarray(anchors) if budget < self.tokens else None,
             microflow_noise=self.microflow_noise,
-            args=self.args,
-            text_tokens=self.text,
+            attention=self.velocity.attention,
         )
 
 
@@ -159,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, default=1024, help="side in pixels (default: 1024)")
     p.add_argument("--text", type=int, default=512, help="text tokens (default: 512)")
     p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--attention", default="xla", help="xla or cudnn (default: xla)")
+    p.add_argument("--attention", default="auto", choices=IMPLEMENTATIONS)
     p.add_argument("--plans", nargs="*", default=list(PLANS), help="empty: only the transformer")
     p.add_argument("--rounds", type=int, default=5, help="timed calls per row (default: 5)")
     p.add_argument("--matmul", type=int, default=8192, help="side of the matrices (default: 8192)")
@@ -187,7 +199,7 @@ def main() -> None:
     matmul_speed = matmul_rate(args.dtype, args.matmul)
     record_row(args.out, {"row": "matmul", "tflops_per_second": matmul_speed / 1e12, **run_info})
     bench = Bench(config, args.size, args.text, args.dtype, args.attention)
-    plans = {name: jitjax.PLANS[name] for name in args.plans}
+    plans = {name: plan_for_device(jitjax.PLANS[name], args.dtype) for name in args.plans}
     slots = {name: flops.slots(plan, bench.tokens, args.text) for name, plan in plans.items()}
     counts = sorted({bench.tokens, *(s for run in slots.values() for s in run)}, reverse=True)
     evaluation_seconds: dict[int, float] = {}

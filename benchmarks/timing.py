@@ -28,29 +28,39 @@ class Timing:
         return {"seconds": self.median, "lowest": self.lowest, "highest": self.highest}
 
 
-def measure(call: Callable[[], Any], rounds: int) -> Timing:
-    """Time `rounds` calls to completion, after one warm-up call that does not count."""
+def measure(call: Callable[[], Any], rounds: int, calls: int = 1) -> Timing:
+    """Time calls to completion, after one that does not count.
+
+    Args:
+        call: the function to time.
+        rounds: number of times.
+        calls: number of calls per time, dispatched without waiting for each other: the device works
+            on one while Python dispatches the next. The times are divided by it.
+    """
     jax.block_until_ready(call())
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
+        results = [call() for _ in range(calls)]
+        jax.block_until_ready(results[-1])
+        seconds.append((time.perf_counter() - start) / calls)
     return Timing(float(np.median(seconds)), min(seconds), max(seconds))
 
 
-def compile_for(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
-    """Compile `function` for `args`.
+def compile_for(
+    function: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None
+) -> tuple[Callable[[], Any], float]:
+    """Compile `function` for `args`, with XLA's `options` if any.
 
     Returns:
         The compiled function, bound to `args`, and the seconds that lowering and compilation took.
     """
     start = time.perf_counter()
-    executable = jax.jit(function).lower(*args).compile()
+    executable = jax.jit(function).lower(*args).compile(options or None)
     return lambda: executable(*args), time.perf_counter() - start
 
 
-def matmul_rate(dtype: Any, size: int, rounds: int = 10) -> float:
+def matmul_rate(dtype: Any, size: int, rounds: int = 7, calls: int = 20) -> float:
     """Measure the FLOP/s of a matrix product of two random [size, size] arrays.
 
     It serves as the attainable peak of the device in the same run.
@@ -58,7 +68,7 @@ def matmul_rate(dtype: Any, size: int, rounds: int = 10) -> float:
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
     call, _ = compile_for(jnp.matmul, a, b)
-    return 2 * size**3 / measure(call, rounds).median
+    return 2 * size**3 / measure(call, rounds, calls).median
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -12,12 +12,14 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
-from jitjax.models.flux import EMBEDDING_SCALE, FluxTransformer
+from jitjax.models.attention import check_implementation
+from jitjax.models.flux import EMBEDDING_SCALE, FluxTransformer, compiler_options, on_nvidia_gpu
 from jitjax.sampler.anchors import first_anchors as draw_first_anchors
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
@@ -30,6 +32,12 @@ from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
 
+NVIDIA_TOKENS = 8
+"""On NVIDIA GPUs, `denoise` pads the tokens of a 16-bit transformer to a multiple of this number.
+
+XLA would pad the operands of every matrix product to it, which takes longer.
+"""
+
 
 @dataclass(frozen=True)
 class FluxVelocity:
@@ -39,12 +47,15 @@ class FluxVelocity:
 
     Attributes:
         config: configuration of the transformer.
-        attention: "xla", or "cudnn" (NVIDIA GPUs; bfloat16 or float16), see
-            `jitjax.models.attention.attend`.
+        attention: "auto" (the fastest on the platform), "xla", "cudnn" or "pallas"; see
+            `jitjax.models.attention`.
     """
 
     config: TransformerConfig
-    attention: str = "xla"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_implementation(self.attention)
 
     def __call__(
         self,
@@ -60,7 +71,8 @@ class FluxVelocity:
             tokens: states of the tokens.
             positions: (0, row, column) of each token.
             sigma: sigma of the states, a scalar in [0, 1].
-            valid: False in padded slots, [b, m]; None if there are none.
+            valid: False in padded slots, [b, m]; None if there are none. Unless `attention` is
+                "xla" or "pallas", they follow all others.
             args: the transformer's parameters, the conditioning, and the guidance strength [b]
                 (None for models without a guidance embedding).
         """
@@ -101,6 +113,18 @@ def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
         shift=config.shift,
     )
     return plan_sigmas(plan, tokens, shift)
+
+
+def plan_for_device(plan: Plan, dtype: DTypeLike) -> Plan:
+    """Return the plan with which `denoise` runs: with another `pad_to` on NVIDIA GPUs.
+
+    Args:
+        plan: the plan; its `pad_to` is kept unless it is 1.
+        dtype: dtype of the transformer.
+    """
+    if plan.pad_to > 1 or jnp.dtype(dtype).itemsize != 2 or not on_nvidia_gpu():
+        return plan
+    return plan.replace(pad_to=NVIDIA_TOKENS)
 
 
 def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
@@ -164,6 +188,7 @@ def denoise(
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: diffrax.AbstractSolver | None = None,
+    attention: str = "auto",
     progress: Callable[[int], Any] | None = None,
     check_finite: bool = False,
     trace: bool = False,
@@ -179,7 +204,8 @@ def denoise(
         conditioning: the result of `encode_prompt`, or embeddings computed elsewhere.
         noise: standard normal tokens in row-major order, float32 (or float64); d = 64 is (channel,
             row in patch, column in patch).
-        plan: a `Plan`, or a name in `PLANS`.
+        plan: a `Plan`, or a name in `PLANS`. On NVIDIA GPUs with 16-bit parameters, `pad_to` is 8
+            unless it is greater than 1.
         grid: rows and columns of tokens; a square by default.
         guidance: guidance strength, one number or one per sample, up to 3.4e35 (beyond it the
             embedding overflows); ignored by models without a guidance embedding.
@@ -188,6 +214,8 @@ def denoise(
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
         solver: a diffrax solver; Euler's method by default.
+        attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
+            or "pallas"; see `jitjax.models.attention`.
         progress: callback, called with 1 after every step.
         check_finite: whether to check the velocity of every step.
         trace: whether to return a `Trace` too.
@@ -197,12 +225,13 @@ def denoise(
         the `Trace`.
 
     Raises:
-        ValueError: the plan is unknown; an array is not finite or does not fit the model, the plan
-            or another array; or `key` is None although the plan needs it. Raised before
-            compilation.
+        ValueError: the plan or `attention` is unknown; an array is not finite or does not fit the
+            model, the plan or another array; or `key` is None although the plan needs it. Raised
+            before compilation.
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     plan = get_plan(plan)
+    velocity = FluxVelocity(params.config.transformer, attention)
     config = params.config.transformer
     noise = as_array("noise", noise)
     if noise.ndim != 3 or noise.shape[2] != config.in_channels:
@@ -221,6 +250,8 @@ def denoise(
     check_finite_array("Conditioning.pooled", conditioning.pooled)
     guidance = check_guidance(guidance, b)
 
+    transformer = params.part("transformer")
+    plan = plan_for_device(plan, jax.tree.leaves(transformer)[0].dtype)
     budget = plan.budgets(n, conditioning.text.shape[1])[0]
     must_draw = {
         "first_anchors": first_anchors is None,
@@ -253,7 +284,7 @@ def denoise(
 
     embedded_guidance = jnp.broadcast_to(guidance, (b,)) if config.guidance_embeds else None
     return jit_solve(
-        FluxVelocity(config),
+        velocity,
         noise,
         jnp.asarray(flux_sigmas(plan, n, params.config), noise.dtype),
         plan=plan,
@@ -261,9 +292,10 @@ def denoise(
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
         random_scores=random_scores,
-        args=(params.part("transformer"), conditioning, embedded_guidance),
+        args=(transformer, conditioning, embedded_guidance),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
+        compiler_options=compiler_options(),
         progress=progress,
         check_finite=check_finite,
         trace=trace,

@@ -16,6 +16,7 @@ from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
+from jitjax.models.attention import check_implementation
 from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
@@ -34,6 +35,7 @@ def sample(
     width: int | None = None,
     plan: str | Plan = "4x",
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
+    attention: str = "auto",
     progress: bool = False,
 ) -> Float[Array, "b height width 3"]:
     """Generate images from prompts.
@@ -48,22 +50,25 @@ def sample(
         plan: a name in `PLANS` ("4x", "7x" or "dense") or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
+        attention: how the transformer computes attention: "auto" (the fastest on the platform),
+            "xla", "cudnn" or "pallas"; see `jitjax.models.attention`.
         progress: show a progress bar of the steps on standard error.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN.
 
     Raises:
-        ValueError: the plan is unknown, the height or width is not supported, there are no prompts,
-            the guidance or the conditioning is not finite, the key or the conditioning does not
-            fit, or `params` has no parameters for a model that is needed. Raised before any model
-            runs, except for a conditioning that the text encoders made.
+        ValueError: the plan or `attention` is unknown, the height or width is not supported, there
+            are no prompts, the guidance or the conditioning is not finite, the key or the
+            conditioning does not fit, or `params` has no parameters for a model that is needed.
+            Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
     check_params(params)
     config = params.config
     plan = get_plan(plan)
+    check_implementation(attention)
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
@@ -90,6 +95,7 @@ def sample(
             grid=grid,
             guidance=guidance,
             key=denoise_keys,
+            attention=attention,
             progress=bar.update if progress else None,
         )
     return decode(params, tokens, grid=grid)

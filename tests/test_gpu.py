@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ from benchmarks import replay
 from jitjax.config import TransformerConfig
 from jitjax.denoise import FluxVelocity
 from jitjax.models.attention import attend
-from jitjax.models.flux import FluxTransformer, abstract_params
+from jitjax.models.flux import FluxTransformer, abstract_params, compiler_options
 
 pytestmark = pytest.mark.gpu
 CONFIG = TransformerConfig(
@@ -54,6 +57,61 @@ def test_cudnn_attention_equals_the_formula(batch, valid, dtype):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     assert relative_difference(got, np.einsum("bhqk,bkhw->bqhw", weights, v)) < 5e-3
+
+
+def test_auto_is_cudnn_and_has_all_derivatives():
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = [jax.random.normal(key, (2, 256, 4, 64), "bfloat16") for key in keys]
+    values, tangents = tuple(arrays[:3]), tuple(arrays[3:])
+    mask = jnp.broadcast_to(jnp.arange(256) < 200, (2, 1, 1, 256))
+    wide = tuple(x.astype(jnp.float32) for x in values)
+    wide_tangents = tuple(x.astype(jnp.float32) for x in tangents)
+
+    def attend_as(implementation):
+        return lambda q, k, v: attend(q, k, v, mask, implementation)
+
+    auto, exact = attend_as("auto"), attend_as("xla")
+    assert "fmha" in jax.jit(auto).lower(*values).as_text()
+    with jax.default_matmul_precision("highest"):
+        expected, expected_jvp = jax.jvp(exact, wide, wide_tangents)
+        expected_grad = jax.grad(lambda *x: exact(*x).sum())(*wide)
+    assert relative_difference(jax.jit(auto)(*values), expected) < 5e-3
+    assert (
+        relative_difference(jax.jvp(auto, values, tangents)[1], expected_jvp) < BFLOAT16_TOLERANCE
+    )
+    gradient = jax.grad(lambda *x: auto(*x).astype(jnp.float32).sum())(*values)
+    assert relative_difference(gradient, expected_grad) < BFLOAT16_TOLERANCE
+    each = jax.vmap(lambda q, k, v: attend(q[None], k[None], v[None], mask[:1], "auto")[0])
+    assert relative_difference(jax.jit(each)(*values), expected) < 5e-3
+
+
+def test_weights_of_scanned_blocks_are_not_copied():
+    """XLA hands cuBLAS pointers into the stacks of weights, for all products of both blocks."""
+    params, tokens, positions, text, pooled = random_inputs(1, 256)
+    model = FluxTransformer(CONFIG, jnp.bfloat16, "auto")
+    jitted = jax.jit(model.apply, compiler_options=compiler_options())
+    lowered = jitted.lower({"params": params}, tokens, positions, text, pooled, 0.7, 3.5)
+    program = lowered.compile().as_text()
+    products = len(re.findall(r"custom_call_target=\"__cublas", program))
+    in_place = len(re.findall(r"^%dynamic-slice-fusion", program, re.MULTILINE))
+    assert in_place >= 10 + 4, f"{in_place} of {products} products read weights in place"
+
+
+@pytest.mark.parametrize("plan", ["4x", "7x"])
+def test_denoise_in_bfloat16_is_close_to_xla(plan):
+    params = jitjax.load("tiny", dtype=jnp.bfloat16)
+    conditioning = jitjax.encode_prompt(params, ["a large red circle", "a small blue star"])
+    noise = jax.random.normal(jax.random.key(0), (2, 256, 64))
+    run = partial(
+        jitjax.denoise,
+        params,
+        conditioning,
+        noise,
+        # Anchors on a fixed grid are the same for both implementations.
+        plan=jitjax.PLANS[plan].replace(activation="grid"),
+        key=jax.random.key(1),
+    )
+    assert relative_difference(run(), run(attention="xla")) < 2 * BFLOAT16_TOLERANCE
 
 
 def random_inputs(batch: int, tokens: int):

@@ -107,6 +107,19 @@ def clip_float16(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.clip(x, -65504, 65504) if x.dtype == jnp.float16 else x
 
 
+def product(*args: Any, **kwargs: Any) -> Array:
+    """`lax.dot_general`, to which XLA does not fuse the bias that follows on NVIDIA GPUs.
+
+    Blocks are scanned, so a product's weights are a slice of a stack. XLA passes a slice to cuBLAS
+    in place, but copies it first if a bias is fused to the product
+    (see docs/performance.md). The bias is fused with what comes after it instead.
+    """
+    out = jax.lax.dot_general(*args, **kwargs)
+    return jax.lax.platform_dependent(
+        out, cuda=jax.lax.optimization_barrier, default=lambda array: array
+    )
+
+
 class MLP(nn.Module):
     """Two linear layers, `up` and `down`, with an activation between them.
 
@@ -127,9 +140,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... out"]:
-        x = nn.Dense(self.hidden_features, dtype=self.dtype, name="up")(x)
+        x = nn.Dense(self.hidden_features, dtype=self.dtype, dot_general=product, name="up")(x)
         x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
-        return nn.Dense(self.out_features, dtype=self.dtype, name="down")(x)
+        down = nn.Dense(self.out_features, dtype=self.dtype, dot_general=product, name="down")
+        return down(x)
 
 
 def modulation_vectors(
@@ -149,7 +163,7 @@ def modulation_vectors(
         `parts` arrays [b, h].
     """
     features = (parts, conditioning.shape[-1])
-    out = nn.DenseGeneral(features, dtype=dtype, name=name)(conditioning)
+    out = nn.DenseGeneral(features, dtype=dtype, dot_general=product, name=name)(conditioning)
     return [out[:, part] for part in range(parts)]
 
 
@@ -171,7 +185,7 @@ class QKVProjection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s h"]) -> tuple[Array, Array, Array]:
         features = (3, self.heads, self.width)
-        qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.DenseGeneral(features, dtype=self.dtype, dot_general=product, name="qkv")(x)
         norm = {"epsilon": EPSILON, "dtype": at_least_float32(self.dtype)}
         query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
         key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])

@@ -60,15 +60,20 @@ def check_finite(name: str, value: Any) -> None:
         raise ValueError(f"{name} has {count} values that are not finite; expected none")
 
 
+def is_traced(*inputs: Any) -> bool:
+    """Whether an input is traced, or the call is inside a trace."""
+    # Inside `jit` and the like, the results of all operations are traced.
+    inside_trace = jnp.zeros(())
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((inside_trace, inputs)))
+
+
 def check_not_traced(*inputs: Any) -> None:
     """Check that steps can be dispatched from Python, for `progress` and `check_finite`.
 
     Raises:
         ValueError: an input is traced, or the call is inside a trace.
     """
-    # Inside `jit` and the like, the results of all operations are traced.
-    inside_trace = jnp.zeros(())
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((inside_trace, inputs))):
+    if is_traced(*inputs):
         raise ValueError(
             "progress or check_finite is set under jit, vmap, grad or another transformation; "
             "expected neither"

@@ -7,7 +7,7 @@ Source: paper, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, overload
@@ -23,6 +23,7 @@ from jitjax.sampler.checks import (
     check_finite_velocity,
     check_inputs,
     check_not_traced,
+    is_traced,
 )
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.lifter import Lifter
@@ -83,6 +84,7 @@ def jit_solve(
     args: Any = None,
     solver: diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
+    compiler_options: Mapping[str, bool | int | str] | None = None,
     progress: Callable[[int], Any] | None = None,
     check_finite: bool = False,
     trace: bool = False,
@@ -117,6 +119,8 @@ def jit_solve(
             converge.
         text_tokens: number of text tokens that the network runs on with the anchors, for
             `plan.pad_to`.
+        compiler_options: options of XLA for the programs of the stages, as `jax.jit` takes them.
+            They are ignored under a transformation: there they belong to the outermost `jax.jit`.
         progress: callback, called with 1 after every step. Each step is then dispatched from
             Python.
         check_finite: whether to check the velocity of every step. Each step is then dispatched
@@ -148,6 +152,11 @@ def jit_solve(
     arrays = _Arrays(velocity_arrays, solver_arrays)
     if progress or check_finite:
         check_not_traced(noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays)
+    options = tuple(sorted((compiler_options or {}).items()))
+    if options and is_traced(
+        noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays
+    ):
+        options = ()
     sigmas = sigmas.astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
@@ -158,7 +167,7 @@ def jit_solve(
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
         stage = _Stage(static_solver, grid, budget)
         y, u, states = _run_stage(
-            _programs(static_velocity), stage, arrays, y, sigmas[start : end + 1],
+            _programs(static_velocity, options), stage, arrays, y, sigmas[start : end + 1],
             SagArgs(lifter, args), progress, check_finite, start, trace,
         )  # fmt: skip
         if recorder:
@@ -238,14 +247,14 @@ class _Programs(NamedTuple):
 
 
 @lru_cache(maxsize=VELOCITIES_KEPT)
-def _programs(velocity: Static) -> _Programs:
+def _programs(velocity: Static, options: tuple[tuple[str, bool | int | str], ...]) -> _Programs:
     """Return the compiled functions for one velocity function.
 
     JAX keeps the programs as long as the jitted function itself, and static arguments for ever. So
     each velocity has jitted functions of its own that close over it, and the cache is bounded.
     """
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @partial(jax.jit, static_argnums=(0, 1), compiler_options=dict(options) or None)
     def _integrate(
         stage: _Stage,
         every_step: bool,
