@@ -94,7 +94,8 @@ def test_weights_of_scanned_blocks_are_not_copied():
     program = lowered.compile().as_text()
     products = len(re.findall(r"custom_call_target=\"__cublas", program))
     in_place = len(re.findall(r"^%dynamic-slice-fusion", program, re.MULTILINE))
-    assert in_place >= 10 + 4, f"{in_place} of {products} products read weights in place"
+    # Image and text in, the last modulation and image out are not in a scan.
+    assert products - in_place <= 4, f"{in_place} of {products} products read weights in place"
 
 
 @pytest.mark.parametrize("plan", ["4x", "7x"])
