@@ -199,7 +199,7 @@ def test_functions_made_anew_and_their_programs_are_freed():
         solve(None, velocity=function, plan=Plan(1))
         _, static = split_arrays("velocity", function)
         functions.append(weakref.ref(function))
-        programs.append(weakref.ref(_programs(static).integrate))
+        programs.append(weakref.ref(_programs(static, ()).integrate))
     del function, static
     gc.collect()
     assert [ref() is None for ref in functions] == [True] * 4 + [False] * VELOCITIES_KEPT

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jitjax.checkpoint.direct_io import stop_writing
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -119,12 +121,12 @@ def atomic_folder(
 def remove_unfinished(seconds: float = 1.0) -> None:
     """Remove what `atomic_folder` has not finished; only right before the process ends.
 
-    Blocks that still run in other threads may go on writing, so what they write meanwhile is
-    removed again.
+    Other threads start no new file. What they still write to the present ones is removed again.
 
     Args:
         seconds: time after which this gives up; the next write to the same target cleans up then.
     """
+    stop_writing()
     deadline = time.monotonic() + seconds
     for work, (path, owned) in list(_unfinished.items()):
         while work.exists():

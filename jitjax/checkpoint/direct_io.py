@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,15 @@ PAGE = 4096
 """Direct writes need addresses, file offsets and sizes that are multiples of this."""
 MIN_DIRECT_BYTES = 2**20
 """Smaller data is written through the cache; direct writes are not worth it there."""
+
+
+_may_write = threading.Event()
+_may_write.set()
+
+
+def stop_writing() -> None:
+    """Let threads wait for ever before their next file; only right before the process ends."""
+    _may_write.clear()
 
 
 def aligned_buffer(size: int) -> np.ndarray:
@@ -36,6 +46,7 @@ def write_file(path: Path, data: np.ndarray, size: int) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    _may_write.wait()
     path.parent.mkdir(parents=True, exist_ok=True)
     flags, done = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0
     direct = getattr(os, "O_DIRECT", 0)

@@ -20,6 +20,8 @@ from jitjax.sampler.anchors import (
 )
 from jitjax.sampler.plan import PLANS
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda g: g[0] * g[1] > 1)
 
 

@@ -14,6 +14,8 @@ from jitjax.sampler.anchors import AnchorSet
 from jitjax.sampler.lifter import Lifter, blur_width
 from jitjax.sampler.plan import CHOICES
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 KINDS = CHOICES["lift"]
 
 
