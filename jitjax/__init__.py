@@ -10,6 +10,7 @@ from jitjax import startup
 startup.begin()
 
 from jitjax.checkpoint import FluxParams, save
+from jitjax.compiled import CompiledSampler, compile
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
 from jitjax.loading import load
@@ -23,11 +24,13 @@ from jitjax.text import Conditioning, encode_prompt
 __all__ = [
     "PLANS",
     "AdamsBashforth2",
+    "CompiledSampler",
     "Conditioning",
     "FluxConfig",
     "FluxParams",
     "Plan",
     "Trace",
+    "compile",
     "decode",
     "denoise",
     "encode_prompt",
