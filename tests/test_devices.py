@@ -26,6 +26,7 @@ def nvidia(monkeypatch):
     """Let the project believe that the default device is an NVIDIA GPU."""
     for module in (flux, denoise_module):
         monkeypatch.setattr(module, "on_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
 
 
 def test_no_compiler_options_and_no_padding_on_a_cpu():
@@ -40,6 +41,11 @@ def test_compiler_options_on_nvidia_gpus_leave_the_users_flags_alone(nvidia, mon
     assert flux.compiler_options() == options
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true --xla_gpu_autotune_level=0")
     assert flux.compiler_options() == {"xla_gpu_enable_dynamic_slice_fusion": True}
+
+
+def test_no_compiler_options_before_jax_0_11(nvidia, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert flux.compiler_options() == {}
 
 
 def test_16_bit_models_are_padded_on_nvidia_gpus(nvidia):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +67,8 @@ class Writer:
         self._arrays: dict[str, Any] = {}  # TensorStore arrays
         self._digests: dict[str, Digest] = {}
         self._pending: deque[tuple[Future[None], int]] = deque()
-        self._pool = ThreadPoolExecutor(2)
+        self._thread_name = f"jitjax-writer-{id(self)}"
+        self._pool = ThreadPoolExecutor(2, self._thread_name)
 
     def write(self, name: str, piece: np.ndarray, start: int, shape: tuple[int, ...]) -> None:
         """Write a leaf, or the next piece of it along its first axis.
@@ -115,6 +117,10 @@ class Writer:
     def close(self) -> None:
         """Stop writing and end the threads; what is not written yet is dropped."""
         self._pool.shutdown(cancel_futures=True)
+        # The pool does not know a thread if Ctrl-C came while it was starting that thread.
+        for thread in threading.enumerate():
+            if thread.name.startswith(self._thread_name):
+                thread.join()
 
     def _create_array(self, name: str, piece: np.ndarray, shape: tuple[int, ...]) -> Any:
         """Write a leaf's `zarr.json`; the first piece determines the chunk shape."""

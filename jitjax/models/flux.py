@@ -63,9 +63,9 @@ def compiler_options() -> dict[str, bool]:
 
     On NVIDIA GPUs, with these options cuBLAS reads the weights of a scanned block in place. Without
     them XLA copies the weights of every block first. Options that the environment variable
-    XLA_FLAGS sets are left as they are.
+    XLA_FLAGS sets are left as they are. Before jax 0.11 there are none: its XLA needs the copies.
     """
-    if not on_nvidia_gpu():
+    if not on_nvidia_gpu() or jax.__version_info__ < (0, 11):
         return {}
     options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
     flags = os.environ.get("XLA_FLAGS", "")
