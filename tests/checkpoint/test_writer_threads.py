@@ -32,5 +32,4 @@ def test_close_waits_for_a_thread_that_the_pool_has_forgotten(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         writer.write("leaf", np.zeros(3, np.float32), 0, (3,))
     writer.close()
-    assert done == [True] or not done  # its file is written, or it never began
     assert not [t for t in threading.enumerate() if t.name.startswith("jitjax-writer")]
