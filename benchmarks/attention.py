@@ -43,7 +43,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
+    parser.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=["xla", "cudnn"]
+    )
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(IMAGE_TOKENS))

@@ -33,6 +33,7 @@ PALLAS_BLOCK = 512
 """Most queries, and most keys, in a block of the TPU kernel; a multiple of 128."""
 
 Attend = Callable[[Array, Array, Array, Array | None], Array]
+"""Query, key, value and mask to the result, with the shapes of `attend`."""
 
 
 def check_implementation(name: str) -> str:

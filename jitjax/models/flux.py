@@ -43,7 +43,6 @@ from jitjax.models.layers import (
 EMBEDDING_SCALE = 1000.0
 """Factor by which FLUX multiplies sigma and guidance before embedding them."""
 
-
 dense = partial(nn.Dense, dot_general=product)
 
 

@@ -111,8 +111,8 @@ def product(*args: Any, **kwargs: Any) -> Array:
     """`lax.dot_general`, to which XLA does not fuse the bias that follows on NVIDIA GPUs.
 
     Blocks are scanned, so a product's weights are a slice of a stack. XLA passes a slice to cuBLAS
-    in place, but copies it first if a bias is fused to the product
-    (see docs/performance.md). The bias is fused with what comes after it instead.
+    in place, but copies it first if a bias is fused to the product (see docs/performance.md). The
+    bias is fused with what comes after it instead. Arguments and result are `lax.dot_general`'s.
     """
     out = jax.lax.dot_general(*args, **kwargs)
     return jax.lax.platform_dependent(
