@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jitjax.config import TransformerConfig
-from jitjax.models.flux import FluxTransformer, abstract_params
+from jitjax.models import param_shapes
+from jitjax.models.flux import FluxTransformer
 from jitjax.sampler.anchors import AnchorSet, first_anchors
 from jitjax.sampler.grid import positions
 from jitjax.sampler.lifter import Lifter
@@ -53,7 +54,9 @@ def time_blocks(double: int, single: int, tokens: int, text: int, repeats: int) 
         The median time in seconds.
     """
     config = dataclasses.replace(FLUX, num_layers=double, num_single_layers=single)
-    params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), abstract_params(config))
+    params = jax.tree.map(
+        lambda s: jnp.full(s.shape, 0.01, s.dtype), param_shapes.transformer(config)
+    )
     model = FluxTransformer(config)
     grid = (tokens, 1)
     inputs = (

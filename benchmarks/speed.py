@@ -39,8 +39,9 @@ from benchmarks.timing import (
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig, T5Config, TransformerConfig
 from jitjax.denoise import FluxVelocity, plan_for_device
+from jitjax.models import param_shapes
 from jitjax.models.attention import IMPLEMENTATIONS
-from jitjax.models.flux import abstract_params, compiler_options
+from jitjax.models.flux import compiler_options
 from jitjax.sampler.grid import positions
 
 MODELS = {
@@ -73,7 +74,7 @@ class Bench:
         self.tokens = self.grid[0] * self.grid[1]
         self.velocity = FluxVelocity(config, attention)
         self.params = FluxParams(
-            transformer=random_params(abstract_params(config, dtype)),
+            transformer=random_params(param_shapes.transformer(config, dtype)),
             t5={},
             clip={},
             autoencoder={},

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
-from jitjax.models import autoencoder, clip, flux, t5
+from jitjax.models import param_shapes
 from jitjax.validation import read_json
 
 from .tables.autoencoder import AUTOENCODER_IGNORED, autoencoder_rules
@@ -97,7 +97,7 @@ COMPONENTS = (
         "diffusion_pytorch_model",
         TransformerConfig,
         transformer_rules,
-        flux.abstract_params,
+        param_shapes.transformer,
         TRANSFORMER_IGNORED,
         TRANSFORMER_ALIASES,
     ),
@@ -107,7 +107,7 @@ COMPONENTS = (
         "model",
         CLIPConfig,
         clip_rules,
-        clip.abstract_params,
+        param_shapes.clip,
         CLIP_IGNORED,
         CLIP_ALIASES,
     ),
@@ -117,7 +117,7 @@ COMPONENTS = (
         "model",
         T5Config,
         t5_rules,
-        t5.abstract_params,
+        param_shapes.t5,
         T5_IGNORED,
         T5_ALIASES,
     ),
@@ -127,7 +127,7 @@ COMPONENTS = (
         "diffusion_pytorch_model",
         AutoencoderConfig,
         autoencoder_rules,
-        autoencoder.abstract_params,
+        param_shapes.autoencoder,
         AUTOENCODER_IGNORED,
     ),
 )

@@ -13,7 +13,7 @@ import pytest
 import jitjax
 from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.denoise import FluxVelocity, plan_for_device
-from jitjax.models import flux
+from jitjax.models import flux, param_shapes
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
 
@@ -108,7 +108,7 @@ def test_each_full_size_stage_exports_from_a_cpu(platform):
     """All of `4x`, with abstract weights, where there is neither a GPU nor a TPU."""
     config = FluxConfig()
     velocity = FluxVelocity(config.transformer)
-    params = flux.abstract_params(config.transformer, jnp.bfloat16)
+    params = param_shapes.transformer(config.transformer, jnp.bfloat16)
     text = jax.ShapeDtypeStruct((1, 512, 4096), jnp.float32)
     pooled = jax.ShapeDtypeStruct((1, 768), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, 4096, 64), jnp.float32)

@@ -15,8 +15,9 @@ import jitjax
 from benchmarks import replay
 from jitjax.config import TransformerConfig
 from jitjax.denoise import FluxVelocity
+from jitjax.models import param_shapes
 from jitjax.models.attention import attend
-from jitjax.models.flux import FluxTransformer, abstract_params, compiler_options
+from jitjax.models.flux import FluxTransformer, compiler_options
 
 pytestmark = pytest.mark.gpu
 CONFIG = TransformerConfig(
@@ -118,7 +119,7 @@ def test_denoise_in_bfloat16_is_close_to_xla(plan):
 def random_inputs(batch: int, tokens: int):
     """Return params, tokens, positions, text and pooled."""
     keys = iter(jax.random.split(jax.random.key(1), 8))
-    params = build.random_tree(abstract_params(CONFIG), seed=0)
+    params = build.random_tree(param_shapes.transformer(CONFIG), seed=0)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     index = jnp.arange(tokens)
     positions = jnp.stack([jnp.zeros(tokens), index // 16, index % 16], -1)

@@ -15,7 +15,7 @@ import pytest
 from golden import build
 
 from jitjax.denoise import FluxVelocity, denoise, flux_sigmas
-from jitjax.models.flux import abstract_params
+from jitjax.models import param_shapes
 from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
@@ -118,7 +118,7 @@ def test_gradient_memory_is_close_to_a_checkpointed_scan():
     config = build.SMALL.transformer
     velocity, plan, n = FluxVelocity(config), Plan(16), 64
     sigmas = jnp.asarray(flux_sigmas(plan, n, build.SMALL))
-    shapes = abstract_params(config)
+    shapes = param_shapes.transformer(config)
     noise = jnp.zeros((2, n, 64))
     conditioning = Conditioning(
         jnp.zeros((2, 12, config.joint_attention_dim)), jnp.zeros((2, config.pooled_projection_dim))

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
-from jitjax.models import clip, t5
+from jitjax.models import param_shapes
 from jitjax.models.clip import CLIPText
 from jitjax.models.t5 import T5Encoder
 from jitjax.text import Conditioning, encode_prompt, tokenize
@@ -120,8 +120,8 @@ def params(folder):
 
     return FluxParams(
         transformer={},
-        t5=random_tree(t5.abstract_params(CONFIG.t5)),
-        clip=random_tree(clip.abstract_params(CONFIG.clip)),
+        t5=random_tree(param_shapes.t5(CONFIG.t5)),
+        clip=random_tree(param_shapes.clip(CONFIG.clip)),
         autoencoder={},
         config=CONFIG,
         tokenizer=folder,

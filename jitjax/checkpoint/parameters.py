@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jitjax.config import FluxConfig
+from jitjax.models import param_shapes
 
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -91,13 +92,11 @@ def _short(number: int) -> str:
 
 def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxParams:
     """Return the parameters of `config` as `jax.ShapeDtypeStruct`s, without allocating arrays."""
-    from jitjax.models import autoencoder, clip, flux, t5
-
     return FluxParams(
-        transformer=flux.abstract_params(config.transformer, dtype),
-        t5=t5.abstract_params(config.t5, dtype),
-        clip=clip.abstract_params(config.clip, dtype),
-        autoencoder=autoencoder.abstract_params(config.autoencoder, dtype),
+        transformer=param_shapes.transformer(config.transformer, dtype),
+        t5=param_shapes.t5(config.t5, dtype),
+        clip=param_shapes.clip(config.clip, dtype),
+        autoencoder=param_shapes.autoencoder(config.autoencoder, dtype),
         config=config,
         tokenizer="",
     )

@@ -9,16 +9,15 @@ settings, which have no quantisation convolutions before and after the latents.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jitjax.config import AutoencoderConfig
 from jitjax.models.attention import attend
+from jitjax.models.linen import Conv, Dense, DenseGeneral
 
 Image = Float[Array, "b _ _ _"]
 """Activations [b, height, width, channels] of any resolution and any number of channels."""
@@ -33,7 +32,7 @@ def group_norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm
 
 def conv3x3(width: int, dtype: Any, name: str) -> nn.Conv:
     """3 x 3 convolution to `width` channels that keeps the resolution."""
-    return nn.Conv(width, (3, 3), padding=1, dtype=dtype, name=name)
+    return Conv(width, (3, 3), padding=1, dtype=dtype, name=name)
 
 
 class Resnet(nn.Module):
@@ -53,7 +52,7 @@ class Resnet(nn.Module):
         y = nn.silu(group_norm(self.config, self.dtype, "norm2")(y))
         y = conv3x3(self.width, self.dtype, "conv2")(y)
         if x.shape[-1] != self.width:
-            x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="shortcut")(x)
+            x = Conv(self.width, (1, 1), dtype=self.dtype, name="shortcut")(x)
         return x + y
 
 
@@ -67,10 +66,10 @@ class Attention(nn.Module):
     def __call__(self, x: Image) -> Image:
         b, h, w, c = x.shape
         pixels = group_norm(self.config, self.dtype, "norm")(x).reshape(b, h * w, c)
-        qkv = nn.DenseGeneral((3, c), dtype=self.dtype, name="qkv")(pixels)
+        qkv = DenseGeneral((3, c), dtype=self.dtype, name="qkv")(pixels)
         q, k, v = jnp.moveaxis(qkv[:, :, :, None], 2, 0)  # each [b, pixels, 1, c]
         y = attend(q, k, v)
-        return x + nn.Dense(c, dtype=self.dtype, name="out")(y.reshape(b, h, w, c))
+        return x + Dense(c, dtype=self.dtype, name="out")(y.reshape(b, h, w, c))
 
 
 class MidBlock(nn.Module):
@@ -101,7 +100,7 @@ class DownLevel(nn.Module):
             x = Resnet(self.config, self.width, self.dtype, name=f"resnet_{i}")(x)
         if self.add_downsample:
             padding = ((0, 1), (0, 1))  # The model was trained with bottom and right padding only.
-            x = nn.Conv(self.width, (3, 3), 2, padding, dtype=self.dtype, name="downsample")(x)
+            x = Conv(self.width, (3, 3), 2, padding, dtype=self.dtype, name="downsample")(x)
         return x
 
 
@@ -232,16 +231,3 @@ def from_latents(
 ) -> Float[Array, "b h w latent"]:
     """Undo `to_latents`: unscale the transformer's latents for `Autoencoder.decode`."""
     return latents / config.scaling_factor + config.shift_factor
-
-
-def abstract_params(config: AutoencoderConfig, dtype: Any = jnp.float32) -> Any:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(config: AutoencoderConfig) -> Any:
-    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
-    shape = (1, config.factor, config.factor, config.in_channels)
-    images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(Autoencoder(config).init, jax.random.key(0), images)["params"]

@@ -8,7 +8,6 @@ Source: Radford et al., 2021 (arXiv 2103.00020). Reference: transformers 5 `CLIP
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jitjax.config import CLIPConfig
+from jitjax.models.linen import Dense, DenseGeneral, scan_blocks
 
 
 def activation(x: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
@@ -39,11 +39,11 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
         features = (3, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        qkv = nn.DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
+        qkv = DenseGeneral(features, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         x = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
         x = x.reshape(*x.shape[:2], c.hidden_size)
-        return nn.Dense(c.hidden_size, dtype=self.dtype, name="out")(x)
+        return Dense(c.hidden_size, dtype=self.dtype, name="out")(x)
 
 
 class MLP(nn.Module):
@@ -55,9 +55,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        x = nn.Dense(c.intermediate_size, dtype=self.dtype, name="up")(x)
+        x = Dense(c.intermediate_size, dtype=self.dtype, name="up")(x)
         x = activation(x, c.hidden_act)
-        return nn.Dense(c.hidden_size, dtype=self.dtype, name="down")(x)
+        return Dense(c.hidden_size, dtype=self.dtype, name="down")(x)
 
 
 class Block(nn.Module):
@@ -132,26 +132,9 @@ class CLIPText(nn.Module):
             c.max_position_embeddings, c.hidden_size, dtype=self.dtype, name="position_embedding"
         )
         x = embed_token(ids) + embed_position(jnp.arange(length))[None]
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.num_hidden_layers,
-        )
+        blocks = scan_blocks(Block, c.num_hidden_layers)
         x, _ = blocks(c, self.dtype, name="blocks")(x)
         hidden = layer_norm(c, self.dtype, "final_norm")(x)
         end = end_of_text(ids, c.eos_token_id)
         pooled = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
         return hidden, pooled
-
-
-def abstract_params(config: CLIPConfig, dtype: Any = jnp.float32) -> Any:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(config: CLIPConfig) -> Any:
-    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(CLIPText(config).init, jax.random.key(0), ids)["params"]

@@ -16,7 +16,6 @@ The architecture is Black Forest Labs' FLUX.1. Reference: diffusers `FluxTransfo
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -33,17 +32,16 @@ from jitjax.models.layers import (
     apply_rotary,
     at_least_float32,
     clip_float16,
+    dense,
     modulate,
     modulation_vectors,
-    product,
     rotary_embedding,
     sinusoidal_embedding,
 )
+from jitjax.models.linen import Dense, scan_blocks
 
 EMBEDDING_SCALE = 1000.0
 """Factor by which FLUX multiplies sigma and guidance before embedding them."""
-
-dense = partial(nn.Dense, dot_general=product)
 
 
 def on_nvidia_gpu() -> bool:
@@ -157,18 +155,6 @@ class SingleBlock(nn.Module):
         return clip_float16(x + gate[:, None, :] * y), None
 
 
-def _scan_blocks(block: type[nn.Module], length: int) -> Any:
-    """Chain `length` blocks, with their parameters stacked along a leading axis."""
-    in_axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=in_axes,
-        length=length,
-    )
-
-
 class FluxTransformer(nn.Module):
     """The FLUX transformer.
 
@@ -246,13 +232,13 @@ class FluxTransformer(nn.Module):
         positions = jnp.concatenate([text_positions, positions.astype(jnp.float32)], axis=1)
         rotation = rotary_embedding(positions, config.axes_dims_rope)
 
-        image_stream = nn.Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
-        text_stream = nn.Dense(config.hidden, dtype=dtype, name="text_in")(text)
+        image_stream = Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
+        text_stream = Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
         block_args = (config, dtype, self.attention)
-        double = _scan_blocks(DoubleBlock, config.num_layers)(*block_args, name="double_blocks")
+        double = scan_blocks(DoubleBlock, config.num_layers, 3)(*block_args, name="double_blocks")
         streams, _ = double((text_stream, image_stream), conditioning, rotation, mask)
-        single = _scan_blocks(SingleBlock, config.num_single_layers)(
+        single = scan_blocks(SingleBlock, config.num_single_layers, 3)(
             *block_args, name="single_blocks"
         )
         x, _ = single(jnp.concatenate(streams, axis=1), conditioning, rotation, mask)
@@ -261,7 +247,7 @@ class FluxTransformer(nn.Module):
         # The reference has the scale first here, but the shift first in its blocks.
         scale, shift = modulation_vectors(conditioning, 2, dtype, "final_modulation")
         normed = modulate(image_stream, shift, scale)
-        out = nn.Dense(channels, dtype=dtype, name="image_out")(normed)
+        out = Dense(channels, dtype=dtype, name="image_out")(normed)
         out = out.astype(at_least_float32(dtype))
         return out if valid is None else jnp.where(valid[:, :, None], out, 0)
 
@@ -302,21 +288,3 @@ def _check_inputs(
             problems.append(f"{name} has shape {jnp.shape(value)}, expected () or ({batch},)")
     if problems:
         raise ValueError("FluxTransformer: " + "; ".join(problems))
-
-
-def abstract_params(config: TransformerConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
-
-
-@lru_cache(maxsize=8)
-def _abstract(config: TransformerConfig) -> Any:
-    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
-    def init() -> Any:
-        tokens, positions = jnp.zeros((1, 1, config.in_channels)), jnp.zeros((1, 1, 3))
-        text = jnp.zeros((1, 1, config.joint_attention_dim))
-        pooled = jnp.zeros((1, config.pooled_projection_dim))
-        arrays = (tokens, positions, text, pooled, jnp.ones(1), jnp.ones(1))
-        return FluxTransformer(config).init(jax.random.key(0), *arrays)["params"]
-
-    return jax.eval_shape(init)

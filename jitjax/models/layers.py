@@ -8,6 +8,7 @@ sensitive to rounding.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jitjax.models import linen
+from jitjax.models.param_shapes import SCALAR_WIDTH
+
 EPSILON = 1e-6
 """Epsilon of every normalisation in FLUX."""
-SCALAR_WIDTH = 256
-"""Width of the sinusoidal embedding of sigma and of the guidance scale."""
 THETA = 10_000.0
 """Base of the rotary frequencies, one for all position axes."""
 
@@ -120,6 +122,10 @@ def product(*args: Any, **kwargs: Any) -> Array:
     )
 
 
+dense = partial(linen.Dense, dot_general=product)
+dense_general = partial(linen.DenseGeneral, dot_general=product)
+
+
 class MLP(nn.Module):
     """Two linear layers, `up` and `down`, with an activation between them.
 
@@ -140,10 +146,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... out"]:
-        x = nn.Dense(self.hidden_features, dtype=self.dtype, dot_general=product, name="up")(x)
+        x = dense(self.hidden_features, dtype=self.dtype, name="up")(x)
         x = nn.silu(x) if self.activation == "silu" else nn.gelu(x, approximate=True)
-        down = nn.Dense(self.out_features, dtype=self.dtype, dot_general=product, name="down")
-        return down(x)
+        return dense(self.out_features, dtype=self.dtype, name="down")(x)
 
 
 def modulation_vectors(
@@ -163,7 +168,7 @@ def modulation_vectors(
         `parts` arrays [b, h].
     """
     features = (parts, conditioning.shape[-1])
-    out = nn.DenseGeneral(features, dtype=dtype, dot_general=product, name=name)(conditioning)
+    out = dense_general(features, dtype=dtype, name=name)(conditioning)
     return [out[:, part] for part in range(parts)]
 
 
@@ -185,7 +190,7 @@ class QKVProjection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s h"]) -> tuple[Array, Array, Array]:
         features = (3, self.heads, self.width)
-        qkv = nn.DenseGeneral(features, dtype=self.dtype, dot_general=product, name="qkv")(x)
+        qkv = dense_general(features, dtype=self.dtype, name="qkv")(x)
         norm = {"epsilon": EPSILON, "dtype": at_least_float32(self.dtype)}
         query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
         key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])

@@ -10,7 +10,6 @@ Reference: transformers 5 `T5EncoderModel`.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jitjax.config import T5Config
+from jitjax.models.linen import Dense, DenseGeneral, scan_blocks
 
 
 class RMSNorm(nn.Module):
@@ -53,11 +53,11 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b l d"]:
         c = self.config
         features = (3, c.num_heads, c.d_kv)
-        qkv = nn.DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        qkv = DenseGeneral(features, use_bias=False, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         x = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0, implementation="xla")
         x = x.reshape(*x.shape[:2], c.num_heads * c.d_kv)
-        return nn.Dense(c.d_model, use_bias=False, dtype=self.dtype, name="out")(x)
+        return Dense(c.d_model, use_bias=False, dtype=self.dtype, name="out")(x)
 
 
 class GatedMLP(nn.Module):
@@ -69,9 +69,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        gate_up = nn.DenseGeneral((2, c.d_ff), use_bias=False, dtype=self.dtype, name="gate_up")(x)
+        gate_up = DenseGeneral((2, c.d_ff), use_bias=False, dtype=self.dtype, name="gate_up")(x)
         x = jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
-        return nn.Dense(c.d_model, use_bias=False, dtype=self.dtype, name="down")(x)
+        return Dense(c.d_model, use_bias=False, dtype=self.dtype, name="down")(x)
 
 
 class Block(nn.Module):
@@ -162,24 +162,6 @@ class T5Encoder(nn.Module):
         )
         bias = relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
         key_mask = None if mask is None else mask[:, None, None, :]
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # type: ignore[arg-type]
-            length=c.num_layers,
-        )
+        blocks = scan_blocks(Block, c.num_layers, 2)
         x, _ = blocks(c, self.dtype, name="blocks")(x, bias, key_mask)
         return RMSNorm(c.layer_norm_epsilon, self.dtype, name="final_norm")(x)
-
-
-def abstract_params(config: T5Config, dtype: Any = jnp.float32) -> Any:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s of `dtype`, without allocating it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(config))
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(config: T5Config) -> Any:
-    # Tracing takes a tenth of a second or more; loading and conversion ask several times.
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids)["params"]

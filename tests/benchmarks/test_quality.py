@@ -26,7 +26,8 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
 from jitjax.config import TransformerConfig
-from jitjax.models.flux import DoubleBlock, FluxTransformer, abstract_params
+from jitjax.models import param_shapes
+from jitjax.models.flux import DoubleBlock, FluxTransformer
 from jitjax.models.layers import rotary_embedding
 from training.scenes import SIZES, held_out, render
 
@@ -107,7 +108,7 @@ def test_flops_match_the_matrix_products_of_the_jaxpr(tokens, text):
 
     model = FluxTransformer(config)
     traced = jax.make_jaxpr(lambda p, g: model.apply({"params": p}, **g))(
-        abstract_params(config), inputs
+        param_shapes.transformer(config), inputs
     )
     expected = products(traced.jaxpr)
     # `forward` leaves out the adaLN modulation, one row per sample.

@@ -35,7 +35,7 @@ from jitjax.convert.tables.engine import (
 from jitjax.convert.tables.transformer import transformer_rules
 from jitjax.convert.targets import diffusers_folder
 from jitjax.convert.targets.diffusers_folder import write_folder
-from jitjax.models import flux
+from jitjax.models import param_shapes
 
 TRANSFORMER = TransformerConfig(
     in_channels=16,
@@ -230,7 +230,7 @@ def test_one_error_lists_all_mismatches():
 
 
 def test_from_state():
-    shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
+    shapes = leaf_shapes(param_shapes.transformer(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, np.float32)
     tree = from_state("transformer", state, TRANSFORMER)
     assert leaf_shapes(tree) == shapes
@@ -256,7 +256,7 @@ def test_transpose(shape: tuple[int, int], dtype):
 
 
 def test_leaf_with_mixed_source_dtypes_is_exact():
-    shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
+    shapes = leaf_shapes(param_shapes.transformer(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, jnp.bfloat16)
     name = "transformer_blocks.0.attn.norm_q.weight"
     state[name] = (np.arange(8) / 3).astype(np.float32)
@@ -267,7 +267,7 @@ def test_leaf_with_mixed_source_dtypes_is_exact():
 
 
 def test_float16_overflow_is_an_error():
-    shapes = leaf_shapes(flux.abstract_params(TRANSFORMER))
+    shapes = leaf_shapes(param_shapes.transformer(TRANSFORMER))
     state = random_state(transformer_rules(TRANSFORMER), shapes, np.float32)
     state["proj_out.bias"][0] = 1e5
     with pytest.raises(ConversionError, match="image_out/bias does not fit into float16"):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jitjax.config import TransformerConfig
-from jitjax.models import attention
+from jitjax.models import attention, param_shapes
 from jitjax.models.attention import attend
-from jitjax.models.flux import FluxTransformer, abstract_params
+from jitjax.models.flux import FluxTransformer
 
 CONFIG = TransformerConfig(
     num_layers=1,
@@ -67,7 +67,7 @@ def test_the_transformer_counts_text_and_valid_tokens(calls):
     """Text stands first and is never padded here, so a row has its length and the valid tokens."""
     tokens, text = 5, 3
     valid = jnp.arange(tokens)[None, :] < jnp.asarray([5, 2])[:, None]
-    shapes = abstract_params(CONFIG, jnp.bfloat16)
+    shapes = param_shapes.transformer(CONFIG, jnp.bfloat16)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     calls.clear()  # of initialising, which takes the default
     FluxTransformer(CONFIG, jnp.bfloat16, "cudnn").apply(

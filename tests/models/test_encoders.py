@@ -31,7 +31,7 @@ from jitjax.convert.tables.text import (
     clip_rules,
     t5_rules,
 )
-from jitjax.models import autoencoder, clip, t5
+from jitjax.models import autoencoder, clip, param_shapes, t5
 
 T5 = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=3)
 CLIP = CLIPConfig(
@@ -45,25 +45,29 @@ CLIP = CLIPConfig(
 AUTOENCODER = AutoencoderConfig(
     latent_channels=4, block_out_channels=(4, 6), layers_per_block=1, norm_num_groups=2
 )
-MODELS = {"t5": (t5, T5), "clip": (clip, CLIP), "autoencoder": (autoencoder, AUTOENCODER)}
+MODELS = {
+    "t5": (param_shapes.t5, T5),
+    "clip": (param_shapes.clip, CLIP),
+    "autoencoder": (param_shapes.autoencoder, AUTOENCODER),
+}
 RULES = {"t5": t5_rules, "clip": clip_rules, "autoencoder": autoencoder_rules}
 
 
 def random_params(name: str, dtype=jnp.float32, seed: int = 0):
-    module, config = MODELS[name]
-    return random_tree(module.abstract_params(config, dtype), seed)
+    shapes, config = MODELS[name]
+    return random_tree(shapes(config, dtype), seed)
 
 
 @pytest.mark.parametrize(
-    ("module", "config", "count"),
+    ("shapes", "config", "count"),
     [
-        (t5, T5Config(), 4_762_310_656),
-        (clip, CLIPConfig(), 123_060_480),
-        (autoencoder, AutoencoderConfig(), 83_819_683),
+        (param_shapes.t5, T5Config(), 4_762_310_656),
+        (param_shapes.clip, CLIPConfig(), 123_060_480),
+        (param_shapes.autoencoder, AutoencoderConfig(), 83_819_683),
     ],
 )
-def test_full_size_parameter_count(module, config, count: int):
-    tree = module.abstract_params(config, jnp.bfloat16)
+def test_full_size_parameter_count(shapes, config, count: int):
+    tree = shapes(config, jnp.bfloat16)
     leaves = jax.tree.leaves(tree)
     assert sum(math.prod(leaf.shape) for leaf in leaves) == count
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
@@ -71,18 +75,18 @@ def test_full_size_parameter_count(module, config, count: int):
 
 def test_full_size_shapes():
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-    variables = {"params": t5.abstract_params(T5Config(), jnp.bfloat16)}
+    variables = {"params": param_shapes.t5(T5Config(), jnp.bfloat16)}
     text = jax.eval_shape(t5.T5Encoder(T5Config(), jnp.bfloat16).apply, variables, ids)
     assert (text.shape, text.dtype) == ((2, 512, 4096), jnp.bfloat16)
 
     ids = jax.ShapeDtypeStruct((2, 77), jnp.int32)
-    variables = {"params": clip.abstract_params(CLIPConfig())}
+    variables = {"params": param_shapes.clip(CLIPConfig())}
     hidden, pooled = jax.eval_shape(clip.CLIPText(CLIPConfig()).apply, variables, ids)
     assert (hidden.shape, pooled.shape) == ((2, 77, 768), (2, 768))
 
     images = jax.ShapeDtypeStruct((1, 1024, 512, 3), jnp.float32)
     model = autoencoder.Autoencoder(AutoencoderConfig())
-    variables = {"params": autoencoder.abstract_params(AutoencoderConfig())}
+    variables = {"params": param_shapes.autoencoder(AutoencoderConfig())}
     mean, logvar = jax.eval_shape(
         lambda v, x: model.apply(v, x, method="encode"), variables, images
     )
@@ -157,13 +161,13 @@ def test_inputs_of_unsupported_sizes_are_errors():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_apply_inverts_invert(name: str):
-    module, config = MODELS[name]
+    shapes_of, config = MODELS[name]
     leaves = flatten_dict(jax.tree.map(np.asarray, random_params(name)), sep="/")
     rules = RULES[name](config)
     tensors: dict[str, np.ndarray] = {}
     for rule in rules:
         tensors |= invert_rule(rule, leaves[rule.target])
-    shapes = leaf_shapes(module.abstract_params(config))
+    shapes = leaf_shapes(shapes_of(config))
     check_keys(rules, shapes, {key: tensor.shape for key, tensor in tensors.items()}, label=name)
     for rule in rules:
         leaf = apply_rule(rule, tensors.__getitem__, shapes[rule.target], np.float32)
@@ -185,7 +189,7 @@ def test_aliases_of_tensor_names():
 
 
 def test_missing_and_unknown_tensors_are_errors():
-    rules, shapes = clip_rules(CLIP), leaf_shapes(clip.abstract_params(CLIP))
+    rules, shapes = clip_rules(CLIP), leaf_shapes(param_shapes.clip(CLIP))
     with pytest.raises(ConversionError, match=r"unmatched key: text_projection.weight") as error:
         check_keys(rules, shapes, {"text_projection.weight": (16, 16)}, label="clip")
     (problems,) = error.value.lists.values()

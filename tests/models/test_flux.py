@@ -18,7 +18,8 @@ from jaxtyping import config as jaxtyping_config
 from jitjax.config import TransformerConfig
 from jitjax.convert.tables.engine import expected_sources, leaf_shapes
 from jitjax.convert.tables.transformer import transformer_rules
-from jitjax.models.flux import FluxTransformer, abstract_params
+from jitjax.models import param_shapes
+from jitjax.models.flux import FluxTransformer
 
 CONFIG = TransformerConfig(
     in_channels=4,
@@ -36,7 +37,7 @@ MODEL = FluxTransformer(CONFIG)
 
 @pytest.fixture(scope="module")
 def params():
-    return random_tree(abstract_params(CONFIG), seed=0)
+    return random_tree(param_shapes.transformer(CONFIG), seed=0)
 
 
 def random_inputs(batch: int, count: int = 5) -> dict[str, jax.Array]:
@@ -75,7 +76,7 @@ def assert_close(got, expected):
 
 @pytest.mark.parametrize(("guidance", "count"), [(True, 11_901_408_320), (False, 11_891_178_560)])
 def test_full_size_parameter_count(guidance: bool, count: int):
-    tree = abstract_params(TransformerConfig(guidance_embeds=guidance), jnp.bfloat16)
+    tree = param_shapes.transformer(TransformerConfig(guidance_embeds=guidance), jnp.bfloat16)
     leaves = jax.tree.leaves(tree)
     assert sum(math.prod(leaf.shape) for leaf in leaves) == count
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
@@ -91,7 +92,9 @@ def test_full_size_names_and_shapes():
             for i in range(int(blocks)):
                 published[name.replace("{i}", str(i))] = tuple(map(int, shape))
     config = TransformerConfig()
-    expected = expected_sources(transformer_rules(config), leaf_shapes(abstract_params(config)))
+    expected = expected_sources(
+        transformer_rules(config), leaf_shapes(param_shapes.transformer(config))
+    )
     assert expected == published
 
 
@@ -101,7 +104,7 @@ def test_full_size_velocities():
     shapes = [(1, 4096, 64), (1, 4096, 3), (1, 512, 4096), (1, 768), (1,), (1,)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     model = FluxTransformer(config, jnp.bfloat16)
-    params = {"params": abstract_params(config, jnp.bfloat16)}
+    params = {"params": param_shapes.transformer(config, jnp.bfloat16)}
     out = jax.eval_shape(model.apply, params, *arrays)
     assert (out.shape, out.dtype) == ((1, 4096, 64), jnp.float32)
 

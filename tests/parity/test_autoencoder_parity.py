@@ -17,7 +17,8 @@ from jitjax.config import AutoencoderConfig  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
 from jitjax.convert.tables import engine  # noqa: E402
 from jitjax.convert.tables.autoencoder import autoencoder_rules  # noqa: E402
-from jitjax.models.autoencoder import Autoencoder, abstract_params  # noqa: E402
+from jitjax.models import param_shapes  # noqa: E402
+from jitjax.models.autoencoder import Autoencoder  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -87,7 +88,7 @@ def test_full_size_names_and_shapes():
     with torch.device("meta"):
         model = reference(config)
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = engine.leaf_shapes(abstract_params(config))
+    shapes = engine.leaf_shapes(param_shapes.autoencoder(config))
     assert engine.expected_sources(autoencoder_rules(config), shapes) == state
     assert sum(p.numel() for p in model.parameters()) == 83_819_683
 

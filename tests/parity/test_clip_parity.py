@@ -19,7 +19,8 @@ from jitjax.config import CLIPConfig  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
 from jitjax.convert.tables import engine  # noqa: E402
 from jitjax.convert.tables.text import clip_rules  # noqa: E402
-from jitjax.models.clip import CLIPText, abstract_params  # noqa: E402
+from jitjax.models import param_shapes  # noqa: E402
+from jitjax.models.clip import CLIPText  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -102,7 +103,7 @@ def test_full_size_names_and_shapes():
         model = transformers.CLIPTextModel(torch_config(config))
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     state = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in state.items()}
-    shapes = engine.leaf_shapes(abstract_params(config))
+    shapes = engine.leaf_shapes(param_shapes.clip(config))
     assert engine.expected_sources(clip_rules(config), shapes) == state
     assert sum(p.numel() for p in model.parameters()) == 123_060_480
 

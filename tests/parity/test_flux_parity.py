@@ -22,7 +22,8 @@ from jitjax.convert.tables.engine import expected_sources, leaf_shapes  # noqa: 
 from jitjax.convert.tables.text import canonical_names  # noqa: E402
 from jitjax.convert.tables.transformer import transformer_rules  # noqa: E402
 from jitjax.convert.targets.diffusers_folder import write_folder  # noqa: E402
-from jitjax.models.flux import FluxTransformer, abstract_params  # noqa: E402
+from jitjax.models import param_shapes  # noqa: E402
+from jitjax.models.flux import FluxTransformer  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -156,7 +157,7 @@ def test_full_size_names_and_shapes(guidance: bool):
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(guidance_embeds=guidance)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = leaf_shapes(abstract_params(config))
+    shapes = leaf_shapes(param_shapes.transformer(config))
     assert expected_sources(transformer_rules(config), shapes) == expected
     count = 11_901_408_320 if guidance else 11_891_178_560
     assert sum(value.numel() for value in model.parameters()) == count

@@ -19,7 +19,8 @@ from jitjax.config import T5Config  # noqa: E402
 from jitjax.convert.components import from_state  # noqa: E402
 from jitjax.convert.tables import engine  # noqa: E402
 from jitjax.convert.tables.text import t5_rules  # noqa: E402
-from jitjax.models.t5 import T5Encoder, abstract_params, relative_buckets  # noqa: E402
+from jitjax.models import param_shapes  # noqa: E402
+from jitjax.models.t5 import T5Encoder, relative_buckets  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -94,7 +95,7 @@ def test_full_size_names_and_shapes():
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = state.pop("encoder.embed_tokens.weight")
     assert tied == state["shared.weight"]
-    shapes = engine.leaf_shapes(abstract_params(config))
+    shapes = engine.leaf_shapes(param_shapes.t5(config))
     assert engine.expected_sources(t5_rules(config), shapes) == state
     assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
 
