@@ -41,7 +41,7 @@ from jitjax.config import FluxConfig, T5Config, TransformerConfig
 from jitjax.denoise import FluxVelocity, plan_for_device
 from jitjax.models import param_shapes
 from jitjax.models.attention import IMPLEMENTATIONS
-from jitjax.models.flux import compiler_options
+from jitjax.models.devices import compiler_options
 from jitjax.sampler.grid import positions
 
 MODELS = {

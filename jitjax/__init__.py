@@ -9,6 +9,9 @@ from jitjax import startup
 
 startup.begin()
 
+from typing import TYPE_CHECKING, Any
+
+from jitjax import sampler as _sampler
 from jitjax.checkpoint import FluxParams, save
 from jitjax.compiled import CompiledSampler, compile
 from jitjax.config import FluxConfig
@@ -16,10 +19,12 @@ from jitjax.denoise import denoise
 from jitjax.loading import load
 from jitjax.sample import decode, sample
 from jitjax.sampler.plan import PLANS, Plan
-from jitjax.sampler.solve import jit_solve
-from jitjax.sampler.solvers import AdamsBashforth2
-from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning, encode_prompt
+
+if TYPE_CHECKING:
+    from jitjax.sampler.solve import jit_solve
+    from jitjax.sampler.solvers import AdamsBashforth2
+    from jitjax.sampler.trace import Trace
 
 __all__ = [
     "PLANS",
@@ -39,3 +44,14 @@ __all__ = [
     "sample",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # At their first use, since diffrax takes half a second to import.
+    if name in ("AdamsBashforth2", "Trace", "jit_solve"):
+        return getattr(_sampler, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from jitjax.checkpoint.parameters import PARTS
 from jitjax.denoise import batch_keys, check_guidance
 from jitjax.latents import token_grid
 from jitjax.models.attention import check_implementation
-from jitjax.models.flux import compiler_options
+from jitjax.models.devices import compiler_options
 from jitjax.sample import sample
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.text import as_prompts, check_params, encode_ids, tokenize

@@ -17,6 +17,8 @@ from jitjax.validation import Range, check, check_fields, shown, type_hints
 
 PATCH = 2
 """Latent pixels per side of a patch: FLUX packs 2 x 2 latent pixels into one token."""
+EMBEDDING_SCALE = 1000.0
+"""Factor by which FLUX multiplies sigma and guidance before embedding them."""
 
 
 MAX_LEVELS = 8

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
-from jitjax.config import FluxConfig, TransformerConfig
+from jitjax.config import EMBEDDING_SCALE, FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
 from jitjax.models.attention import check_implementation
-from jitjax.models.flux import EMBEDDING_SCALE, FluxTransformer, compiler_options, on_nvidia_gpu
-from jitjax.sampler.anchors import first_anchors as draw_first_anchors
+from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
 from jitjax.sampler.grid import Grid, as_grid
@@ -28,9 +26,12 @@ from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.schedule import Shift, plan_sigmas
-from jitjax.sampler.solve import jit_solve
-from jitjax.sampler.trace import Trace
 from jitjax.text import Conditioning
+
+if TYPE_CHECKING:
+    import diffrax
+
+    from jitjax.sampler.trace import Trace
 
 NVIDIA_TOKENS = 8
 """On NVIDIA GPUs, `denoise` pads the tokens of a 16-bit transformer to a multiple of this number.
@@ -76,6 +77,8 @@ class FluxVelocity:
             args: the transformer's parameters, the conditioning, and the guidance strength [b]
                 (None for models without a guidance embedding).
         """
+        from jitjax.models.flux import FluxTransformer
+
         params, conditioning, guidance = args
         dtype = jax.tree.leaves(params)[0].dtype
         model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
@@ -230,6 +233,10 @@ def denoise(
             before compilation.
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
+    # Imported here, because diffrax takes half a second to import.
+    from jitjax.sampler.anchors import first_anchors as draw_first_anchors
+    from jitjax.sampler.solve import jit_solve
+
     plan = get_plan(plan)
     velocity = FluxVelocity(params.config.transformer, attention)
     config = params.config.transformer

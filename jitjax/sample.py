@@ -17,7 +17,6 @@ from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.attention import check_implementation
-from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
@@ -136,6 +135,8 @@ def decode(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) -> Array:
+    from jitjax.models.autoencoder import Autoencoder, from_latents
+
     model = Autoencoder(config, dtype=jax.tree.leaves(params)[0].dtype)
     latents = from_latents(unpack(tokens, grid), config)
     images = model.apply({"params": params}, latents, method="decode")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig, TokenLimit
-from jitjax.models.clip import CLIPText
-from jitjax.models.t5 import T5Encoder
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.validation import check, read_json, shown
 
@@ -38,7 +36,9 @@ PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
 """Subfolder -> padding token if the tokenizer's files name none."""
 
 
-class Conditioning(eqx.Module):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class Conditioning:
     """Prompt embeddings for the transformer, from `encode_prompt` or computed elsewhere.
 
     Attributes:
@@ -48,6 +48,13 @@ class Conditioning(eqx.Module):
 
     text: Float[Array, "b t d"]
     pooled: Float[Array, "b p"]
+
+    def __repr__(self) -> str:
+        shapes = (
+            f"{name}={getattr(value, 'dtype', '')}{list(jnp.shape(value))}"
+            for name, value in (("text", self.text), ("pooled", self.pooled))
+        )
+        return f"Conditioning({', '.join(shapes)})"
 
     def check(self, config: FluxConfig, batch: int | None = None) -> None:
         """Raise `ValueError` unless the shapes fit `config` and, if it is given, `batch`."""
@@ -158,6 +165,10 @@ def encode_ids(
     Returns:
         float32 embeddings.
     """
+    # Imported here, because Flax takes a quarter of a second to import.
+    from jitjax.models.clip import CLIPText
+    from jitjax.models.t5 import T5Encoder
+
     text: Any = T5Encoder(config.t5, _compute_dtype(t5)).apply({"params": t5}, t5_ids)
     pooled: Any = CLIPText(config.clip, _compute_dtype(clip)).apply({"params": clip}, clip_ids)[1]
     return Conditioning(text.astype(jnp.float32), pooled.astype(jnp.float32))

@@ -17,7 +17,8 @@ from jitjax.config import TransformerConfig
 from jitjax.denoise import FluxVelocity
 from jitjax.models import param_shapes
 from jitjax.models.attention import attend
-from jitjax.models.flux import FluxTransformer, compiler_options
+from jitjax.models.devices import compiler_options
+from jitjax.models.flux import FluxTransformer
 
 pytestmark = pytest.mark.gpu
 CONFIG = TransformerConfig(

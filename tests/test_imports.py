@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config", "jitjax.validation")
+NESTED = "jitjax.nested"
+BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config", "jitjax.validation", NESTED)
 TABLES, SOURCES = "jitjax.convert.tables", "jitjax.convert.sources"
 COMPONENTS, LORA = "jitjax.convert.components", "jitjax.convert.lora"
 ORIGINAL = "jitjax.convert.original"
@@ -21,8 +22,9 @@ ALLOWED = {
     "jitjax.validation": (),
     "jitjax.config": ("jitjax.validation",),
     "jitjax.sampler": (),
-    "jitjax.models": ("jitjax.config",),
-    "jitjax.checkpoint": ("jitjax.models", "jitjax.config", "jitjax.validation"),
+    "jitjax.nested": (),
+    "jitjax.models": ("jitjax.config", NESTED),
+    "jitjax.checkpoint": ("jitjax.models", "jitjax.config", "jitjax.validation", NESTED),
     "jitjax.convert": (),
     "jitjax.convert.tables": BASE,
     "jitjax.convert.components": (TABLES, *BASE),

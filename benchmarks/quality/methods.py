@@ -16,10 +16,9 @@ from numpy.polynomial import Polynomial
 import jitjax
 from benchmarks.quality import flops, peers
 from benchmarks.quality.prompts import prompts
-from jitjax.config import TransformerConfig
+from jitjax.config import EMBEDDING_SCALE, TransformerConfig
 from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.latents import draw_noise
-from jitjax.models.flux import EMBEDDING_SCALE
 from jitjax.models.layers import MLP, modulate, sinusoidal_embedding
 from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.plan import PLANS, Plan, get_plan

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jitjax.checkpoint import FluxParams
+from jitjax.nested import flatten, unflatten
 
 from ..components import COMPONENTS, component_of
 from ..tables.engine import TRANSFORMS, Rule
@@ -46,7 +46,7 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
     merged = {}
     for model in updates.models():
         rules = component_of(model).rules(getattr(params.config, model))
-        flat: dict[str, Any] = flatten_dict(params.part(model), sep="/")
+        flat: dict[str, Any] = flatten(params.part(model))
         changed = dict(flat)
         read = _Reader(rules, flat)
         for rule in rules:
@@ -56,7 +56,7 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
                 updates.add_to(model, rule, leaf, 0, read)
                 on_device = isinstance(old, jax.Array)
                 changed[rule.target] = jax.device_put(leaf, old.sharding) if on_device else leaf
-        merged[model] = unflatten_dict(changed, sep="/")
+        merged[model] = unflatten(changed)
     return FluxParams(
         **{c.name: merged.get(c.name, getattr(params, c.name)) for c in COMPONENTS},
         config=params.config,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from jitjax.checkpoint import METADATA_FILE, PARTS, TEXT_ENCODERS, FluxParams
 from jitjax.config import FluxConfig, TokenLimit
+from jitjax.nested import unflatten
 from jitjax.validation import check, listed, read_json, shown, type_hints
 
 from ..components import (
@@ -333,7 +333,7 @@ class Source:
                     leaf = leaves[model.name].setdefault(rule.target, np.empty(shape, piece.dtype))
                     leaf[start : start + len(piece)] = piece
                 bar.update(piece.nbytes)
-        trees = {name: unflatten_dict(flat, sep="/") for name, flat in leaves.items()}
+        trees = {name: unflatten(flat) for name, flat in leaves.items()}
         return FluxParams(**trees, config=self.config, tokenizer=self.tokenizer)
 
 

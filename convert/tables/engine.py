@@ -24,7 +24,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jitjax.nested import flatten, unflatten
 
 from .finite import all_finite, explain_non_finite
 
@@ -228,7 +229,7 @@ def expected_sources(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
     """Return path (joined by "/") -> leaf."""
-    return dict(flatten_dict(tree, sep="/"))
+    return flatten(tree)
 
 
 def leaf_shapes(tree: Tree) -> dict[str, Shape]:
@@ -385,4 +386,4 @@ def build_tree(
     """
     targets = ((rule.target, rule) for rule in rules)
     leaves = {path: apply_rule(rule, read, shapes[path], dtypes[path]) for path, rule in targets}
-    return unflatten_dict(leaves, sep="/")
+    return unflatten(leaves)

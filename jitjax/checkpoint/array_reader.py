@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jitjax.checkpoint import array_layout
+from jitjax.nested import flatten, unflatten
 from jitjax.validation import Range, check, listed, read_json, shown
 
 MAX_GROUP_BYTES = 256 * 2**20  # leaves that are read together; a larger leaf is read alone
@@ -38,7 +38,7 @@ def read_leaf_metadata(path: Path) -> dict[str, Any]:
         ) from error
     if tree is None:
         raise ValueError(f"{str(path)!r} cannot be read: the metadata of its arrays is damaged")
-    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    leaves: dict[str, Any] = flatten(tree)
     return leaves
 
 
@@ -146,8 +146,8 @@ def _load_leaves(
     # Orbax skips the leaves whose target is `...`.
     target: Any = {name: leaf if name in names else ... for name, leaf in targets.items()}
     with array_layout.orbax_context():
-        tree: Any = array_layout.orbax().load(path.absolute(), unflatten_dict(target, sep="/"))
-    flat: dict[str, Any] = flatten_dict(tree, sep="/")
+        tree: Any = array_layout.orbax().load(path.absolute(), unflatten(target))
+    flat: dict[str, Any] = flatten(tree)
     return {name: flat[name] for name in names}
 
 

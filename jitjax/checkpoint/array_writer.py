@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from jitjax.checkpoint.array_layout import (
     Digest,
@@ -26,6 +25,7 @@ from jitjax.checkpoint.array_layout import (
     root_cause,
 )
 from jitjax.checkpoint.direct_io import write_file
+from jitjax.nested import unflatten
 
 MAX_PENDING_BYTES = 128 * 2**20  # chunks that are still to be written when `Writer.write` returns
 
@@ -155,7 +155,7 @@ class Writer:
         stubs = {name: np.zeros(1, array.dtype.numpy_dtype) for name, array in self._arrays.items()}
         with orbax_context():
             cpu = jax.local_devices(backend="cpu")[0]
-            orbax().save(self.path, unflatten_dict(jax.device_put(stubs, cpu), sep="/"))
+            orbax().save(self.path, unflatten(jax.device_put(stubs, cpu)))
         (metadata_file,) = self.path.glob("*/_METADATA")
         metadata = json.loads(metadata_file.read_text())
         for entry in metadata["tree_metadata"].values():

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from jitjax.checkpoint.array_reader import read_arrays, read_leaf_metadata
@@ -24,6 +23,7 @@ from jitjax.checkpoint.parameters import (
 )
 from jitjax.checkpoint.saving import METADATA_FILE, read_metadata
 from jitjax.config import FluxConfig
+from jitjax.nested import flatten, unflatten
 from jitjax.validation import listed
 
 Sharding = jax.sharding.Sharding
@@ -81,12 +81,12 @@ def place_on_devices(params: FluxParams, sharding_for: ShardingFor) -> FluxParam
     """Put each leaf on the devices of the sharding that `sharding_for` returns for it."""
     trees = {}
     for part, tree in _trees_by_part(params).items():
-        flat: dict[str, Any] = flatten_dict(tree, sep="/")
+        flat: dict[str, Any] = flatten(tree)
         trees[part] = {
             name: jax.device_put(leaf, sharding_for(f"{part}/{name}", leaf.shape))
             for name, leaf in flat.items()
         }
-    trees = {part: unflatten_dict(flat, sep="/") for part, flat in trees.items()}
+    trees = {part: unflatten(flat) for part, flat in trees.items()}
     return dataclasses.replace(params, **trees)
 
 
@@ -119,7 +119,7 @@ def _load_parts(
                 array, problem = _cast(array, dtype)
             flat[name] = array
             problems += [f"{part}/{name} {problem}"] if problem else []
-        trees[part] = unflatten_dict(flat, sep="/")
+        trees[part] = unflatten(flat)
     if problems:
         raise _damage_error(folder, problems)
     tokenizer = str(folder.absolute()) if has_text_encoders else ""
@@ -152,7 +152,7 @@ def _restore_targets(
         ValueError: the leaves do not match the configuration; the message lists all mismatches.
     """
     leaves = read_leaf_metadata(path)
-    abstract_leaves: dict[str, Any] = flatten_dict(abstract, sep="/")
+    abstract_leaves: dict[str, Any] = flatten(abstract)
     expected = {name: list(leaf.shape) for name, leaf in abstract_leaves.items()}
     stored = {name: list(leaf.shape) for name, leaf in leaves.items()}
     problems = [f"{name} is missing" for name in expected if name not in stored]

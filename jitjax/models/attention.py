@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jitjax.models.layers import at_least_float32
+from jitjax.models.precision import at_least_float32
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 """Values that `implementation` of `attend` may have."""

@@ -15,22 +15,19 @@ The architecture is Black Forest Labs' FLUX.1. Reference: diffusers `FluxTransfo
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from jitjax.config import TransformerConfig
+from jitjax.config import EMBEDDING_SCALE, TransformerConfig
 from jitjax.models.attention import attend
 from jitjax.models.layers import (
     MLP,
     QKVProjection,
     Rotary,
     apply_rotary,
-    at_least_float32,
     clip_float16,
     dense,
     modulate,
@@ -39,34 +36,7 @@ from jitjax.models.layers import (
     sinusoidal_embedding,
 )
 from jitjax.models.linen import Dense, scan_blocks
-
-EMBEDDING_SCALE = 1000.0
-"""Factor by which FLUX multiplies sigma and guidance before embedding them."""
-
-
-def on_nvidia_gpu() -> bool:
-    """Whether the default device is an NVIDIA GPU."""
-    return (
-        jax.default_backend() == "gpu"
-        and "cuda" in jax.devices()[0].client.platform_version.lower()
-    )
-
-
-def compiler_options() -> dict[str, bool]:
-    """Return the options of XLA with which the transformer is fastest on this process's devices.
-
-    `denoise` and `sample` compile with them, unless they are called under `jit`: options belong to
-    the outermost jitted function, `jax.jit(f, compiler_options=compiler_options())`.
-
-    On NVIDIA GPUs, with these options cuBLAS reads the weights of a scanned block in place. Without
-    them XLA copies the weights of every block first. Options that the environment variable
-    XLA_FLAGS sets are left as they are. Before jax 0.11 there are none: its XLA needs the copies.
-    """
-    if not on_nvidia_gpu() or jax.__version_info__ < (0, 11):
-        return {}
-    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in options.items() if name not in flags}
+from jitjax.models.precision import at_least_float32
 
 
 def _rotary_attention(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jitjax.models import linen
 from jitjax.models.param_shapes import SCALAR_WIDTH
+from jitjax.models.precision import at_least_float32
 
 EPSILON = 1e-6
 """Epsilon of every normalisation in FLUX."""
@@ -27,11 +28,6 @@ THETA = 10_000.0
 
 Rotary = tuple[Float[Array, "b s 1 half"], Float[Array, "b s 1 half"]]
 """Cosines and sines of the rotation angle of every channel pair, from `rotary_embedding`."""
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """Return float64 if `dtype` is float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def sinusoidal_embedding(

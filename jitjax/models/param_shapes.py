@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
+from jitjax.nested import unflatten
 
 SCALAR_WIDTH = 256
 """Width of the sinusoidal embedding of sigma and of the guidance scale."""
@@ -164,11 +165,4 @@ def _mid(name: str, width: int) -> Iterator[tuple[str, Shape]]:
 def _tree(
     config: Any, dtype: DTypeLike, shapes: Callable[[Any], Iterator[tuple[str, Shape]]]
 ) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, shape in shapes(config):
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
-    return tree
+    return unflatten({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes(config)})

@@ -19,17 +19,48 @@ The modules, in reading order:
     solve.py        the staged solve
     trace.py        the record of a run
     checks.py       validation of a solve's inputs
+
+What needs equinox and diffrax is imported at its first use, since they take half a second.
 """
 
-from jitjax.sampler.anchors import AnchorSet, first_anchors
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from jitjax.sampler.grid import Grid, positions
-from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.plan import PLANS, Plan, get_plan
 from jitjax.sampler.schedule import Shift, beta_sigmas, plan_sigmas, shifted_sigmas
-from jitjax.sampler.solve import jit_solve
-from jitjax.sampler.solvers import AdamsBashforth2
-from jitjax.sampler.terms import Velocity
-from jitjax.sampler.trace import Trace
+
+if TYPE_CHECKING:
+    from jitjax.sampler.anchors import AnchorSet, first_anchors
+    from jitjax.sampler.lifter import Lifter
+    from jitjax.sampler.solve import jit_solve
+    from jitjax.sampler.solvers import AdamsBashforth2
+    from jitjax.sampler.terms import Velocity
+    from jitjax.sampler.trace import Trace
+
+_MODULES = {
+    "AdamsBashforth2": "solvers",
+    "AnchorSet": "anchors",
+    "Lifter": "lifter",
+    "Trace": "trace",
+    "Velocity": "terms",
+    "first_anchors": "anchors",
+    "jit_solve": "solve",
+}
+"""Names that are imported at their first use -> their modules."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "PLANS",

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv
 
 from jitjax.sampler.plan import Plan
 
@@ -47,6 +46,9 @@ def beta_sigmas(steps: int) -> np.ndarray:
     Returns:
         Sigma at the start of each step, [steps]; falls from 1 to 1 / steps.
     """
+    # Imported here, because it takes a sixth of a second.
+    from scipy.special import betaincinv
+
     lowest = 1 / steps
     quantiles = betaincinv(BETA_A, BETA_B, np.linspace(1, 0, steps))
     return lowest + (1 - lowest) * quantiles

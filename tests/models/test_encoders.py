@@ -19,7 +19,6 @@ from jitjax.convert.tables.engine import (
     ConversionError,
     apply_rule,
     check_keys,
-    flatten_dict,
     invert_rule,
     leaf_shapes,
 )
@@ -32,6 +31,7 @@ from jitjax.convert.tables.text import (
     t5_rules,
 )
 from jitjax.models import autoencoder, clip, param_shapes, t5
+from jitjax.nested import flatten
 
 T5 = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=3)
 CLIP = CLIPConfig(
@@ -162,7 +162,7 @@ def test_inputs_of_unsupported_sizes_are_errors():
 @pytest.mark.parametrize("name", MODELS)
 def test_apply_inverts_invert(name: str):
     shapes_of, config = MODELS[name]
-    leaves = flatten_dict(jax.tree.map(np.asarray, random_params(name)), sep="/")
+    leaves = flatten(jax.tree.map(np.asarray, random_params(name)))
     rules = RULES[name](config)
     tensors: dict[str, np.ndarray] = {}
     for rule in rules:

@@ -19,6 +19,7 @@ from jitjax.convert.tables import engine  # noqa: E402
 from jitjax.convert.tables.autoencoder import autoencoder_rules  # noqa: E402
 from jitjax.models import param_shapes  # noqa: E402
 from jitjax.models.autoencoder import Autoencoder  # noqa: E402
+from jitjax.nested import flatten  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -97,7 +98,7 @@ def test_diffusers_loads_inverted_rules(tmp_path):
     """diffusers loads the tensors of the inverted rule table, with no missing or unexpected key."""
     config = CONFIGS["narrower below"]
     model = randomised(reference(config), seed=0)
-    leaves = engine.flatten_dict(from_state("autoencoder", numpy_state(model), config), sep="/")
+    leaves = flatten(from_state("autoencoder", numpy_state(model), config))
     tensors: dict[str, np.ndarray] = {}
     for rule in autoencoder_rules(config):
         tensors |= engine.invert_rule(rule, leaves[rule.target])

@@ -21,6 +21,7 @@ from jitjax.convert.tables import engine  # noqa: E402
 from jitjax.convert.tables.text import t5_rules  # noqa: E402
 from jitjax.models import param_shapes  # noqa: E402
 from jitjax.models.t5 import T5Encoder, relative_buckets  # noqa: E402
+from jitjax.nested import flatten  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -121,7 +122,7 @@ def test_transformers_loads_inverted_rules(tmp_path):
     """transformers loads the tensors of the inverted rule table: no missing or unexpected key."""
     config = CONFIGS["wide heads"]
     state = numpy_state(reference(config, seed=0))
-    leaves = engine.flatten_dict(from_state("t5", state, config), sep="/")
+    leaves = flatten(from_state("t5", state, config))
     tensors: dict[str, np.ndarray] = {}
     for rule in t5_rules(config):
         tensors |= engine.invert_rule(rule, leaves[rule.target])
