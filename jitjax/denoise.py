@@ -25,6 +25,7 @@ from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.progress import StepReports
 from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.text import Conditioning
 
@@ -178,6 +179,8 @@ def check_guidance(guidance: Any, batch: int) -> Array:
 def denoise(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
 def denoise(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
+@overload
+def denoise(*args: Any, trace: bool, **kwargs: Any) -> Array | tuple[Array, Trace]: ...
 @with_auto_axes("noise")
 def denoise(
     params: FluxParams,
@@ -192,7 +195,7 @@ def denoise(
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: diffrax.AbstractSolver | None = None,
     attention: str = "auto",
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], Any] | StepReports | None = None,
     check_finite: bool = False,
     trace: bool = False,
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
@@ -219,7 +222,7 @@ def denoise(
         solver: a diffrax solver; Euler's method by default.
         attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
             or "pallas"; see `jitjax.models.attention`.
-        progress: callback, called with 1 after every step.
+        progress: callback, called with 1 for every finished step.
         check_finite: whether to check the velocity of every step.
         trace: whether to return a `Trace` too.
 
@@ -234,7 +237,6 @@ def denoise(
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     # Imported here, because diffrax takes half a second to import.
-    from jitjax.sampler.anchors import first_anchors as draw_first_anchors
     from jitjax.sampler.solve import jit_solve
 
     plan = get_plan(plan)
@@ -272,19 +274,14 @@ def denoise(
         if key is None:
             names = " and ".join(name for name, needed in must_draw.items() if needed)
             raise ValueError(f"key is None; expected a key, which this plan needs for {names}")
-        keys = batch_keys(key, b)
-        anchor_keys, microflow_keys = split(keys)
+        drawn = _draw(plan, grid, budget, noise.shape[2], batch_keys(key, b))
         if must_draw["first_anchors"]:
-            draw = partial(
-                draw_first_anchors, grid=grid, budget=budget, layout=plan.first, fill=plan.fill
-            )
-            first_anchors = jax.vmap(draw)(anchor_keys)
+            first_anchors = drawn[0]
         if must_draw["microflow_noise"]:
-            microflow_noise = draw_noise(microflow_keys, grid, noise.shape[2])
-            microflow_noise = microflow_noise.astype(noise.dtype)
+            assert drawn[1] is not None
+            microflow_noise = drawn[1].astype(noise.dtype)
         if must_draw["random activation"]:
-            score_keys = fold_in(keys, jnp.full(b, 2))
-            random_scores = jax.vmap(lambda sample_key: uniform(sample_key, (n,)))(score_keys)
+            random_scores = drawn[2]
     if first_anchors is not None:
         anchors = as_array("first_anchors", first_anchors)
         first_anchors = anchors[None].repeat(b, axis=0) if anchors.ndim == 1 else anchors
@@ -307,3 +304,24 @@ def denoise(
         check_finite=check_finite,
         trace=trace,
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw(
+    plan: Plan, grid: Grid, budget: int, channels: int, keys: Key[Array, " b"]
+) -> tuple[Int[Array, "b k"], Float[Array, "b n d"] | None, Float[Array, "b n"] | None]:
+    """Draw the first anchors, the noise of the micro-flow, and scores for random activation.
+
+    What the plan does not use is None.
+    """
+    from jitjax.sampler.anchors import first_anchors
+
+    anchor_keys, microflow_keys = split(keys)
+    draw = partial(first_anchors, grid=grid, budget=budget, layout=plan.first, fill=plan.fill)
+    noise = scores = None
+    if plan.microflow != "none" and plan.microflow_noise == "fresh":
+        noise = draw_noise(microflow_keys, grid, channels)
+    if plan.activation == "random":
+        score_keys = fold_in(keys, jnp.full(keys.shape, 2))
+        scores = jax.vmap(lambda key: uniform(key, (grid[0] * grid[1],)))(score_keys)
+    return jax.vmap(draw)(anchor_keys), noise, scores

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
@@ -21,6 +21,7 @@ from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.progress import StepReports
 from jitjax.text import Conditioning, as_prompts, check_params, encode_prompt
 
 
@@ -82,10 +83,10 @@ def sample(
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     check_guidance(guidance, batch)
-    noise_keys, denoise_keys = split(batch_keys(key, batch))
+    noise, denoise_keys = _start(grid, config.transformer.in_channels, batch_keys(key, batch))
     conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompts)
-    noise = draw_noise(noise_keys, grid, config.transformer.in_channels)
     with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
+        reports = StepReports(bar.update)
         tokens = denoise(
             params,
             conditioning,
@@ -95,9 +96,21 @@ def sample(
             guidance=guidance,
             key=denoise_keys,
             attention=attention,
-            progress=bar.update if progress else None,
+            progress=reports if progress else None,
         )
-    return decode(params, tokens, grid=grid)
+        # Before the last steps are finished, so that they run while Python traces the decoder.
+        images = decode(params, tokens, grid=grid)
+        reports.finish()
+    return images
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _start(
+    grid: Grid, channels: int, keys: Key[Array, " b"]
+) -> tuple[Float[Array, "b n d"], Key[Array, " b"]]:
+    """Draw the noise; return it, and the keys of all other draws."""
+    noise_keys, denoise_keys = split(keys)
+    return draw_noise(noise_keys, grid, channels), denoise_keys
 
 
 @with_auto_axes("tokens")

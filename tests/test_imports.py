@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -95,3 +97,33 @@ def test_no_import_cycles():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+def python(code: str) -> str:
+    """Run Python without the checks of types that the tests add; return what it prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_what_takes_long_to_import_is_imported_at_its_first_use():
+    late = ("flax", "diffrax", "equinox", "scipy", "orbax", "transformers", "torch", "PIL")
+    code = f"import jitjax, sys; print([name for name in {late} if name in sys.modules])"
+    assert python(code) == "[]"
+    # Loading the bundled checkpoint needs none of the models.
+    code = "import sys, jitjax; jitjax.load('tiny'); print('flax' in sys.modules)"
+    assert python(code) == "False"
+
+
+@pytest.mark.parametrize("package", ["jitjax", "jitjax.sampler"])
+def test_public_names_exist_before_their_first_use(package):
+    code = f"""import {package} as package
+assert set(package.__all__) <= set(dir(package))
+print([name for name in package.__all__ if getattr(package, name) is None])
+try:
+    package.nothing
+except AttributeError as error:
+    print(error)
+from {package} import *"""
+    expected = f"[]\nmodule '{package}' has no attribute 'nothing'"
+    assert python(code) == expected

@@ -112,9 +112,13 @@ def product(*args: Any, **kwargs: Any) -> Array:
     in place, but copies it first if a bias is fused to the product (see docs/performance.md). The
     bias is fused with what comes after it instead. Arguments and result are `lax.dot_general`'s.
     """
-    out = jax.lax.dot_general(*args, **kwargs)
+    return _barrier_on_cuda(jax.lax.dot_general(*args, **kwargs))
+
+
+@partial(jax.jit, inline=True)  # traced once per shape
+def _barrier_on_cuda(array: Array) -> Array:
     return jax.lax.platform_dependent(
-        out, cuda=jax.lax.optimization_barrier, default=lambda array: array
+        array, cuda=jax.lax.optimization_barrier, default=lambda array: array
     )
 
 

@@ -17,6 +17,7 @@ The modules, in reading order:
     solvers.py      solvers whose state includes the last velocity
     transition.py   activation and micro-flow between two stages
     solve.py        the staged solve
+    progress.py     reports of finished steps
     trace.py        the record of a run
     checks.py       validation of a solve's inputs
 

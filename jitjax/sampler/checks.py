@@ -170,7 +170,7 @@ def _check_first_anchors(
         raise ValueError("first_anchors has duplicate indices in a sample; expected none")
 
 
-def check_finite_velocity(velocity: Array, step: int, sigma: Array) -> None:
+def check_finite_velocity(velocity: Array, step: int, sigma: Array | np.floating) -> None:
     """Check that a velocity is finite.
 
     Raises:

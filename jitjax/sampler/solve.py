@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, overload
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jitjax.sampler.anchors import AnchorSet
@@ -23,12 +24,14 @@ from jitjax.sampler.checks import (
     check_finite_velocity,
     check_inputs,
     check_not_traced,
+    concrete,
     is_traced,
 )
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.progress import StepReports
 from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
 from jitjax.sampler.static import Static, split_arrays
 from jitjax.sampler.terms import SagArgs, Velocity, sag_ode
@@ -70,6 +73,8 @@ class _Arrays(NamedTuple):
 def jit_solve(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: ...
 @overload
 def jit_solve(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
+@overload
+def jit_solve(*args: Any, trace: bool, **kwargs: Any) -> Array | tuple[Array, Trace]: ...
 @with_auto_axes("noise")
 def jit_solve(
     velocity: Velocity,
@@ -85,7 +90,7 @@ def jit_solve(
     solver: diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
     compiler_options: Mapping[str, bool | int | str] | None = None,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], Any] | StepReports | None = None,
     check_finite: bool = False,
     trace: bool = False,
 ) -> Float[Array, "b n d"] | tuple[Float[Array, "b n d"], Trace]:
@@ -121,8 +126,9 @@ def jit_solve(
             `plan.pad_to`.
         compiler_options: options of XLA for the programs of the stages, as `jax.jit` takes them.
             They are ignored under a transformation: there they belong to the outermost `jax.jit`.
-        progress: callback, called with 1 after every step. Each step is then dispatched from
-            Python.
+        progress: callback, called with 1 for every finished step. Each step is then dispatched
+            from Python, a few ahead of the last finished one. If it is a `StepReports`, the caller
+            finishes it.
         check_finite: whether to check the velocity of every step. Each step is then dispatched
             from Python.
         trace: whether to return a `Trace` too.
@@ -150,31 +156,34 @@ def jit_solve(
     velocity_arrays, static_velocity = split_arrays("velocity", velocity)
     solver_arrays, static_solver = split_arrays("solver", solver)
     arrays = _Arrays(velocity_arrays, solver_arrays)
-    if progress or check_finite:
+    stepwise = progress is not None or check_finite
+    if stepwise:
         check_not_traced(noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays)
     options = tuple(sorted((compiler_options or {}).items()))
     if options and is_traced(
         noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays
     ):
         options = ()
-    sigmas = sigmas.astype(noise.dtype)
+    known = concrete(sigmas)  # a slice of a NumPy array needs no program
+    levels: Any = (sigmas if known is None else known).astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start = noise, first_anchors, 0
     recorder = Recorder() if trace else None
+    reports = progress if isinstance(progress, StepReports) else StepReports(progress)
     for k, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
         lifter = None
         if budget < n:
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
         stage = _Stage(static_solver, grid, budget)
         y, u, states = _run_stage(
-            _programs(static_velocity, options), stage, arrays, y, sigmas[start : end + 1],
-            SagArgs(lifter, args), progress, check_finite, start, trace,
+            _programs(static_velocity, options), stage, arrays, y, levels[start : end + 1],
+            SagArgs(lifter, args), reports if stepwise else None, check_finite, start, trace,
         )  # fmt: skip
         if recorder:
-            recorder.add_stage(states, index if lifter else None, y - sigmas[end] * u, lifter)
+            recorder.add_stage(states, index if lifter else None, y - levels[end] * u, lifter)
         transition_record = None
         if lifter is not None and end < plan.steps and budgets[k + 1] > budget:
-            last_step = sigmas[end - 1], sigmas[end]
+            last_step = jnp.asarray(levels[end - 1]), jnp.asarray(levels[end])
             y, index, transition_record = transition(
                 plan, budget, budgets[k + 1], y, u, *last_step, lifter, microflow_noise,
                 random_scores, record=trace,
@@ -182,6 +191,8 @@ def jit_solve(
         if recorder and end < plan.steps:
             recorder.transitions.append(transition_record)
         start = end
+    if reports is not progress:
+        reports.finish()
     return (y, recorder.to_trace(evaluations_per_step(solver))) if recorder else y
 
 
@@ -190,20 +201,20 @@ def _run_stage(
     stage: _Stage,
     arrays: _Arrays,
     y: Array,
-    sigmas: Array,
+    sigmas: Array | np.ndarray,
     sag_args: SagArgs,
-    progress: Callable[[int], Any] | None,
+    reports: StepReports | None,
     check_finite: bool,
     first_step: int,
     every_step: bool,
 ) -> tuple[Array, Array, Array | None]:
-    """Run one stage: in one call, or step by step for `progress` or `check_finite`.
+    """Run one stage: in one call, or step by step if there are `reports`.
 
     Returns:
         The last state, the last velocity, and the states after every step (None unless
         `every_step`).
     """
-    if progress is None and not check_finite:
+    if reports is None:
         y, states, solver_state = programs.integrate(
             stage, every_step, arrays, y, sigmas, sag_args, None
         )
@@ -223,9 +234,7 @@ def _run_stage(
         states.append(step_states)
         if check_finite:
             check_finite_velocity(solver_state[-1], first_step + i, sigmas[i])
-        y.block_until_ready()
-        if progress:
-            progress(1)
+        reports.add(y)
     return y, solver_state[-1], jnp.concatenate(states) if every_step else None
 
 
