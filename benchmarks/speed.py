@@ -1,24 +1,52 @@
 """Measures the transformer and whole plans: seconds, FLOP/s, compilation time and memory.
 
-    python -m benchmarks.speed --model flux-dev --out speed.jsonl    on a GPU
-    python -m benchmarks.speed --model middle --size 512 --dtype float32               on a CPU
-    python -m benchmarks.speed --model flux-dev --plans --profile kernels.txt          kernels
+    python -m benchmarks.speed                               GPU: flux-dev; CPU: tiny and middle
+    python -m benchmarks.speed --out speed.jsonl --minutes 5            rows as JSON lines too
+    python -m benchmarks.speed --model middle --size 512 --plans 4x 7x  a few minutes on a CPU
+    python -m benchmarks.speed --model flux-dev --plans --profile kernels.txt
 
-Weights are random and created on the device. There is a row for a large matrix product, then one
-for a single evaluation of the transformer at each number of tokens that the plans use, then one for
-each plan from noise to clean tokens. Each row is written as soon as it is measured.
+Models: "flux-dev" has the size of FLUX.1-dev and random weights, made on the device (24 GB in
+bfloat16); "middle" is a small FLUX (6 blocks of width 512), also random; "tiny" is the bundled
+checkpoint. One sample, warm medians. Rows come in this order, and each is written as soon as it is
+known, so a run that is cut short keeps what it has:
 
-"share" is the FLOP/s of the row over the FLOP/s of the matrix product. "outside" is the share of a
-plan's time beyond the time of its evaluations, measured separately. FLOPs are counted by
-`benchmarks.quality.flops`, attention included.
+    matmul    the rate of a large matrix product, what the device can reach in this run
+    forward   one evaluation of the transformer, at each number of image tokens that a plan uses
+    plan      a plan from noise to clean tokens; those of few steps first
+    speed-up  a plan against "dense", and the speed-up that its FLOPs allow
+    solver    the first stage of a plan with diffrax, against a loop by hand
+
+Fields of these rows (times in seconds):
+
+    seconds          median of all rounds; "lowest" and "highest" are their range
+    compile          tracing, lowering and compilation, less what the compilation cache gave; in a
+                     plan, the first call less a warm one
+    tflop            FLOPs by the formula of benchmarks.quality.flops, attention included
+    xla_tflop        FLOPs by XLA's cost analysis, loops counted as often as they run; it has all
+                     operations, the formula only matrix products. "agreement" is their quotient
+    tflops_per_second, share    tflop over seconds; and that over the rate of the matrix product
+    step_seconds, stage_seconds one step of each stage, and all of its steps, in a run that reports
+                     every step
+    outside          time of the same plan with a linear map of each token in the transformer's
+                     place, over that of the plan: the share of lifter, gathers, importance,
+                     micro-flow, solver and Python. On a GPU it is an upper bound: there Python runs
+                     ahead of the device
+    unexplained      the rest: 1 - outside - the evaluations, timed alone
+    peak_gb          peak of the device's memory up to this row; on a CPU, of the process's
+    speedup, bound   seconds of "dense" over those of the plan; the quotient of their FLOPs
+    ratio            seconds with diffrax over seconds by hand, the median of turns
+    linear_cost      the same difference with the linear map, where it is not lost in the noise,
+                     over the seconds by hand with the transformer
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,139 +55,187 @@ import jax.numpy as jnp
 import numpy as np
 
 import jitjax
+from benchmarks.kernels import kernels
 from benchmarks.quality import flops
+from benchmarks.solver_loop import stage_pair
+from benchmarks.speed_models import CHECKPOINT, MODELS, SIDES, Bench
 from benchmarks.timing import (
-    compile_for,
     device_info,
     matmul_rate,
-    measure,
-    random_params,
-    record_row,
+    measure_in_turns,
+    peak_gb,
+    timing_of,
 )
-from jitjax.checkpoint import FluxParams
-from jitjax.config import FluxConfig, T5Config, TransformerConfig
-from jitjax.denoise import FluxVelocity, plan_for_device
-from jitjax.models import param_shapes
+from jitjax.denoise import plan_for_device
 from jitjax.models.attention import IMPLEMENTATIONS
-from jitjax.models.devices import compiler_options
-from jitjax.sampler.grid import positions
 
-MODELS = {
-    "flux-dev": TransformerConfig(),
-    "middle": TransformerConfig(
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=64,
-        num_attention_heads=8,
-        joint_attention_dim=256,
-        axes_dims_rope=(8, 28, 28),
-    ),
-}
 PLANS = ("dense", "4x", "7x")
+LINEAR_ROUNDS = 20
+"""Rounds of what costs milliseconds, at the least."""
 
 
-class Bench:
-    """A transformer with random weights, and the inputs for one sample.
+class Report:
+    """Prints rows and appends them to a file of JSON lines.
 
     Args:
-        config: configuration of the transformer.
-        side: side of the image in pixels, a multiple of 16.
-        text: number of text tokens.
-        dtype: dtype of the weights.
-        attention: implementation of attention, see `jitjax.models.attention`.
+        path: the file, if any.
+        as_json: whether to print JSON, too.
+        info: fields of all rows that are not printed as text.
     """
 
-    def __init__(self, config: TransformerConfig, side: int, text: int, dtype: Any, attention: str):
-        self.config, self.grid, self.text = config, (side // 16, side // 16), text
-        self.tokens = self.grid[0] * self.grid[1]
-        self.velocity = FluxVelocity(config, attention)
-        self.params = FluxParams(
-            transformer=random_params(param_shapes.transformer(config, dtype)),
-            t5={},
-            clip={},
-            autoencoder={},
-            config=FluxConfig(
-                transformer=config,
-                t5=T5Config(d_model=config.joint_attention_dim),
-                text_length=text,
-            ),
-            tokenizer="",
-        )
-        keys = iter(jax.random.split(jax.random.key(1), 8))
-        self.conditioning = jitjax.Conditioning(
-            jax.random.normal(next(keys), (1, text, config.joint_attention_dim)),
-            jax.random.normal(next(keys), (1, config.pooled_projection_dim)),
-        )
-        self.noise = jax.random.normal(next(keys), (1, self.tokens, config.in_channels))
-        self.microflow_noise = jax.random.normal(next(keys), self.noise.shape)
-        self.guidance = jnp.full((1,), 3.5)
-        self.args = (self.params.transformer, self.conditioning, self.guidance)
-        jax.block_until_ready((self.params, self.noise))
+    def __init__(self, path: Path | None, as_json: bool, info: dict[str, Any]):
+        self.path, self.as_json, self.info = path, as_json, info
 
-    def forward(self, tokens: int) -> tuple[Callable[[], Any], float]:
-        """Compile one evaluation on the first `tokens` tokens.
-
-        Returns:
-            The compiled call, and the seconds that compilation took.
-        """
-        token_positions = positions(jnp.arange(tokens), self.grid)[None]
-        y = self.noise[:, :tokens]
-        args = (y, token_positions, jnp.float32(0.9), self.args)
-        return compile_for(self._evaluate, *args, options=compiler_options())
-
-    def _evaluate(
-        self, y: jax.Array, token_positions: jax.Array, sigma: jax.Array, args: Any
-    ) -> jax.Array:
-        return self.velocity(y, token_positions, sigma, None, args)
-
-    def plan(self, plan: jitjax.Plan) -> Callable[[], Any]:
-        """Return a call that runs `plan` from noise to clean tokens; its first call compiles."""
-        budget = plan.budgets(self.tokens, self.text)[0]
-        anchors = np.random.default_rng(0).permutation(self.tokens)[None, :budget]
-        return lambda: jitjax.denoise(
-            self.params,
-            self.conditioning,
-            self.noise,
-            plan=plan,
-            grid=self.grid,
-            guidance=self.guidance,
-            first_anchors=jnp.asarray(anchors) if budget < self.tokens else None,
-            microflow_noise=self.microflow_noise,
-            attention=self.velocity.attention,
-        )
+    def __call__(self, row: dict[str, Any], **more: Any) -> None:
+        """Write a row; `more` are fields that are not printed as text either."""
+        line = json.dumps(row | more | self.info)
+        print(line if self.as_json else as_text(row), flush=True)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
 
 
-def kernels(call: Callable[[], Any], folder: Path, limit: int = 40) -> str:
-    """Profile one call with JAX's profiler.
+def as_text(row: dict[str, Any]) -> str:
+    """Return a row as a line of text."""
+
+    def value(x: Any) -> str:
+        if isinstance(x, list):
+            return ", ".join(map(value, x))
+        return f"{x:.4g}" if isinstance(x, float) else str(x)
+
+    fields = dict(row)
+    title = " ".join(str(fields.pop(name)) for name in ("row", "plan", "tokens") if name in fields)
+    return f"{title:14} " + "  ".join(f"{name} {value(x)}" for name, x in fields.items())
+
+
+def step_times(plan: jitjax.Plan, call: Callable[..., Any]) -> tuple[list[float], list[float]]:
+    """Run a plan once and time its steps.
 
     Args:
-        call: the function to profile.
-        folder: where the profiler writes its trace.
-        limit: number of operations to list.
+        plan: the plan.
+        call: runs it, and passes `progress` on.
 
     Returns:
-        A table of the operations that take the most time on the device, with time, share and count.
+        Seconds of one step of each stage, the median; and that times the stage's steps. The first
+        step of a stage, which may compile, does not count unless it is the only one.
     """
-    jax.block_until_ready(call())
-    with jax.profiler.trace(str(folder)):
-        jax.block_until_ready(call())
-    files = sorted(folder.glob("**/*.xplane.pb"))
-    planes = [p for file in files for p in jax.profiler.ProfileData.from_file(str(file)).planes]
-    durations, counts = Counter(), Counter()
-    for plane in [p for p in planes if "GPU" in p.name or "TPU" in p.name] or planes:
-        for line in plane.lines:
-            if "GPU" in plane.name and "Stream" not in line.name:
-                continue
-            for event in line.events:
-                durations[event.name] += event.duration_ns
-                counts[event.name] += 1
-    total = sum(durations.values())
-    rows = [f"{total / 1e6:10.3f} ms in all, {len(durations)} names"]
-    rows += [
-        f"{ns / 1e6:10.3f} ms {ns / max(total, 1):6.1%} {counts[name]:6d} x  {name[:160]}"
-        for name, ns in durations.most_common(limit)
-    ]
-    return "\n".join(rows)
+    times = [time.perf_counter()]
+    jax.block_until_ready(call(progress=lambda _: times.append(time.perf_counter())))
+    steps, start = [], 0
+    for end in plan.stage_steps:
+        stage = np.diff(times)[start:end]
+        steps.append(float(np.median(stage[1:] if len(stage) > 1 else stage)))
+        start = end
+    counts = np.diff([0, *plan.stage_steps])
+    return steps, [step * int(count) for step, count in zip(steps, counts, strict=True)]
+
+
+class Measurement:
+    """The rows of one model at one size.
+
+    Args:
+        args: arguments of the command line.
+        bench: the model and its inputs.
+        matmul_speed: FLOP/s of the large matrix product.
+        report: where rows go.
+    """
+
+    def __init__(self, args: argparse.Namespace, bench: Bench, matmul_speed: float, report: Report):
+        self.args, self.bench, self.report = args, bench, report
+        self.matmul_speed = matmul_speed
+        self.plans = {name: plan_for_device(jitjax.PLANS[name], args.dtype) for name in args.plans}
+        self.slots = {
+            name: flops.slots(plan, bench.tokens, bench.text) for name, plan in self.plans.items()
+        }
+        self.evaluations: dict[int, tuple[float, float]] = {}  # tokens -> seconds, XLA's FLOPs
+        self.plan_seconds: dict[str, float] = {}
+
+    def rows(self) -> list[Callable[[], None]]:
+        """Return functions that measure and write the rows, in order."""
+        counts = {self.bench.tokens, *(count for run in self.slots.values() for count in run)}
+        rows = [partial(self.forward, count) for count in sorted(counts, reverse=True)]
+        sparse = [name for name, slots in self.slots.items() if slots[0] < self.bench.tokens]
+        by_steps = sorted(self.plans, key=lambda name: len(self.slots[name]))
+        rows += [partial(self.plan, name) for name in by_steps]
+        if "dense" in self.plans:
+            rows += [partial(self.speedup, name) for name in by_steps if name != "dense"]
+        return rows + [partial(self.solver, name) for name in sparse[:1]]
+
+    def _speed(self, operations: float, seconds: float) -> dict[str, float]:
+        speed = operations / seconds
+        return {"tflops_per_second": speed / 1e12, "share": speed / self.matmul_speed}
+
+    def _flops(self, operations: float, by_xla: float) -> dict[str, float]:
+        return {
+            "tflop": operations / 1e12,
+            "xla_tflop": by_xla / 1e12,
+            "agreement": by_xla / operations,
+        }
+
+    def forward(self, count: int) -> None:
+        """Measure one evaluation with `count` image tokens."""
+        call, compile_seconds = self.bench.forward(count)
+        assert bool(jnp.isfinite(call()).all()), "the velocity is not finite"
+        seconds = measure_in_turns([call], self.args.rounds, self.args.row_seconds)
+        timing = timing_of(seconds)
+        by_xla = self.bench.forward_flops(count)
+        operations = flops.forward(self.bench.config, count, self.bench.text)
+        self.evaluations[count] = timing.median, by_xla
+        row = {"row": "forward", "tokens": count, **timing.row(), "compile": compile_seconds}
+        row |= self._flops(operations, by_xla) | self._speed(operations, timing.median)
+        self.report(row | {"peak_gb": peak_gb()}, rounds=len(seconds), load=os.getloadavg()[0])
+
+    def plan(self, name: str) -> None:
+        """Measure a plan, in turns with the same plan without a transformer."""
+        plan, slots = self.plans[name], self.slots[name]
+        call, linear = self.bench.plan(plan), self.bench.linear_plan(plan)
+        start = time.perf_counter()
+        tokens = jax.block_until_ready(call())
+        first_seconds = time.perf_counter() - start
+        assert bool(jnp.isfinite(tokens).all()), f"{name}: the result is not finite"
+        jax.block_until_ready(linear())
+        # Several of the short ones follow each long one, which leaves caches full of its own data.
+        turns = [call, *[linear] * 3]
+        rounds = max(3, self.args.rounds // 2)
+        seconds = measure_in_turns(turns, rounds, self.args.row_seconds)
+        timing = timing_of(seconds[:, 0])
+        outside = float(np.median(seconds[:, 1:])) / timing.median
+        self.plan_seconds[name] = timing.median
+        evaluations, by_xla = (sum(self.evaluations[s][i] for s in slots) for i in (0, 1))
+        operations = flops.run(self.bench.config, slots, self.bench.text)
+        row = {"row": "plan", "plan": name, **timing.row()}
+        row |= {"compile": max(0.0, first_seconds - timing.median)}
+        row |= self._flops(operations, by_xla) | self._speed(operations, timing.median)
+        if len(plan.stage_steps) == 1:
+            row |= {"step_seconds": [timing.median / plan.steps], "stage_seconds": [timing.median]}
+        else:
+            steps, stages = step_times(plan, call)
+            row |= {"step_seconds": steps, "stage_seconds": stages}
+        row |= {"outside": outside, "unexplained": 1 - outside - evaluations / timing.median}
+        self.report(row | {"peak_gb": peak_gb()}, rounds=len(seconds), load=os.getloadavg()[0])
+
+    def speedup(self, name: str) -> None:
+        """Compare a plan with "dense"."""
+        speedup = self.plan_seconds["dense"] / self.plan_seconds[name]
+        dense, this = (
+            flops.run(self.bench.config, self.slots[n], self.bench.text) for n in ("dense", name)
+        )
+        row = {"row": "speed-up", "plan": name, "speedup": speedup, "bound": dense / this}
+        self.report(row | {"share_of_bound": speedup * this / dense})
+
+    def solver(self, name: str) -> None:
+        """Compare the solver with a loop by hand, on the first stage of a plan."""
+        pair, linear = (stage_pair(self.bench, self.plans[name], linear=x) for x in (False, True))
+        seconds = measure_in_turns(pair, self.args.rounds, self.args.row_seconds)
+        ratios = seconds[:, 0] / seconds[:, 1]
+        quick = measure_in_turns(linear, max(LINEAR_ROUNDS, self.args.rounds))
+        by_hand = float(np.median(seconds[:, 1]))
+        cost = float(np.median(quick[:, 0] - quick[:, 1]))
+        row = {"row": "solver", "plan": name, "seconds": float(np.median(seconds[:, 0]))}
+        row |= {"by_hand": by_hand, "ratio": float(np.median(ratios))}
+        row |= {"lowest": float(ratios.min()), "highest": float(ratios.max())}
+        row |= {"linear_cost": cost / by_hand}
+        self.report(row, rounds=len(seconds), load=os.getloadavg()[0])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -167,93 +243,56 @@ def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    p.add_argument("--json", action="store_true", help="print JSON lines instead of text")
     p.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
-    p.add_argument("--model", default="flux-dev", choices=list(MODELS))
-    p.add_argument("--size", type=int, default=1024, help="side in pixels (default: 1024)")
-    p.add_argument("--text", type=int, default=512, help="text tokens (default: 512)")
-    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--model", nargs="+", choices=list(MODELS), help="(default: by platform)")
+    p.add_argument("--size", type=int, nargs="+",
+                   help="sides in pixels (default: 1024; 512 and 1024 for tiny)")  # fmt: skip
+    p.add_argument("--text", type=int, help="text tokens (default: 512; 48 for tiny)")
+    p.add_argument("--dtype", help="of the weights (default: bfloat16; float32 on a CPU)")
     p.add_argument("--attention", default="auto", choices=IMPLEMENTATIONS)
-    p.add_argument("--plans", nargs="*", default=list(PLANS), help="empty: only the transformer")
+    p.add_argument("--plans", nargs="*", default=list(PLANS), choices=list(jitjax.PLANS),
+                   metavar="PLAN", help="(default: dense 4x 7x) none: only the transformer"
+                   )  # fmt: skip
     p.add_argument("--rounds", type=int, default=5, help="timed calls per row (default: 5)")
-    p.add_argument("--matmul", type=int, default=8192, help="side of the matrices (default: 8192)")
+    p.add_argument("--matmul", type=int, help="side of the matrices (default: 8192; CPU: 2048)")
     p.add_argument("--minutes", type=float, default=60, help="start no row later (default: 60)")
-    p.add_argument("--profile", type=Path, help="write a profile of one dense evaluation")
+    p.add_argument("--row-seconds", type=float, default=300,
+                   help="fewer rounds if a row would take longer, at least one (default: 300)"
+                   )  # fmt: skip
+    p.add_argument("--profile", type=Path, help="append a profile of one dense evaluation")
     return p
 
 
 def main() -> None:
-    """Print a JSON row per measurement."""
+    """Print a row per measurement."""
     args = make_parser().parse_args()
-    start = time.perf_counter()
-
-    def out_of_time() -> bool:
-        return time.perf_counter() - start > 60 * args.minutes
-
-    config = MODELS[args.model]
-    run_info = {
-        "model": args.model,
-        "size": args.size,
-        "dtype": args.dtype,
-        "attention": args.attention,
-        **device_info(),
-    }
-    matmul_speed = matmul_rate(args.dtype, args.matmul)
-    record_row(args.out, {"row": "matmul", "tflops_per_second": matmul_speed / 1e12, **run_info})
-    bench = Bench(config, args.size, args.text, args.dtype, args.attention)
-    plans = {name: plan_for_device(jitjax.PLANS[name], args.dtype) for name in args.plans}
-    slots = {name: flops.slots(plan, bench.tokens, args.text) for name, plan in plans.items()}
-    counts = sorted({bench.tokens, *(s for run in slots.values() for s in run)}, reverse=True)
-    evaluation_seconds: dict[int, float] = {}
-    for count in counts:
-        if out_of_time():
-            return
-        call, compile_seconds = bench.forward(count)
-        timing = measure(call, args.rounds)
-        assert bool(jnp.isfinite(call()).all()), "the velocity is not finite"
-        speed = flops.forward(config, count, args.text) / timing.median
-        evaluation_seconds[count] = timing.median
-        row = {"row": "forward", "tokens": count, "compile": compile_seconds, **timing.row()}
-        row |= {
-            "tflops_per_second": speed / 1e12,
-            "share": speed / matmul_speed,
-            "peak_gb": _peak_gb(),
-        }
-        record_row(args.out, row | run_info)
-    for name, plan in sorted(plans.items(), key=lambda item: len(slots[item[0]])):
-        if out_of_time():
-            return
-        call, call_start = bench.plan(plan), time.perf_counter()
-        tokens = jax.block_until_ready(call())
-        first_seconds = time.perf_counter() - call_start
-        assert bool(jnp.isfinite(tokens).all()), f"{name}: the result is not finite"
-        timing = measure(call, max(3, args.rounds // 2))
-        operations = flops.run(config, slots[name], args.text)
-        speed, forward_seconds = (
-            operations / timing.median,
-            sum(evaluation_seconds[s] for s in slots[name]),
-        )
-        row = {
-            "row": "plan",
-            "plan": name,
-            "first": first_seconds,
-            **timing.row(),
-            "tflop": operations / 1e12,
-        }
-        row |= {
-            "tflops_per_second": speed / 1e12,
-            "share": speed / matmul_speed,
-        }
-        row |= {"outside": 1 - forward_seconds / timing.median, "peak_gb": _peak_gb()}
-        record_row(args.out, row | run_info)
-    if args.profile:
-        table = kernels(bench.forward(bench.tokens)[0], args.profile.with_suffix(".trace"))
-        args.profile.write_text(table + "\n")
-        print(table, flush=True)
-
-
-def _peak_gb() -> float | None:
-    stats = jax.devices()[0].memory_stats()
-    return None if stats is None else stats["peak_bytes_in_use"] / 1e9
+    start, on_cpu = time.perf_counter(), jax.default_backend() == "cpu"
+    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    models = args.model or ([CHECKPOINT, "middle"] if on_cpu else ["flux-dev"])
+    info = {"dtype": args.dtype, "attention": args.attention, **device_info()}
+    size = args.matmul or (2048 if on_cpu else 8192)
+    matmul_speed = matmul_rate(args.dtype, size, calls=1 if on_cpu else 20)
+    report = Report(args.out, args.json, info)
+    if not args.json:
+        print(", ".join(f"{name} {value}" for name, value in info.items()))
+    report({"row": "matmul", "side": size, "tflops_per_second": matmul_speed / 1e12})
+    for model in models:
+        for side in args.size or SIDES[model]:
+            if not args.json:
+                print(f"{model} at {side} px")
+            bench = Bench(model, side, args.text, args.dtype, args.attention)
+            report = Report(args.out, args.json, {"model": model, "size": side, **info})
+            for write_row in Measurement(args, bench, matmul_speed, report).rows():
+                if time.perf_counter() - start > 60 * args.minutes:
+                    return
+                write_row()
+            if args.profile:
+                table = f"{model} at {side} px: {kernels(bench.forward(bench.tokens)[0])}"
+                with args.profile.open("a") as file:
+                    file.write(table + "\n")
+                if not args.json:
+                    print(table, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,46 @@ def measure(call: Callable[[], Any], rounds: int, calls: int = 1) -> Timing:
         results = [call() for _ in range(calls)]
         jax.block_until_ready(results[-1])
         seconds.append((time.perf_counter() - start) / calls)
-    return Timing(float(np.median(seconds)), min(seconds), max(seconds))
+    return timing_of(np.array(seconds))
+
+
+def measure_in_turns(
+    calls: Sequence[Callable[[], Any]],
+    rounds: int,
+    most_seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> np.ndarray:
+    """Time several calls to completion in turns, so that they share whatever else the machine does.
+
+    Warm up before. No round starts when, at the pace so far, it would end after `most_seconds`, but
+    there is always one.
+
+    Args:
+        calls: the functions to time.
+        rounds: number of turns of each.
+        most_seconds: time limit of all rounds.
+        clock: what tells the seconds.
+
+    Returns:
+        Seconds, [rounds, calls].
+    """
+    seconds: list[list[float]] = []
+    while len(seconds) < rounds:
+        spent = sum(map(sum, seconds))
+        if seconds and spent * (1 + 1 / len(seconds)) > most_seconds:
+            break
+        turn = []
+        for call in calls:
+            start = clock()
+            jax.block_until_ready(call())
+            turn.append(clock() - start)
+        seconds.append(turn)
+    return np.array(seconds)
+
+
+def timing_of(seconds: np.ndarray) -> Timing:
+    """Return median and range of an array of seconds."""
+    return Timing(float(np.median(seconds)), float(seconds.min()), float(seconds.max()))
 
 
 def compile_for(
@@ -98,9 +139,27 @@ def random_params(abstract: Any, seed: int = 0) -> Any:
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 
-def device_info() -> dict[str, str]:
-    """Return the kind of the first device and the version of JAX, for a JSON line."""
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+def device_info() -> dict[str, str | int]:
+    """Return the kind of the first device and the version of JAX, for a JSON line.
+
+    A CPU gets its model's name, and the number of cores that this process may use.
+    """
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return {"device": device.device_kind, "jax": jax.__version__}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": names[0] if names else "cpu", "cores": cores or 1, "jax": jax.__version__}
+
+
+def peak_gb() -> float:
+    """Return the peak memory of the device so far in GB; on a CPU, that of the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
+    return stats["peak_bytes_in_use"] / 1e9
 
 
 def record_row(path: Path | None, row: dict[str, Any]) -> None:

@@ -29,6 +29,12 @@ LOGITS_BYTES = 2**27
 """Most bytes of float32 logits that the "xla" implementation holds at a time on an accelerator."""
 AMPERE = 8.0
 """Compute capability of the first NVIDIA GPUs on which cuDNN has flash attention."""
+CPU_QUERIES = 512
+"""Most queries whose logits, for one head, are held at a time on a CPU.
+
+The logits of a block stay in the cache between the two products: at 4608 tokens that takes 0.6 of
+the time of all queries at once. The results are the same, since rows are independent.
+"""
 PALLAS_BLOCK = 512
 """Most queries, and most keys, in a block of the TPU kernel; a multiple of 128."""
 
@@ -201,30 +207,44 @@ def _attend_in_float32(query: Array, key: Array, value: Array, mask: Array | Non
 
 
 def _attend_per_head(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """Attend one head at a time: on a CPU, XLA's plain products are four times as fast as batched.
+    """Attend one head at a time, in blocks of `CPU_QUERIES` queries.
 
-    Same shapes as `attend`.
+    On a CPU, XLA's plain products are four times as fast as batched ones. Same shapes as `attend`.
     """
     b, s, heads, width = query.shape
     accumulator_dtype = at_least_float32(value.dtype)
     # Not every platform lowers float16 products, and a CPU would compute them in float32 anyway.
     product_dtype = accumulator_dtype if value.dtype == jnp.float16 else value.dtype
+    count = -(-s // CPU_QUERIES)
+    block = -(-s // count)  # of equal sizes, with as little padding as possible
 
     def attend_one_head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
-        q, k, v, allowed = inputs
-        logits = jnp.matmul(q, k.T, preferred_element_type=accumulator_dtype) / math.sqrt(width)
-        if allowed is not None:
-            logits = jnp.where(allowed[None, :], logits, -jnp.inf)
-        # Normalise after the product: the weights are [s, s], the output only [s, width].
-        weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
-        total = weights.sum(axis=1, keepdims=True)
-        out = jnp.matmul(weights.astype(product_dtype), v, preferred_element_type=accumulator_dtype)
-        return (out / total).astype(value.dtype)
+        blocks, k, v, allowed = inputs
+
+        def attend_block(q: Array) -> Array:
+            logits = jnp.matmul(q, k.T, preferred_element_type=accumulator_dtype)
+            logits = logits / math.sqrt(width)
+            if allowed is not None:
+                logits = jnp.where(allowed[None, :], logits, -jnp.inf)
+            # Normalise after the product: the weights are [block, s], the output [block, width].
+            weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+            total = weights.sum(axis=1, keepdims=True)
+            weights = weights.astype(product_dtype)
+            out = jnp.matmul(weights, v, preferred_element_type=accumulator_dtype)
+            return (out / total).astype(value.dtype)
+
+        if count == 1:
+            return attend_block(blocks[0])[None]
+        # jax.checkpoint: a gradient computes the logits of a block again instead of keeping all.
+        return jax.lax.map(jax.checkpoint(attend_block), blocks)
 
     def split_heads(x: Array) -> Array:
         return x.astype(product_dtype).transpose(0, 2, 1, 3).reshape(b * heads, s, width)
 
     allowed = None if mask is None else jnp.repeat(mask[:, 0, 0], heads, axis=0)
     q, k, v = split_heads(query), split_heads(key), split_heads(value)
-    out = jax.lax.map(attend_one_head, (q, k, v, allowed))
-    return out.reshape(b, heads, s, width).transpose(0, 2, 1, 3)
+    blocks = jnp.pad(q, ((0, 0), (0, block * count - s), (0, 0)))
+    blocks = blocks.reshape(b * heads, count, block, width)
+    out = jax.lax.map(attend_one_head, (blocks, k, v, allowed))
+    out = out.reshape(b, heads, block * count, width)[:, :, :s]
+    return out.transpose(0, 2, 1, 3)
