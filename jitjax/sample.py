@@ -148,12 +148,11 @@ def decode(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) -> Array:
-    from jitjax.models.autoencoder import Autoencoder, from_latents
+    from jitjax.models.autoencoder import from_latents
+    from jitjax.models.strips import decode_latents
 
-    model = Autoencoder(config, dtype=jax.tree.leaves(params)[0].dtype)
     latents = from_latents(unpack(tokens, grid), config)
-    images = model.apply({"params": params}, latents, method="decode")
-    assert isinstance(images, jax.Array)
+    images = decode_latents(config, params, latents, jax.tree.leaves(params)[0].dtype)
     images = images.astype(jnp.float32)
     # Clipped, an infinity would be a white or black pixel that nobody notices.
     return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)

@@ -66,10 +66,10 @@ def attend(
         mask: [b, 1, 1, s], False for keys that no token attends to. None attends to all keys.
         implementation: a name of the module's table. "cudnn" and "pallas" are flash attention: they
             never hold the logits in memory. "xla" holds at most `LOGITS_BYTES` of them on an
-            accelerator, and those of one head on a CPU. "auto" takes "cudnn" or "pallas" on the
-            platform for which the program is compiled if JAX can trace them for these arrays here,
-            else "xla". cuDNN takes lengths instead of a mask, so for "cudnn" and "auto" the True
-            values must come first in every row of `mask`.
+            accelerator, and those of `CPU_QUERIES` queries of one head on a CPU. "auto" takes
+            "cudnn" or "pallas" on the platform for which the program is compiled if JAX can trace
+            them for these arrays here, else "xla". cuDNN takes lengths instead of a mask, so for
+            "cudnn" and "auto" the True values must come first in every row of `mask`.
 
     Returns:
         [b, s, heads, width] in the dtype of `value`.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jitjax.config import AutoencoderConfig
 from jitjax.models.attention import attend
+from jitjax.models.layers import EPSILON
 from jitjax.models.linen import Conv, Dense, DenseGeneral
 
 Image = Float[Array, "b _ _ _"]
@@ -26,7 +27,7 @@ Image = Float[Array, "b _ _ _"]
 def group_norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm:
     """Group norm with a two-pass variance; E[x^2] - E[x]^2 cancels if the mean is large."""
     return nn.GroupNorm(
-        config.norm_num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name
+        config.norm_num_groups, epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name
     )
 
 

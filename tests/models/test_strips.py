@@ -1,0 +1,132 @@
+"""The decoder in strips: that it computes what the untiled decoder does."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.build import random_tree
+
+import jitjax
+from jitjax.config import AutoencoderConfig
+from jitjax.models import param_shapes, strips
+from jitjax.models.autoencoder import Autoencoder
+from jitjax.models.strips import decode_in_strips
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+# Three levels, of which one runs as a whole; resnets with and without a change of channels.
+CONFIG = AutoencoderConfig(
+    latent_channels=4, block_out_channels=(4, 8, 12), layers_per_block=1, norm_num_groups=2
+)
+TWO_LEVELS = AutoencoderConfig(
+    latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2
+)
+
+
+def untiled(config, params, latents, dtype=jnp.float32):
+    model = Autoencoder(config, dtype)
+    return model.apply({"params": {"decoder": params}}, latents, method="decode")
+
+
+def decoder_params(config, dtype=jnp.float32):
+    return random_tree(param_shapes.autoencoder(config, dtype)["decoder"], 0)
+
+
+def random_latents(*shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(1), shape, dtype)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jitjax.load("tiny")
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWO_LEVELS], ids=["three levels", "two levels"])
+@pytest.mark.parametrize(
+    ("shape", "pixels"),
+    [
+        ((1, 12, 10, 4), 1),  # the lowest possible strips
+        ((2, 9, 7, 4), 2**9),  # a last strip of fewer rows than the others
+        ((1, 5, 16, 4), 2**20),  # one strip
+        ((1, 1, 8, 4), 1),  # a picture that is lower than a strip
+    ],
+)
+def test_image_is_that_of_the_untiled_decoder(config, shape, pixels, monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", pixels)
+    params, latents = decoder_params(config), random_latents(*shape)
+    got = jax.jit(lambda p, x: decode_in_strips(config, p, x, jnp.float32))(params, latents)
+    expected = jax.jit(lambda p, x: untiled(config, p, x))(params, latents)
+    assert got.shape == expected.shape
+    assert float(jnp.std(expected)) > 0.1
+    # Rounding of float32, in sums of other orders.
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_bundled_decoder(tiny, monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**12)
+    config, params = tiny.config.autoencoder, tiny.part("autoencoder")["decoder"]
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    latents = random_latents(2, 14, 21, config.latent_channels)
+    got = jax.jit(lambda p, x: decode_in_strips(config, p, x, jnp.float32))(params, latents)
+    expected = jax.jit(lambda p, x: untiled(config, p, x))(params, latents)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+    # Both are as far from float32 in bfloat16. The largest difference is no measure of it: it is 9
+    # times 1/255 between two compilations of the same decoder.
+    half, x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, latents))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    exact = jax.jit(lambda p, x: untiled(config, p, x))(wide, x.astype(jnp.float32))
+    errors = {}
+    for decoder in (decode_in_strips, untiled):
+        image = jax.jit(lambda p, x, f=decoder: f(config, p, x, jnp.bfloat16))(half, x)
+        assert image.dtype == jnp.bfloat16
+        errors[decoder] = float(jnp.sqrt(jnp.mean((image - exact) ** 2)))
+    assert errors[decode_in_strips] < 1.1 * errors[untiled]
+    assert errors[untiled] / 2 < 1 / 255  # images are in [-1, 1]
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_derivatives(mode, monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
+    params, latents = decoder_params(CONFIG), random_latents(2, 6, 5, 4)
+    weights = jax.random.normal(jax.random.key(2), (2, 24, 20, 3))
+
+    def derivatives(decoder):
+        def decode(params, latents):
+            return decoder(CONFIG, params, latents, jnp.float32)
+
+        inputs = (params, latents)
+        if mode == "forward":
+            tangents = jax.tree.map(jnp.cos, inputs)
+            return jax.jit(lambda x, t: jax.jvp(decode, x, t))(inputs, tangents)
+        return jax.jit(jax.grad(lambda *x: (decode(*x) * weights).sum(), (0, 1)))(*inputs)
+
+    got, expected = derivatives(decode_in_strips), derivatives(untiled)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def test_vmap_is_a_batch(monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
+    params, latents = decoder_params(CONFIG), random_latents(3, 2, 6, 5, 4)
+
+    def decode(x):
+        return decode_in_strips(CONFIG, params, x, jnp.float32)
+
+    images = jax.jit(jax.vmap(decode))(latents)
+    flat = jax.jit(decode)(latents.reshape(6, 6, 5, 4))
+    np.testing.assert_allclose(images.reshape(flat.shape), flat, atol=1e-5)
+
+
+def test_statistics_do_not_cancel():
+    """A mean 1000 times the standard deviation: E[x^2] - E[x]^2 has no correct digit in float32."""
+    x = 1000 + np.random.default_rng(0).normal(size=(2, 23, 8, 6)).astype(np.float32)
+    picture = strips.Picture(strips._split(jnp.asarray(x), 5), 23, None, jnp.float32)
+    assert picture.strips.shape == (5, 2, 5, 8, 6)
+    mean, variance = jax.jit(lambda: picture.statistics(lambda x: x, 0, 3))()
+    grouped = x.astype(np.float64).reshape(2, 23, 8, 3, 2)
+    np.testing.assert_allclose(mean, grouped.mean((1, 2, 4)), rtol=1e-6)
+    np.testing.assert_allclose(variance, grouped.var((1, 2, 4)), rtol=1e-4)
