@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jitjax import command
+from jitjax import command, startup
 from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
 from jitjax.checkpoint.atomic import remove_unfinished
 from jitjax.loading import load
@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    startup.collect_garbage()
     parser = build_parser()
     options = parser.parse_args(arguments)
     given = {

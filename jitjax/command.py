@@ -110,7 +110,12 @@ def run(
         The exit status.
     """
     startup.end()
-    with _streams(), _warnings_as_notes(), _stoppable(cleanup, grace) as stopped:
+    with (
+        _no_garbage_at_exit(),
+        _streams(),
+        _warnings_as_notes(),
+        _stoppable(cleanup, grace) as stopped,
+    ):
         try:
             return body()
         except KeyboardInterrupt:
@@ -151,6 +156,14 @@ def _explain_os_error(error: OSError) -> str:
     if error.errno == errno.ENAMETOOLONG and error.strerror and error.filename is not None:
         return f"{error.strerror}: {shown(str(error.filename))}"
     return str(error)
+
+
+@contextlib.contextmanager
+def _no_garbage_at_exit() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        startup.before_exit()
 
 
 @contextlib.contextmanager

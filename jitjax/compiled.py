@@ -72,7 +72,7 @@ class CompiledSampler:
         params = self.params if params is None else params
         check_params(params)
         t5_ids, clip_ids = tokenize(params.tokenizer, prompts, params.config)
-        guidance = jnp.broadcast_to(check_guidance(guidance, self.batch), (self.batch,))
+        guidance = check_guidance(guidance, self.batch)
         return self.executable(params, t5_ids, clip_ids, batch_keys(key, self.batch), guidance)
 
 

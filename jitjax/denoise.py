@@ -155,7 +155,7 @@ def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
 
 
 def check_guidance(guidance: Any, batch: int) -> Array:
-    """Return the guidance as float32, [] or [batch].
+    """Return the guidance of each sample, float32 [batch].
 
     Raises:
         ValueError: the shape does not fit, or a known value is not finite or so large that its
@@ -172,7 +172,10 @@ def check_guidance(guidance: Any, batch: int) -> Array:
         raise ValueError(
             f"guidance is {values!s}; expected finite values from {-largest:.1e} to {largest:.1e}"
         )
-    return jnp.asarray(guidance, jnp.float32)
+    if values is None:
+        return jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (batch,))
+    # By NumPy, because every operation of JAX is a program to compile.
+    return jnp.asarray(np.broadcast_to(values.astype(np.float32), (batch,)))
 
 
 @overload
@@ -286,7 +289,6 @@ def denoise(
         anchors = as_array("first_anchors", first_anchors)
         first_anchors = anchors[None].repeat(b, axis=0) if anchors.ndim == 1 else anchors
 
-    embedded_guidance = jnp.broadcast_to(guidance, (b,)) if config.guidance_embeds else None
     return jit_solve(
         velocity,
         noise,
@@ -296,7 +298,7 @@ def denoise(
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
         random_scores=random_scores,
-        args=(transformer, conditioning, embedded_guidance),
+        args=(transformer, conditioning, guidance if config.guidance_embeds else None),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
         compiler_options=compiler_options(),

@@ -23,6 +23,9 @@ SIGNALS = {
 """Number of each signal that stops a command -> its name."""
 LEAST_ADDRESS_SPACE = 1300 * 2**20
 """Bytes of address space below which jaxlib 0.10 aborts when it starts, whatever the picture."""
+garbage_waits = False
+"""Whether `begin` has put off the search for garbage, which finds next to none while modules are
+imported and models are traced, and takes a tenth of that time."""
 QUIET = "3"
 """Level of `TF_CPP_MIN_LOG_LEVEL` at which XLA's libraries print nothing but why they abort."""
 
@@ -43,6 +46,11 @@ def begin() -> None:
     except ValueError:
         return  # a thread of another program
     sys.excepthook = _report_import_error
+    import gc
+
+    global garbage_waits
+    garbage_waits = True
+    gc.disable()
     address_space_problem()  # loads a module, for which there may be no memory later
     # Errors of XLA's libraries are exceptions, too. Where memory is used up, its allocator for GPUs
     # prints a hundred lines before them.
@@ -53,6 +61,22 @@ def end() -> None:
     """Undo the part of `begin` that is not for `jitjax.command.run`."""
     if sys.excepthook is _report_import_error:
         sys.excepthook = sys.__excepthook__
+
+
+def collect_garbage() -> None:
+    """Collect garbage from now on, as Python does by default."""
+    import gc
+
+    if garbage_waits:
+        gc.enable()
+
+
+def before_exit() -> None:
+    """Let the process of a command end at once, without a search for garbage (0.4 s)."""
+    import gc
+
+    if garbage_waits:
+        gc.freeze()
 
 
 def open_missing_streams() -> None:

@@ -35,7 +35,13 @@ ALLOWED = {
     "jitjax.convert.lora": (SOURCES, ORIGINAL, COMPONENTS, TABLES, *BASE),
     "jitjax.convert.targets": (LORA, SOURCES, ORIGINAL, COMPONENTS, TABLES, *BASE),
     # Only the command may import `jitjax.loading`: `--to-diffusers` also takes bundled names.
-    "jitjax.convert.__main__": ("jitjax.convert", "jitjax.loading", "jitjax.command", *BASE),
+    "jitjax.convert.__main__": (
+        "jitjax.convert",
+        "jitjax.loading",
+        "jitjax.command",
+        "jitjax.startup",
+        *BASE,
+    ),
     "jitjax": ("jitjax",),
 }
 

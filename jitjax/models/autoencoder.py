@@ -18,20 +18,20 @@ from jaxtyping import Array, Float
 from jitjax.config import AutoencoderConfig
 from jitjax.models.attention import attend
 from jitjax.models.layers import EPSILON
-from jitjax.models.linen import Conv, Dense, DenseGeneral
+from jitjax.models.linen import Conv, Dense, DenseGeneral, GroupNorm
 
 Image = Float[Array, "b _ _ _"]
 """Activations [b, height, width, channels] of any resolution and any number of channels."""
 
 
-def group_norm(config: AutoencoderConfig, dtype: Any, name: str) -> nn.GroupNorm:
+def group_norm(config: AutoencoderConfig, dtype: Any, name: str) -> GroupNorm:
     """Group norm with a two-pass variance; E[x^2] - E[x]^2 cancels if the mean is large."""
-    return nn.GroupNorm(
+    return GroupNorm(
         config.norm_num_groups, epsilon=EPSILON, dtype=dtype, use_fast_variance=False, name=name
     )
 
 
-def conv3x3(width: int, dtype: Any, name: str) -> nn.Conv:
+def conv3x3(width: int, dtype: Any, name: str) -> Conv:
     """3 x 3 convolution to `width` channels that keeps the resolution."""
     return Conv(width, (3, 3), padding=1, dtype=dtype, name=name)
 

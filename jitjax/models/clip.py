@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jitjax.config import CLIPConfig
-from jitjax.models.linen import Dense, DenseGeneral, scan_blocks
+from jitjax.models.linen import Dense, DenseGeneral, Embed, LayerNorm, scan_blocks
 
 
 def activation(x: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
@@ -24,9 +24,9 @@ def activation(x: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
     return x * jax.nn.sigmoid(1.702 * x) if name == "quick_gelu" else jax.nn.gelu(x, False)
 
 
-def layer_norm(config: CLIPConfig, dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(config: CLIPConfig, dtype: Any, name: str) -> LayerNorm:
     """Layer norm with a two-pass variance; E[x^2] - E[x]^2 cancels if the mean is large."""
-    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+    return LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class SelfAttention(nn.Module):
@@ -125,10 +125,8 @@ class CLIPText(nn.Module):
                 f"CLIPText: ids has {length} tokens per prompt; expected at most "
                 f"max_position_embeddings = {c.max_position_embeddings}"
             )
-        embed_token = nn.Embed(
-            c.vocab_size, c.hidden_size, dtype=self.dtype, name="token_embedding"
-        )
-        embed_position = nn.Embed(
+        embed_token = Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="token_embedding")
+        embed_position = Embed(
             c.max_position_embeddings, c.hidden_size, dtype=self.dtype, name="position_embedding"
         )
         x = embed_token(ids) + embed_position(jnp.arange(length))[None]

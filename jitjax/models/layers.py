@@ -192,6 +192,6 @@ class QKVProjection(nn.Module):
         features = (3, self.heads, self.width)
         qkv = dense_general(features, dtype=self.dtype, name="qkv")(x)
         norm = {"epsilon": EPSILON, "dtype": at_least_float32(self.dtype)}
-        query = nn.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
-        key = nn.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
+        query = linen.RMSNorm(**norm, name="query_norm")(qkv[:, :, 0])
+        key = linen.RMSNorm(**norm, name="key_norm")(qkv[:, :, 1])
         return query, key, qkv[:, :, 2]

@@ -1,21 +1,52 @@
-"""What all models take from Flax: its layers, and scans over blocks.
-
-Parameters come from checkpoints. `init` draws as PyTorch does by default, since other distributions
-take longer to trace, and Flax traces the initializers whenever a model is traced.
-"""
+"""What all models take from Flax: its layers, and scans over blocks."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
-_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-Conv = partial(nn.Conv, kernel_init=_uniform)
-Dense = partial(nn.Dense, kernel_init=_uniform)
-DenseGeneral = partial(nn.DenseGeneral, kernel_init=_uniform)
+class GivenParams:
+    """Makes a Flax module take parameters as they are given.
+
+    Flax traces the initializer of each parameter whenever a model is traced, to compare shapes.
+    That takes a third of the time, and loading has compared them. `init` is as in Flax.
+    """
+
+    def param(self: Any, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the parameter `name`, initialised with `init_fn` if it is not given."""
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return super().param(name, init_fn, *args, **kwargs)  # type: ignore[misc]
+
+
+class Conv(GivenParams, nn.Conv):
+    """`nn.Conv` with given parameters."""
+
+
+class Dense(GivenParams, nn.Dense):
+    """`nn.Dense` with given parameters."""
+
+
+class DenseGeneral(GivenParams, nn.DenseGeneral):
+    """`nn.DenseGeneral` with given parameters."""
+
+
+class Embed(GivenParams, nn.Embed):
+    """`nn.Embed` with given parameters."""
+
+
+class GroupNorm(GivenParams, nn.GroupNorm):
+    """`nn.GroupNorm` with given parameters."""
+
+
+class LayerNorm(GivenParams, nn.LayerNorm):
+    """`nn.LayerNorm` with given parameters."""
+
+
+class RMSNorm(GivenParams, nn.RMSNorm):
+    """`nn.RMSNorm` with given parameters."""
 
 
 def scan_blocks(block: type[nn.Module], length: int, constants: int = 0) -> Any:

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jitjax.config import T5Config
-from jitjax.models.linen import Dense, DenseGeneral, scan_blocks
+from jitjax.models.linen import Dense, DenseGeneral, Embed, GivenParams, scan_blocks
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(GivenParams, nn.Module):
     """Root mean square norm in float32, multiplied by a learned scale in `dtype`."""
 
     epsilon: float
@@ -153,11 +153,11 @@ class T5Encoder(nn.Module):
             Hidden states after the final norm, [b, l, d_model] in `dtype`.
         """
         c = self.config
-        x = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="token_embedding")(ids)
+        x = Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="token_embedding")(ids)
         buckets = relative_buckets(
             ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
         )
-        relative_bias = nn.Embed(
+        relative_bias = Embed(
             c.relative_attention_num_buckets, c.num_heads, dtype=self.dtype, name="relative_bias"
         )
         bias = relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
