@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, Int
 
 from jitjax.checkpoint import FluxParams
@@ -36,7 +37,6 @@ PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
 """Subfolder -> padding token if the tokenizer's files name none."""
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Conditioning:
     """Prompt embeddings for the transformer, from `encode_prompt` or computed elsewhere.
@@ -77,6 +77,21 @@ class Conditioning:
                 f"Conditioning.pooled has batch size {self.pooled.shape[0]}; expected "
                 f"{self.text.shape[0]}, the batch size of Conditioning.text"
             )
+
+
+def _unflatten(_: None, leaves: Any) -> Conditioning:
+    # Not by the constructor: JAX also makes pytrees whose leaves are no arrays.
+    conditioning = object.__new__(Conditioning)
+    for name, leaf in zip(("text", "pooled"), leaves, strict=True):
+        object.__setattr__(conditioning, name, leaf)
+    return conditioning
+
+
+jax.tree_util.register_pytree_with_keys(
+    Conditioning,
+    lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in ("text", "pooled")], None),
+    _unflatten,
+)
 
 
 @with_auto_axes()

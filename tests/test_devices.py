@@ -13,7 +13,7 @@ import pytest
 import jitjax
 from jitjax.config import FluxConfig, TransformerConfig
 from jitjax.denoise import FluxVelocity, plan_for_device
-from jitjax.models import flux, param_shapes
+from jitjax.models import devices, param_shapes
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
 
@@ -24,28 +24,28 @@ PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_n
 @pytest.fixture
 def nvidia(monkeypatch):
     """Let the project believe that the default device is an NVIDIA GPU."""
-    for module in (flux, denoise_module):
+    for module in (devices, denoise_module):
         monkeypatch.setattr(module, "on_nvidia_gpu", lambda: True)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
 
 
 def test_no_compiler_options_and_no_padding_on_a_cpu():
-    assert not flux.on_nvidia_gpu()
-    assert flux.compiler_options() == {}
+    assert not devices.on_nvidia_gpu()
+    assert devices.compiler_options() == {}
     assert plan_for_device(PLAN, jnp.bfloat16) == PLAN
 
 
 def test_compiler_options_on_nvidia_gpus_leave_the_users_flags_alone(nvidia, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": True}
-    assert flux.compiler_options() == options
+    assert devices.compiler_options() == options
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true --xla_gpu_autotune_level=0")
-    assert flux.compiler_options() == {"xla_gpu_enable_dynamic_slice_fusion": True}
+    assert devices.compiler_options() == {"xla_gpu_enable_dynamic_slice_fusion": True}
 
 
 def test_no_compiler_options_before_jax_0_11(nvidia, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert flux.compiler_options() == {}
+    assert devices.compiler_options() == {}
 
 
 def test_16_bit_models_are_padded_on_nvidia_gpus(nvidia):
@@ -70,7 +70,7 @@ def test_denoise_uses_what_the_device_wants(nvidia, monkeypatch):
     monkeypatch.setattr(denoise_module, "jit_solve", record)
     conditioning = jitjax.Conditioning(text, pooled)
     jitjax.denoise(params, conditioning, noise, plan=PLAN, key=jax.random.key(0), attention="xla")
-    assert received["compiler_options"] == flux.compiler_options()
+    assert received["compiler_options"] == devices.compiler_options()
     assert received["plan"].pad_to == 8
     assert received["velocity"] == FluxVelocity(config.transformer, "xla")
 
