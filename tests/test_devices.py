@@ -67,7 +67,7 @@ def test_denoise_uses_what_the_device_wants(nvidia, monkeypatch):
         received.update(kwargs, velocity=velocity)
         return args[0]
 
-    monkeypatch.setattr(denoise_module, "jit_solve", record)
+    monkeypatch.setattr("jitjax.sampler.solve.jit_solve", record)
     conditioning = jitjax.Conditioning(text, pooled)
     jitjax.denoise(params, conditioning, noise, plan=PLAN, key=jax.random.key(0), attention="xla")
     assert received["compiler_options"] == devices.compiler_options()
