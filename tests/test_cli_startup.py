@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import subprocess
@@ -55,6 +56,40 @@ def test_xla_is_quiet_in_the_commands_alone(tmp_path, arguments, before, expecte
     stand_in = f"import os; print(os.environ.get({name!r}), flush=True); os._exit(0)"
     done = run(*arguments, stand_in=stand_in, folder=tmp_path, environment={name: before})
     assert done.stdout == f"{expected}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("-m", "jitjax", "x"), "False"),
+        (("-m", "jitjax.convert", "x"), "False"),
+        (("-c", "import jitjax"), "True"),  # a library changes nothing
+    ],
+)
+def test_only_the_commands_put_off_the_search_for_garbage(tmp_path, arguments, expected):
+    stand_in = "import gc, os; print(gc.isenabled(), flush=True); os._exit(0)"
+    assert run(*arguments, stand_in=stand_in, folder=tmp_path).stdout == f"{expected}\n"
+
+
+def test_garbage_is_searched_for_again(monkeypatch):
+    monkeypatch.setattr(startup, "garbage_waits", True)
+    gc.disable()
+    try:
+        startup.collect_garbage()
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("is_command", [False, True])
+def test_no_search_for_garbage_when_a_command_ends(monkeypatch, is_command):
+    monkeypatch.setattr(startup, "garbage_waits", is_command)
+    gc.unfreeze()
+    try:
+        startup.before_exit()
+        assert (gc.get_freeze_count() > 0) == is_command
+    finally:
+        gc.unfreeze()
 
 
 def test_too_little_address_space_while_importing(tmp_path):
