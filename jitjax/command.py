@@ -139,8 +139,8 @@ def _explain(error: Exception, memory_hint: str) -> str:
         return f"out of memory; {memory_hint} ({startup.one_line(error)})"
     if isinstance(error, OSError):
         return _explain_os_error(error)
-    if isinstance(error, ValueError):
-        return text
+    if isinstance(error, (ValueError, ImportError)):  # what takes long is imported at its first use
+        return text or type(error).__name__
     if type(error).__name__ == "JaxRuntimeError":
         # XLA's libraries do not always say that memory is what they lack.
         return f"JAX has failed: {startup.one_line(error)}; if memory is short, {memory_hint}"

@@ -120,8 +120,8 @@ def test_ctrl_c_keeps_the_pictures_that_are_made(environment, tmp_path):
 
 @pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
 def test_ctrl_c_during_imports(environment, tmp_path, module):
-    """A module that stands in for `flax` waits while it is imported."""
-    (tmp_path / "flax.py").write_text(
+    """A module that stands in for `jaxtyping` waits while it is imported."""
+    (tmp_path / "jaxtyping.py").write_text(
         "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(600)\n"
     )
     command = [sys.executable, "-m", module, "x"]
@@ -134,13 +134,25 @@ def test_ctrl_c_during_imports(environment, tmp_path, module):
 
 
 @pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
-@pytest.mark.parametrize("error", ["ImportError('no flax')", "MemoryError()", "OSError('no flax')"])
+@pytest.mark.parametrize(
+    "error", ["ImportError('it is gone')", "MemoryError()", "OSError('it is gone')"]
+)
 def test_errors_while_importing_are_one_line(environment, tmp_path, module, error):
-    (tmp_path / "flax.py").write_text(f"raise {error}\n")
+    (tmp_path / "jaxtyping.py").write_text(f"raise {error}\n")
     environment = environment | {"PYTHONPATH": str(tmp_path)}
     done = run("x", environment=environment, command=[sys.executable, "-m", module])
     assert done.returncode == 2
-    assert done.stderr in ("jitjax: error: no flax\n", "jitjax: error: MemoryError\n")
+    assert done.stderr in ("jitjax: error: it is gone\n", "jitjax: error: MemoryError\n")
+
+
+@pytest.mark.parametrize("late", ["flax", "diffrax"])
+def test_errors_of_late_imports_are_one_line(environment, tmp_path, late):
+    """Of modules that are imported at their first use, after the command has begun."""
+    (tmp_path / f"{late}.py").write_text("raise ImportError('it is gone')\n")
+    done = run(*QUICK, environment=environment | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "jitjax: error: it is gone"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
