@@ -23,7 +23,7 @@ from jitjax.checkpoint import PARTS, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.loading import bundled
-from jitjax.sampler.plan import PLANS, get_plan
+from jitjax.sampler.plan import PLANS, SOLVERS, get_plan
 
 EXAMPLES = """\
 examples:
@@ -90,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="number of steps (default: that of the plan)")
     parser.add_argument(
+        "--solver",
+        metavar="|".join(SOLVERS),
+        help="how steps are taken; multistep is of second order (default: that of the plan)",
+    )
+    parser.add_argument(
         "--count",
         type=int,
         default=1,
@@ -141,6 +146,10 @@ def _run(args: argparse.Namespace) -> int:
         if args.steps > LARGEST_COUNT:
             raise ValueError(f"--steps is {args.steps}; expected 1 to {LARGEST_COUNT}")
         plan = plan.replace(steps=args.steps)
+    if args.solver is not None:
+        if args.solver not in SOLVERS:
+            raise ValueError(f"--solver is {args.solver!r}; expected one of {', '.join(SOLVERS)}")
+        plan = plan.replace(solver=args.solver)
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
     _check_checkpoint(args.checkpoint, width, height)
@@ -164,6 +173,7 @@ def _run(args: argparse.Namespace) -> int:
         settings = {
             "plan": args.plan,
             "steps": plan.steps,
+            "solver": plan.solver,
             "seed": seed,
             "guidance": args.guidance,
             "width": image.shape[1],

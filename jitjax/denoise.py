@@ -222,7 +222,7 @@ def denoise(
             noise and the random scores if the plan needs them and they are not given.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
-        solver: a diffrax solver; Euler's method by default.
+        solver: a diffrax solver; `plan.solver` by default.
         attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
             or "pallas"; see `jitjax.models.attention`.
         progress: callback, called with 1 for every finished step.

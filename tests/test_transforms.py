@@ -15,7 +15,7 @@ import pytest
 import jitjax
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import VELOCITIES_KEPT, _programs, jit_solve
-from jitjax.sampler.solvers import AdamsBashforth2
+from jitjax.sampler.solvers import AdamsBashforth2, Multistep
 from jitjax.sampler.static import split_arrays
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -82,7 +82,9 @@ def test_denoise_with_closed_over_noise_key_and_conditioning(small):
     np.testing.assert_allclose(mapped[1], run(3.5), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [None, AdamsBashforth2()], ids=["Euler", "AB2"])
+@pytest.mark.parametrize(
+    "solver", [None, AdamsBashforth2(), Multistep()], ids=["Euler", "AB2", "multistep"]
+)
 @pytest.mark.parametrize("plan", [Plan(3), SPARSE], ids=["dense", "sparse"])
 def test_forward_mode_and_second_derivatives_equal_finite_differences(plan, solver):
     with jax.enable_x64(True):

@@ -170,6 +170,20 @@ def _check_first_anchors(
         raise ValueError("first_anchors has duplicate indices in a sample; expected none")
 
 
+def check_logarithmic_sigmas(sigmas: Array) -> None:
+    """Check that log((1 - sigma) / sigma) exists where the multistep solver needs it.
+
+    Raises:
+        ValueError: a sigma is above 1, or one before the last is not above 0.
+    """
+    levels = concrete(sigmas)
+    if levels is not None and not (levels[0] <= 1 and levels[-2] > 0 and levels[-1] >= 0):
+        raise ValueError(
+            f"sigmas has values from {levels[0]} to {levels[-2]}, and {levels[-1]} last; expected "
+            "values in (0, 1] for solver 'multistep', and 0 at the end at the earliest"
+        )
+
+
 def check_finite_velocity(velocity: Array, step: int, sigma: Array | np.floating) -> None:
     """Check that a velocity is finite.
 

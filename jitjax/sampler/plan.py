@@ -26,6 +26,9 @@ CHOICES = {
 SCHEDULES = ("beta", "shifted")
 """Names of the schedules."""
 
+SOLVERS = ("euler", "multistep")
+"""Names of the solvers."""
+
 _STEPS_TRIED = 10_000
 """How many larger numbers of steps are tried for the message about a stage without steps."""
 
@@ -88,6 +91,9 @@ class Plan:
             program), "initial" for the noise that each token started from.
         pad_to: text tokens and anchors together are padded to a multiple of this number.
         spare: content of the padded slots: masked "padding", or additional "anchors".
+        solver: "euler" (the paper), "multistep" (second order with as many evaluations, see
+            `jitjax.sampler.solvers.Multistep`), or a hashable diffrax solver of ordinary
+            differential equations with one term.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -107,6 +113,7 @@ class Plan:
     microflow_noise: str = "fresh"
     pad_to: int = 1
     spare: str = "padding"
+    solver: Any = "euler"
 
     def __post_init__(self) -> None:
         for name in ("steps", "microflow_steps", "pad_to"):
@@ -130,6 +137,7 @@ class Plan:
             object.__setattr__(self, name, values)
         self._check_stages()
         self._check_schedule()
+        self._check_solver()
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
@@ -176,6 +184,28 @@ class Plan:
                 f"Plan.schedule is {sigmas}; expected strictly decreasing sigmas in (0, 1]"
             )
         object.__setattr__(self, "schedule", sigmas)
+
+    def _check_solver(self) -> None:
+        if isinstance(self.solver, str):
+            if self.solver not in SOLVERS:
+                raise ValueError(
+                    f"Plan.solver is {self.solver!r}; expected one of {SOLVERS} or a diffrax solver"
+                )
+            object.__setattr__(self, "solver", str(self.solver))
+            return
+        import diffrax  # here, because it takes half a second to import
+
+        if not isinstance(self.solver, diffrax.AbstractSolver):
+            raise ValueError(
+                f"Plan.solver is {self.solver!r}; expected one of {SOLVERS} or a diffrax solver"
+            )
+        try:
+            hash(self.solver)
+        except TypeError as error:
+            raise ValueError(
+                f"Plan.solver is a {type(self.solver).__name__} that is not hashable ({error}); "
+                "pass it to `denoise` or `jit_solve` as `solver` instead"
+            ) from None
 
     @property
     def stage_steps(self) -> tuple[int, ...]:

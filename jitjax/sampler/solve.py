@@ -23,6 +23,7 @@ from jitjax.sampler.checks import (
     as_array,
     check_finite_velocity,
     check_inputs,
+    check_logarithmic_sigmas,
     check_not_traced,
     concrete,
     is_traced,
@@ -32,7 +33,13 @@ from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
 from jitjax.sampler.progress import StepReports
-from jitjax.sampler.solvers import Euler, evaluations_per_step, integrate, with_last_velocity
+from jitjax.sampler.solvers import (
+    Multistep,
+    evaluations_per_step,
+    integrate,
+    named_solver,
+    with_last_velocity,
+)
 from jitjax.sampler.static import Static, split_arrays
 from jitjax.sampler.terms import SagArgs, Velocity, sag_ode
 from jitjax.sampler.trace import Recorder, Trace
@@ -119,7 +126,7 @@ def jit_solve(
             and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
         args: pytree passed to `velocity`, such as its parameters; differentiable.
-        solver: a diffrax solver of ordinary differential equations; Euler's method by default. An
+        solver: a diffrax solver of ordinary differential equations; `plan.solver` by default. An
             implicit one needs a root finder with tolerances, and gives NaN where that does not
             converge.
         text_tokens: number of text tokens that the network runs on with the anchors, for
@@ -152,7 +159,10 @@ def jit_solve(
     if not callable(velocity):
         raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
-    solver = with_last_velocity(Euler() if solver is None else solver)
+    solver = with_last_velocity(named_solver(plan.solver if solver is None else solver))
+    keeps_history = isinstance(solver, Multistep)
+    if keeps_history:
+        check_logarithmic_sigmas(sigmas)
     velocity_arrays, static_velocity = split_arrays("velocity", velocity)
     solver_arrays, static_solver = split_arrays("solver", solver)
     arrays = _Arrays(velocity_arrays, solver_arrays)
@@ -167,7 +177,7 @@ def jit_solve(
     known = concrete(sigmas)  # a slice of a NumPy array needs no program
     levels: Any = (sigmas if known is None else known).astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
-    y, index, start = noise, first_anchors, 0
+    y, index, start, solver_state = noise, first_anchors, 0, None
     recorder = Recorder() if trace else None
     reports = progress if isinstance(progress, StepReports) else StepReports(progress)
     for k, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
@@ -175,19 +185,24 @@ def jit_solve(
         if budget < n:
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
         stage = _Stage(static_solver, grid, budget)
-        y, u, states = _run_stage(
+        y, solver_state, states = _run_stage(
             _programs(static_velocity, options), stage, arrays, y, levels[start : end + 1],
-            SagArgs(lifter, args), reports if stepwise else None, check_finite, start, trace,
+            SagArgs(lifter, args), solver_state, reports if stepwise else None, check_finite,
+            start, trace,
         )  # fmt: skip
+        u = solver_state[-1]
+        solver_state = solver_state if keeps_history else None
         if recorder:
             recorder.add_stage(states, index if lifter else None, y - levels[end] * u, lifter)
         transition_record = None
         if lifter is not None and end < plan.steps and budgets[k + 1] > budget:
             last_step = jnp.asarray(levels[end - 1]), jnp.asarray(levels[end])
-            y, index, transition_record = transition(
+            y, index, history, transition_record = transition(
                 plan, budget, budgets[k + 1], y, u, *last_step, lifter, microflow_noise,
-                random_scores, record=trace,
+                random_scores, solver_state[0] if solver_state else None, record=trace,
             )  # fmt: skip
+            if solver_state:
+                solver_state = (history, *solver_state[1:])
         if recorder and end < plan.steps:
             recorder.transitions.append(transition_record)
         start = end
@@ -203,24 +218,26 @@ def _run_stage(
     y: Array,
     sigmas: Array | np.ndarray,
     sag_args: SagArgs,
+    solver_state: Any,
     reports: StepReports | None,
     check_finite: bool,
     first_step: int,
     every_step: bool,
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Any, Array | None]:
     """Run one stage: in one call, or step by step if there are `reports`.
 
     Returns:
-        The last state, the last velocity, and the states after every step (None unless
+        The last state, the solver's state, and the states after every step (None unless
         `every_step`).
     """
     if reports is None:
         y, states, solver_state = programs.integrate(
-            stage, every_step, arrays, y, sigmas, sag_args, None
+            stage, every_step, arrays, y, sigmas, sag_args, solver_state
         )
-        return y, solver_state[-1], states
+        return y, solver_state, states
     # Initialised outside the first step, so that all steps of a stage share one compiled program.
-    y, solver_state = programs.init(stage, arrays, y, sigmas[:2], sag_args)
+    if solver_state is None:
+        y, solver_state = programs.init(stage, arrays, y, sigmas[:2], sag_args)
     check_not_traced(y, solver_state)  # the velocity may hold traced values
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (y, solver_state))
     states = []
@@ -235,7 +252,7 @@ def _run_stage(
         if check_finite:
             check_finite_velocity(solver_state[-1], first_step + i, sigmas[i])
         reports.add(y)
-    return y, solver_state[-1], jnp.concatenate(states) if every_step else None
+    return y, solver_state, jnp.concatenate(states) if every_step else None
 
 
 def _place(array: Array, sharding: jax.sharding.Sharding) -> Array:

@@ -35,9 +35,12 @@ def transition(
     lifter: Lifter,
     noise: Float[Array, "b n d"],
     random_scores: Float[Array, "b n"] | None,
+    history: Float[Array, "b n d"] | None = None,
     *,
     record: bool = False,
-) -> tuple[Float[Array, "b n d"], Int[Array, "b k"], Transition | None]:
+) -> tuple[
+    Float[Array, "b n d"], Int[Array, "b k"], Float[Array, "b n d"] | None, Transition | None
+]:
     """Activate new anchors and run their micro-flow.
 
     Args:
@@ -51,11 +54,13 @@ def transition(
         lifter: lifter of the stage that ends.
         noise: noise of the new anchors' targets.
         random_scores: scores of new anchors for `activation="random"`; otherwise unused.
+        history: clean predictions that a multistep solver keeps; None for other solvers.
         record: whether to return a `Transition`.
 
     Returns:
-        The state after the transition, the token indices of the next stage's anchors, and the
-        `Transition` (None unless `record`).
+        The state after the transition; the token indices of the next stage's anchors; the history,
+        in which new anchors have the lifted clean prediction that their target is made from; and
+        the `Transition` (None unless `record`).
     """
     b, n, _ = y.shape
     anchors, grid = lifter.anchors, lifter.grid
@@ -74,7 +79,9 @@ def transition(
     target = new.gather((1 - sigma) * lifted + sigma * noise)
     after = new.scatter(y, microflow(plan, new.gather(y), target, previous_sigma, sigma))
     transition_record = Transition(scores, lifted, new_index, target, y, after) if record else None
-    return after, index, transition_record
+    if history is not None:
+        history = new.scatter(history, new.gather(lifted))
+    return after, index, history, transition_record
 
 
 def microflow(

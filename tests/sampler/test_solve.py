@@ -22,7 +22,7 @@ from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import CHOICES, Plan
 from jitjax.sampler.schedule import beta_sigmas
 from jitjax.sampler.solve import jit_solve
-from jitjax.sampler.solvers import AdamsBashforth2
+from jitjax.sampler.solvers import AdamsBashforth2, Multistep
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -316,9 +316,10 @@ def test_spare_anchors_fill_the_padded_slots():
     assert bool(jnp.isfinite(got).all())
 
 
-def test_multistep_solver_through_all_stages():
-    got, trace = solve(PLAN.replace(steps=24), solver=AdamsBashforth2(), trace=True)
-    stepwise = solve(PLAN.replace(steps=24), solver=AdamsBashforth2(), progress=lambda done: None)
+@pytest.mark.parametrize("solver", [AdamsBashforth2(), Multistep()])
+def test_multistep_solver_through_all_stages(solver):
+    got, trace = solve(PLAN.replace(steps=24), solver=solver, trace=True)
+    stepwise = solve(PLAN.replace(steps=24), solver=solver, progress=lambda done: None)
     np.testing.assert_allclose(got, stepwise, rtol=1e-5, atol=1e-5)
     assert trace.evaluations == 24
 
