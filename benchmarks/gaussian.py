@@ -1,0 +1,337 @@
+"""Judges samplers on a Gaussian field, whose exact flow and distribution are known.
+
+    python -m benchmarks.gaussian
+    python -m benchmarks.gaussian --exponents 2.5 3 4 --pictures 16 --out gaussian.jsonl
+
+`jitjax.jit_solve` runs with the ideal velocity of the field on any set of tokens as its network,
+and with the identity as its noise. That gives the sampler's linear map, and so the distribution of
+its pictures without drawing one. Rows of the table are plans; its columns:
+
+    tokens       evaluations of all tokens that would cost the same: 50 for 50 dense steps
+    wasserstein  squared Wasserstein distance of the pictures' distribution to the field's, over the
+                 field's variance; 0 is perfect, and lower is better
+    spectral     the part of it that the spectrum alone shows
+    variance     variance of the pictures over the field's; below 1 they are too flat
+    low ... high power over the field's at 0 to 2, 3 to 6, and above 6 waves per picture;
+                 a low "high" means blurred pictures
+    distance     root mean square distance to the converged picture of the same noise, in standard
+                 deviations of the field
+
+A linear map needs anchors that do not depend on the picture, so new ones are those of the fixed
+grid. With --pictures P, plans with the presets' activation by importance are added: P pictures of
+16 channels each, with 95 % intervals, and "spectral" in the place of "wasserstein".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jitjax
+from benchmarks.gaussian_field import Field, Scores, ideal_velocity, score_map, score_pictures
+from jitjax.sampler.anchors import first_anchors
+from jitjax.sampler.schedule import Shift, plan_sigmas
+
+FLUX_SHIFT = Shift(False, 0.5, 1.15, 256, 4096, shift=math.exp(1.15))
+"""FLUX.1-dev's schedule at 1024 x 1024 pixels (mu = 1.15), for a grid of any size."""
+
+CHANNELS = 16
+"""Independent fields per picture where anchors are chosen by importance."""
+
+HAS_PLAN_SOLVER = "solver" in {field.name for field in dataclasses.fields(jitjax.Plan)}
+
+SOLVERS = ("euler", "multistep" if HAS_PLAN_SOLVER else "adams-bashforth")
+"""Solvers of every plan: Euler's method, and one of second order at the same cost."""
+
+BANDS = {"low": (0, 2), "mid": (3, 6), "high": (7, None)}
+"""First and last frequency of each band, in whole waves per picture."""
+
+
+def solve(
+    field: Field,
+    plan: jitjax.Plan,
+    noise: np.ndarray,
+    *,
+    solver: str = "euler",
+    microflow_noise: np.ndarray | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Run `jit_solve` with the field's ideal velocity.
+
+    Args:
+        field: the field.
+        plan: the plan; its "shifted" schedule is FLUX's with mu = 1.15.
+        noise: initial noise, [b, n, d]; the channels share their anchors.
+        solver: a name in `SOLVERS`.
+        microflow_noise: noise of a micro-flow with "fresh" noise, [b, n, d].
+        seed: seed of the first anchors' random fill, and of random activation.
+
+    Returns:
+        The pictures, [b, n, d].
+    """
+    if HAS_PLAN_SOLVER:
+        plan = plan.replace(solver=solver)
+    sigmas = plan_sigmas(plan, field.tokens, FLUX_SHIFT)
+    batch = noise.shape[0]
+    keys = jax.random.split(jax.random.key(seed), (2, batch))
+    budget = plan.budgets(field.tokens)[0]
+    anchors = scores = None
+    if budget < field.tokens:
+        anchors = jnp.stack(
+            [first_anchors(k, field.grid, budget, layout=plan.first, fill=plan.fill)
+             for k in keys[0]]
+        )  # fmt: skip
+        scores = jnp.stack([jax.random.uniform(k, (field.tokens,)) for k in keys[1]])
+    pictures = jitjax.jit_solve(
+        ideal_velocity,
+        jnp.asarray(noise),
+        sigmas,
+        plan=plan,
+        grid=field.grid,
+        first_anchors=anchors,
+        microflow_noise=None if microflow_noise is None else jnp.asarray(microflow_noise),
+        random_scores=scores,
+        args=jnp.asarray(field.offsets),
+        solver=jitjax.AdamsBashforth2() if solver == "adams-bashforth" else None,
+    )
+    return np.asarray(pictures)
+
+
+def has_fresh_noise(plan: jitjax.Plan, tokens: int) -> bool:
+    """Whether the pictures depend on the micro-flow's own noise."""
+    sparse = plan.budgets(tokens)[0] < tokens
+    return sparse and plan.microflow != "none" and plan.microflow_noise == "fresh"
+
+
+def linear_maps(
+    field: Field, plan: jitjax.Plan, *, solver: str = "euler", seed: int = 0
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Compute the maps from the initial noise, and from the micro-flow's, to pictures.
+
+    Args:
+        field: the field.
+        plan: the plan.
+        solver: a name in `SOLVERS`.
+        seed: seed of the anchors.
+
+    Returns:
+        The map of the initial noise, [n, n], and that of the micro-flow's (None if it has none).
+
+    Raises:
+        ValueError: the plan chooses anchors by the picture, so that it has no linear map.
+    """
+    n = field.tokens
+    if plan.activation == "importance" and plan.budgets(n)[0] < n:
+        raise ValueError('the plan\'s activation is "importance"; expected "grid" or "random"')
+    identity = np.eye(n)
+    if not has_fresh_noise(plan, n):
+        return solve(field, plan, identity[None], solver=solver, seed=seed)[0], None
+    nothing = np.zeros((n, n))
+    pictures = solve(
+        field,
+        plan,
+        np.concatenate([identity, nothing], axis=1)[None],
+        microflow_noise=np.concatenate([nothing, identity], axis=1)[None],
+        solver=solver,
+        seed=seed,
+    )[0]
+    return pictures[:, :n], pictures[:, n:]
+
+
+def judge(field: Field, plan: jitjax.Plan, *, solver: str = "euler", seed: int = 0) -> Scores:
+    """Score a plan exactly; arguments as for `linear_maps`."""
+    return score_map(field, *linear_maps(field, plan, solver=solver, seed=seed))
+
+
+def judge_by_pictures(
+    field: Field, plan: jitjax.Plan, *, pictures: int, solver: str = "euler", seed: int = 0
+) -> tuple[Scores, dict[str, float]]:
+    """Score a plan whose anchors depend on the picture by drawing pictures of 16 channels.
+
+    Args:
+        field: the field.
+        plan: the plan.
+        pictures: number of pictures, at least 2.
+        solver: a name in `SOLVERS`.
+        seed: seed of the noises and the anchors.
+
+    Returns:
+        The scores, and half the width of the 95 % interval of each (jackknife over pictures).
+    """
+    random = np.random.default_rng(seed)
+    shape = (pictures, field.tokens, CHANNELS)
+    noise = random.standard_normal(shape)
+    fresh = random.standard_normal(shape) if has_fresh_noise(plan, field.tokens) else None
+    result = solve(field, plan, noise, solver=solver, microflow_noise=fresh, seed=seed)
+
+    def score(kept: np.ndarray) -> Scores:
+        columns = [np.concatenate(list(x[kept]), axis=1) for x in (result, noise)]
+        return score_pictures(field, *columns)
+
+    every = np.arange(pictures)
+    without = [score(every[every != i]) for i in every]
+    half_widths = {}
+    for name in ("spectral", "variance", "distance"):
+        values = np.array([getattr(scores, name) for scores in without])
+        error = math.sqrt((pictures - 1) * values.var())
+        half_widths[name] = 1.96 * error
+    return score(every), half_widths
+
+
+def plans() -> Iterator[tuple[str, jitjax.Plan]]:
+    """Yield the plans of the table with their names."""
+    for schedule, steps in (("shifted", (50, 28, 11, 7)), ("beta", (50, 28, 11, 7))):
+        name = "FLUX's sigmas" if schedule == "shifted" else "Beta sigmas"
+        for count in steps:
+            yield f"dense {count}, {name}", jitjax.Plan(count, schedule=schedule)
+    variants = {
+        "blend + fresh (as released)": {},
+        "blend + initial": {"microflow_noise": "initial"},
+        "hit": {"microflow": "hit", "microflow_noise": "initial"},
+        "no micro-flow": {"microflow": "none"},
+        "blend + fresh, no lift": {"lift": "none"},
+    }
+    for name in ("4x", "7x"):
+        for label, changes in variants.items():
+            yield f"{name}, {label}", jitjax.PLANS[name].replace(activation="grid", **changes)
+
+
+def token_evaluations(plan: jitjax.Plan, tokens: int) -> float:
+    """Return the number of evaluations of all tokens that evaluate as many tokens as the plan."""
+    ends = (0, *plan.stage_steps)
+    steps = np.diff(ends)
+    return float(steps @ np.array(plan.budgets(tokens)) / tokens)
+
+
+def make_rows(
+    field: Field, solvers: Sequence[str], pictures: int, seed: int
+) -> Iterator[dict[str, object]]:
+    """Yield the table's rows: exact ones, then those of plans by importance if `pictures`."""
+    for name, plan in plans():
+        for solver in solvers:
+            scores = judge(field, plan, solver=solver, seed=seed)
+            yield _row(field, name, plan, solver, scores, {})
+        by_importance = plan.replace(activation="importance")
+        if pictures and len(plan.densities) > 1 and plan.lift != "none":
+            for solver in solvers:
+                scores, half_widths = judge_by_pictures(
+                    field, by_importance, pictures=pictures, solver=solver, seed=seed
+                )
+                label = f"{name}, importance"
+                yield _row(field, label, by_importance, solver, scores, half_widths)
+
+
+def _row(
+    field: Field,
+    name: str,
+    plan: jitjax.Plan,
+    solver: str,
+    scores: Scores,
+    half_widths: dict[str, float],
+) -> dict[str, object]:
+    return {
+        "exponent": field.exponent,
+        "side": field.side,
+        "plan": name,
+        "solver": solver,
+        "tokens": round(token_evaluations(plan, field.tokens), 2),
+        **dataclasses.asdict(scores),
+        **band_ratios(field, scores),
+        "half_widths": half_widths,
+    }
+
+
+def band_ratios(field: Field, scores: Scores) -> dict[str, float]:
+    """Return the power of the pictures over the field's in each of `BANDS`."""
+    truth = field.true_spectrum
+    power = truth * np.array(scores.spectrum)
+    ratios = {}
+    for name, (first, last) in BANDS.items():
+        band = slice(first, None if last is None else last + 1)
+        if truth[band].size:
+            ratios[name] = float(power[band].sum() / truth[band].sum())
+    return ratios
+
+
+COLUMNS = ("tokens", "wasserstein", "spectral", "variance", *BANDS, "distance")
+
+
+def format_row(row: dict) -> str:
+    """Format a row for the terminal and for Markdown."""
+    cells = [f"{row['plan']:44s}", f"{row['solver']:15s}"]
+    for name in COLUMNS:
+        value = row.get(name)
+        if value is None:
+            text = "-"
+        elif name == "tokens":
+            text = f"{value:.1f}"
+        else:
+            text = f"{value:.4f}" if name in ("wasserstein", "spectral") else f"{value:.3f}"
+            if name in row["half_widths"]:
+                digits = 4 if name == "spectral" else 3
+                text += f" ± {row['half_widths'][name]:.{digits}f}"
+        cells.append(f"{text:>{max(6, len(name))}s}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print a table per exponent, and write its rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--side", type=int, default=24, help="rows of tokens (default: 24)")
+    parser.add_argument(
+        "--exponents", type=float, nargs="+", default=[3.0], metavar="A",
+        help="exponents a of the spectrum (k^2 + 1)^(-a/2), such as 2.5 3 4 (default: 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--solvers", nargs="+", default=SOLVERS, choices=SOLVERS, help="default: all"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=0, metavar="P",
+        help="pictures of the plans by importance, 2 or more (default: 0, without these plans)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of anchors and pictures")
+    parser.add_argument("--out", type=Path, help="file for the rows, as lines of JSON")
+    args = parser.parse_args()
+    if args.side < 6:
+        parser.error(f"--side is {args.side}; expected at least 6, for the stages of the presets")
+    if args.pictures == 1 or args.pictures < 0:
+        parser.error(f"--pictures is {args.pictures}; expected 0, or 2 or more")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out is {args.out}; expected a file in a folder that exists")
+    try:
+        fields = [Field(args.side, exponent) for exponent in args.exponents]
+    except ValueError as error:
+        parser.error(str(error))
+    jax.config.update("jax_enable_x64", True)
+    start = time.perf_counter()
+    rows = []
+    for field in fields:
+        print(
+            f"\n{field.side} x {field.side} tokens, spectrum 1/(k^2 + 1)^({field.exponent:g}/2)\n"
+        )
+        print(
+            f"| {'plan':44s} | {'solver':15s} | " + " | ".join(f"{c:>6s}" for c in COLUMNS) + " |"
+        )
+        print("|" + "---|" * (2 + len(COLUMNS)))
+        for row in make_rows(field, args.solvers, args.pictures, args.seed):
+            print(format_row(row), flush=True)
+            rows.append(row)
+    if args.out:
+        args.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
