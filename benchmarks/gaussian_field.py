@@ -100,7 +100,8 @@ class Field:
 
 def cosine_modes(field: Field, values: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Transform fields, one per column, to the orthonormal cosine basis (no jump at the edges)."""
-    return dctn(values.reshape(*field.grid, -1), axes=(0, 1), norm="ortho").reshape(values.shape)
+    modes = dctn(values.reshape(*field.grid, -1), axes=(0, 1), norm="ortho")
+    return np.asarray(modes).reshape(values.shape)
 
 
 def ideal_velocity(
