@@ -52,10 +52,8 @@ FLUX_SHIFT = Shift(False, 0.5, 1.15, 256, 4096, shift=math.exp(1.15))
 CHANNELS = 16
 """Independent fields per picture where anchors are chosen by importance."""
 
-HAS_PLAN_SOLVER = "solver" in {field.name for field in dataclasses.fields(jitjax.Plan)}
-
-SOLVERS = ("euler", "multistep" if HAS_PLAN_SOLVER else "adams-bashforth")
-"""Solvers of every plan: Euler's method, and one of second order at the same cost."""
+SOLVERS = ("euler", "multistep")
+"""Values of `Plan.solver` that every plan is judged with."""
 
 BANDS = {"low": (0, 2), "mid": (3, 6), "high": (7, None)}
 """First and last frequency of each band, in whole waves per picture."""
@@ -66,48 +64,43 @@ def solve(
     plan: jitjax.Plan,
     noise: np.ndarray,
     *,
-    solver: str = "euler",
     microflow_noise: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Run `jit_solve` with the field's ideal velocity.
+    """Run `jit_solve` in float64 with the field's ideal velocity.
 
     Args:
         field: the field.
         plan: the plan; its "shifted" schedule is FLUX's with mu = 1.15.
         noise: initial noise, [b, n, d]; the channels share their anchors, and all of the batch the
             first ones.
-        solver: a name in `SOLVERS`.
         microflow_noise: noise of a micro-flow with "fresh" noise, [b, n, d].
         seed: seed of the first anchors' random fill, and of random activation.
 
     Returns:
         The pictures, [b, n, d].
     """
-    if HAS_PLAN_SOLVER:
-        plan = plan.replace(**{"solver": solver})
-    sigmas = jnp.asarray(plan_sigmas(plan, field.tokens, FLUX_SHIFT))
-    fill, activation = jax.random.split(jax.random.key(seed))
     budget = plan.budgets(field.tokens)[0]
     anchors = scores = None
-    if budget < field.tokens:
-        anchors = first_anchors(fill, field.grid, budget, layout=plan.first, fill=plan.fill)
-        scores = jax.random.uniform(activation, (field.tokens,))
-        anchors, scores = (
-            jnp.broadcast_to(x, (noise.shape[0], *x.shape)) for x in (anchors, scores)
+    with jax.enable_x64(True):
+        if budget < field.tokens:
+            fill, activation = jax.random.split(jax.random.key(seed))
+            anchors = first_anchors(fill, field.grid, budget, layout=plan.first, fill=plan.fill)
+            scores = jax.random.uniform(activation, (field.tokens,))
+            anchors, scores = (
+                jnp.broadcast_to(x, (noise.shape[0], *x.shape)) for x in (anchors, scores)
+            )
+        pictures = jitjax.jit_solve(
+            ideal_velocity,
+            jnp.asarray(noise),
+            jnp.asarray(plan_sigmas(plan, field.tokens, FLUX_SHIFT)),
+            plan=plan,
+            grid=field.grid,
+            first_anchors=anchors,
+            microflow_noise=None if microflow_noise is None else jnp.asarray(microflow_noise),
+            random_scores=scores,
+            args=jnp.asarray(field.offsets),
         )
-    pictures = jitjax.jit_solve(
-        ideal_velocity,
-        jnp.asarray(noise),
-        sigmas,
-        plan=plan,
-        grid=field.grid,
-        first_anchors=anchors,
-        microflow_noise=None if microflow_noise is None else jnp.asarray(microflow_noise),
-        random_scores=scores,
-        args=jnp.asarray(field.offsets),
-        solver=jitjax.AdamsBashforth2() if solver == "adams-bashforth" else None,
-    )
     return np.asarray(pictures)
 
 
@@ -117,15 +110,12 @@ def has_fresh_noise(plan: jitjax.Plan, tokens: int) -> bool:
     return sparse and plan.microflow != "none" and plan.microflow_noise == "fresh"
 
 
-def linear_map(
-    field: Field, plan: jitjax.Plan, *, solver: str = "euler", seed: int = 0
-) -> LinearMap:
+def linear_map(field: Field, plan: jitjax.Plan, *, seed: int = 0) -> LinearMap:
     """Compute the sampler's map from noise to pictures; its `scores()` are exact.
 
     Args:
         field: the field.
         plan: the plan.
-        solver: a name in `SOLVERS`.
         seed: seed of the anchors.
 
     Raises:
@@ -136,21 +126,20 @@ def linear_map(
         raise ValueError('Plan.activation is "importance"; expected "grid" or "random"')
     identity = np.eye(n)
     if not has_fresh_noise(plan, n):
-        return LinearMap(field, solve(field, plan, identity[None], solver=solver, seed=seed)[0])
+        return LinearMap(field, solve(field, plan, identity[None], seed=seed)[0])
     nothing = np.zeros((n, n))
     pictures = solve(
         field,
         plan,
         np.concatenate([identity, nothing], axis=1)[None],
         microflow_noise=np.concatenate([nothing, identity], axis=1)[None],
-        solver=solver,
         seed=seed,
     )[0]
     return LinearMap(field, pictures[:, :n], pictures[:, n:])
 
 
 def judge_by_pictures(
-    field: Field, plan: jitjax.Plan, *, pictures: int, solver: str = "euler", seed: int = 0
+    field: Field, plan: jitjax.Plan, *, pictures: int, seed: int = 0
 ) -> tuple[Scores, dict[str, float]]:
     """Score a plan whose anchors depend on the picture, beside the same plan with the fixed grid.
 
@@ -158,18 +147,17 @@ def judge_by_pictures(
         field: the field.
         plan: the plan.
         pictures: number of pictures of 16 channels, at least 2.
-        solver: a name in `SOLVERS`.
         seed: seed of the noises and the anchors.
 
     Returns:
         What `score_pictures` returns.
     """
-    reference = linear_map(field, plan.replace(activation="grid"), solver=solver, seed=seed)
+    reference = linear_map(field, plan.replace(activation="grid"), seed=seed)
     random = np.random.default_rng(seed)
     shape = (pictures, field.tokens, CHANNELS)
     noise = random.standard_normal(shape)
     fresh = None if reference.fresh is None else random.standard_normal(shape)
-    result = solve(field, plan, noise, solver=solver, microflow_noise=fresh, seed=seed)
+    result = solve(field, plan, noise, microflow_noise=fresh, seed=seed)
     return score_pictures(reference, result, noise, fresh)
 
 
@@ -201,34 +189,28 @@ def token_evaluations(plan: jitjax.Plan, tokens: int) -> float:
 def make_rows(
     field: Field, solvers: Sequence[str], pictures: int, seed: int
 ) -> Iterator[dict[str, object]]:
-    """Yield the table's rows: exact ones, then those of plans by importance if `pictures`."""
-    for name, plan in plans():
+    """Yield the table's rows; those of plans by importance follow the fixed grid's."""
+    for name, paper_plan in plans():
         for solver in solvers:
-            scores = linear_map(field, plan, solver=solver, seed=seed).scores()
-            yield _row(field, name, plan, solver, scores, {})
-        by_importance = plan.replace(activation="importance")
-        if pictures and len(plan.densities) > 1 and plan.lift != "none":
-            for solver in solvers:
-                scores, half_widths = judge_by_pictures(
-                    field, by_importance, pictures=pictures, solver=solver, seed=seed
-                )
-                label = f"{name}, importance"
-                yield _row(field, label, by_importance, solver, scores, half_widths)
+            plan = paper_plan.replace(solver=solver)
+            scores = linear_map(field, plan, seed=seed).scores()
+            yield _row(field, name, plan, scores, {})
+        if not pictures or len(paper_plan.densities) == 1:
+            continue
+        for solver in solvers:
+            plan = paper_plan.replace(solver=solver, activation="importance")
+            scores, half_widths = judge_by_pictures(field, plan, pictures=pictures, seed=seed)
+            yield _row(field, f"{name}, importance", plan, scores, half_widths)
 
 
 def _row(
-    field: Field,
-    name: str,
-    plan: jitjax.Plan,
-    solver: str,
-    scores: Scores,
-    half_widths: dict[str, float],
+    field: Field, name: str, plan: jitjax.Plan, scores: Scores, half_widths: dict[str, float]
 ) -> dict[str, object]:
     return {
         "exponent": field.exponent,
         "side": field.side,
         "plan": name,
-        "solver": solver,
+        "solver": plan.solver,
         "tokens": round(token_evaluations(plan, field.tokens), 2),
         **dataclasses.asdict(scores),
         **band_ratios(field, scores),
@@ -253,13 +235,13 @@ COLUMNS = ("tokens", "wasserstein", "spectral", "variance", *BANDS, "distance")
 def format_heading(field: Field) -> str:
     """Format the lines above a field's rows."""
     title = f"{field.side} x {field.side} tokens, spectrum 1/(k^2 + 1)^({field.exponent:g}/2)"
-    cells = [f"{'plan':44s}", f"{'solver':15s}", *(f"{name:>6s}" for name in COLUMNS)]
+    cells = [f"{'plan':44s}", f"{'solver':9s}", *(f"{name:>6s}" for name in COLUMNS)]
     return f"\n{title}\n\n| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
 
 
 def format_row(row: dict) -> str:
     """Format a row for the terminal and for Markdown."""
-    cells = [f"{row['plan']:44s}", f"{row['solver']:15s}"]
+    cells = [f"{row['plan']:44s}", f"{row['solver']:9s}"]
     for name in COLUMNS:
         digits = 4 if name in ("wasserstein", "spectral") else 1 if name == "tokens" else 3
         text = f"{row[name]:.{digits}f}"
@@ -274,13 +256,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=24, help="rows of tokens (default: 24)")
+    parser.add_argument(
+        "--side", type=int, default=24, help="rows, and columns, of tokens (default: 24)"
+    )
     parser.add_argument(
         "--exponents", type=float, nargs="+", default=[2.5, 3, 4], metavar="A",
         help="exponents a of the spectrum (k^2 + 1)^(-a/2), (default: 2.5 3 4)",
     )  # fmt: skip
     parser.add_argument(
-        "--solvers", nargs="+", default=SOLVERS, choices=SOLVERS, help="default: all"
+        "--solvers",
+        nargs="+",
+        default=SOLVERS,
+        choices=SOLVERS,
+        help="solvers of every plan (default: both)",
     )
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="P",
@@ -301,12 +289,11 @@ def main() -> None:
         parser.error(str(error))
     start = time.perf_counter()
     rows = []
-    with jax.enable_x64(True):
-        for field in fields:
-            print(format_heading(field))
-            for row in make_rows(field, args.solvers, args.pictures, args.seed):
-                print(format_row(row), flush=True)
-                rows.append(row)
+    for field in fields:
+        print(format_heading(field))
+        for row in make_rows(field, args.solvers, args.pictures, args.seed):
+            print(format_row(row), flush=True)
+            rows.append(row)
     if args.out:
         args.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
