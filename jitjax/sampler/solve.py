@@ -160,7 +160,10 @@ def jit_solve(
         raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
     solver = with_last_velocity(named_solver(plan.solver if solver is None else solver))
-    keeps_history = isinstance(solver, Multistep)
+    # diffrax's wrappers are instances of what they wrap, but their state is another.
+    keeps_history = isinstance(solver, Multistep) and not isinstance(
+        solver, diffrax.AbstractWrappedSolver
+    )
     if keeps_history:
         check_logarithmic_sigmas(sigmas)
     velocity_arrays, static_velocity = split_arrays("velocity", velocity)
