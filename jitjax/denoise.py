@@ -196,7 +196,7 @@ def denoise(
     key: Array | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
-    solver: diffrax.AbstractSolver | None = None,
+    solver: str | diffrax.AbstractSolver | None = None,
     attention: str = "auto",
     progress: Callable[[int], Any] | StepReports | None = None,
     check_finite: bool = False,
@@ -222,7 +222,7 @@ def denoise(
             noise and the random scores if the plan needs them and they are not given.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
-        solver: a diffrax solver; `plan.solver` by default.
+        solver: a name or a diffrax solver, as in `Plan.solver`, which is the default.
         attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
             or "pallas"; see `jitjax.models.attention`.
         progress: callback, called with 1 for every finished step.

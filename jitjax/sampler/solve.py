@@ -94,7 +94,7 @@ def jit_solve(
     microflow_noise: Float[Array, "b n d"] | None = None,
     random_scores: Float[Array, "b n"] | None = None,
     args: Any = None,
-    solver: diffrax.AbstractSolver | None = None,
+    solver: str | diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
     compiler_options: Mapping[str, bool | int | str] | None = None,
     progress: Callable[[int], Any] | StepReports | None = None,
@@ -126,7 +126,7 @@ def jit_solve(
             and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
         args: pytree passed to `velocity`, such as its parameters; differentiable.
-        solver: a diffrax solver of ordinary differential equations; `plan.solver` by default. An
+        solver: a name or a diffrax solver, as in `Plan.solver`, which is the default. An
             implicit one needs a root finder with tolerances, and gives NaN where that does not
             converge.
         text_tokens: number of text tokens that the network runs on with the anchors, for

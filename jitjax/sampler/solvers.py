@@ -180,8 +180,9 @@ class Multistep(diffrax.AbstractSolver):
 
 
 def named_solver(solver: Any) -> Any:
-    """Return the solver of a name in `jitjax.sampler.plan.SOLVERS`; others unchanged."""
-    return {"euler": Euler, "multistep": Multistep}[solver]() if isinstance(solver, str) else solver
+    """Return the solver of a name in `jitjax.sampler.plan.SOLVERS`; anything else unchanged."""
+    named = {"euler": Euler(), "multistep": Multistep()}
+    return named.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def with_last_velocity(solver: Any) -> diffrax.AbstractSolver:
@@ -206,7 +207,7 @@ def _check_solver(solver: Any) -> None:
     if isinstance(solver, type):
         raise ValueError(f"solver is the class {solver.__name__}; expected an instance of it")
     if not isinstance(solver, diffrax.AbstractSolver):
-        raise ValueError(f"solver is {solver!r}; expected a diffrax solver, or None for Euler's")
+        raise ValueError(f"solver is {solver!r}; expected a diffrax solver, or None for the plan's")
     name, inner = type(solver).__name__, solver
     while isinstance(inner, diffrax.AbstractWrappedSolver):
         inner = inner.solver
