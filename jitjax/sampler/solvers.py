@@ -79,14 +79,11 @@ class MeanVelocitySolver(diffrax.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
 
-class AdamsBashforth2(diffrax.AbstractSolver):
-    """The two-step Adams-Bashforth method: second order for one network evaluation per step.
+class _TwoStepSolver(diffrax.AbstractSolver):
+    """A method of second order that looks back one step.
 
-    The mean velocity over the step is extrapolated from the velocity u at its start and the
-    velocity u_previous at the start of the previous step: u + r / 2 (u - u_previous), where r is
-    the ratio of the step sizes. The first step of every stage is an Euler step, because the
-    velocities are discontinuous between stages. The state is (velocity, step size, mean velocity)
-    of the last step.
+    Its state is (values at the start of the last step, a number, the velocity of the last step);
+    the number is 0 if there is no last step.
     """
 
     term_structure = diffrax.AbstractTerm
@@ -99,8 +96,23 @@ class AdamsBashforth2(diffrax.AbstractSolver):
     def init(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any
     ) -> tuple[Array, Array, Array]:
-        """Return zeros: a previous step of length 0 means that there is none."""
+        """Return zeros, since there is no previous step."""
         return jnp.zeros_like(y0), jnp.zeros_like(terms.contr(t0, t1)), jnp.zeros_like(y0)
+
+    def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
+        """Evaluate the vector field."""
+        return terms.vf(t0, y0, args)
+
+
+class AdamsBashforth2(_TwoStepSolver):
+    """The two-step Adams-Bashforth method: second order for one network evaluation per step.
+
+    The mean velocity over the step is extrapolated from the velocity u at its start and the
+    velocity u_previous at the start of the previous step: u + r / 2 (u - u_previous), where r is
+    the ratio of the step sizes. The first step of every stage is an Euler step, because the
+    velocities are discontinuous between stages. The state is (velocity, step size, mean velocity)
+    of the last step.
+    """
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
@@ -115,12 +127,8 @@ class AdamsBashforth2(diffrax.AbstractSolver):
         state = (velocity, step, mean)
         return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
 
-    def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
-        """Evaluate the vector field."""
-        return terms.vf(t0, y0, args)
 
-
-class Multistep(diffrax.AbstractSolver):
+class Multistep(_TwoStepSolver):
     """The two-step exponential integrator of the clean prediction, DPM-Solver++(2M).
 
     A step keeps the clean prediction constant instead of the velocity, which is exact for a single
@@ -138,19 +146,6 @@ class Multistep(diffrax.AbstractSolver):
     Source: Lu et al., "DPM-Solver++", 2022, algorithm 2, for the flow y = (1 - sigma) x0 +
     sigma noise.
     """
-
-    term_structure = diffrax.AbstractTerm
-    interpolation_cls = diffrax.LocalLinearInterpolation
-
-    def order(self, terms: Any) -> int:
-        """Return 2."""
-        return 2
-
-    def init(
-        self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any
-    ) -> tuple[Array, Array, Array]:
-        """Return zeros: a previous sigma of 0 means that there is no previous step."""
-        return jnp.zeros_like(y0), jnp.zeros_like(terms.contr(t0, t1)), jnp.zeros_like(y0)
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any, solver_state: Any, made_jump: Any
@@ -173,10 +168,6 @@ class Multistep(diffrax.AbstractSolver):
         y1 = y0 + terms.prod(velocity, terms.contr(t0, t1))
         state = (clean, sigma, velocity)
         return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
-
-    def func(self, terms: Any, t0: Any, y0: Array, args: Any) -> Array:
-        """Evaluate the vector field."""
-        return terms.vf(t0, y0, args)
 
 
 def named_solver(solver: Any) -> Any:
