@@ -225,7 +225,8 @@ def denoise(
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default.
         attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
             or "pallas"; see `jitjax.models.attention`.
-        progress: callback, called with 1 for every finished step.
+        progress: callback, called with 1 for every finished step; or a `StepReports`, which the
+            caller finishes.
         check_finite: whether to check the velocity of every step.
         trace: whether to return a `Trace` too.
 
