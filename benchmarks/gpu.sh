@@ -50,7 +50,8 @@ part() {
 
 small=()
 # Only some methods by default: each takes time to compile.
-default="dense-50 dense-11-beta dense-7-beta 4x 7x tuned-4x 4x:no-lift 7x:no-lift"
+default="dense-50 dense-11-beta-multistep dense-7-beta-multistep 4x 7x"
+default+=" 4x:hit-initial:multistep 7x:hit-initial:multistep"
 read -ra methods <<<"${QUALITY_METHODS:-$default}"
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu
@@ -89,8 +90,8 @@ for which in "${parts[@]}"; do
     quality)
         # Full float32 in matrix products, as on a CPU, instead of TensorFloat-32.
         export JAX_DEFAULT_MATMUL_PRECISION=highest
-        part quality "${QUALITY_SECONDS:-200}" "$python" -m benchmarks.quality --seeds 1 \
-            --batch 100 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
+        part quality "${QUALITY_SECONDS:-200}" "$python" -m benchmarks.quality \
+            --batch 96 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
     quality-rehearsed)
         part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 \
             --out "$out/quality.jsonl" ;;

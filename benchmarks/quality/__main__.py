@@ -1,13 +1,14 @@
 """Compares samplers by prompt accuracy, distance to the 50-step dense solve, and cost.
 
-    python -m benchmarks.quality --out quality.jsonl               all methods; hours on a CPU
+    python -m benchmarks.quality --out quality.jsonl --docs    docs/quality.* and the README's table
+    python -m benchmarks.quality --out quality.jsonl           the same table, only printed
+    python -m benchmarks.quality --list                        the methods and what they cost
     python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:fill=dither
-    python -m benchmarks.quality --quick --out quick.jsonl         a test of the setup; minutes
-    python -m benchmarks.quality --part 1/2 --out a.jsonl          the first half of the tasks
-    python -m benchmarks.report quality.jsonl                      table and plot of the results
+    python -m benchmarks.quality --out quick.jsonl --quick     a test of the setup; minutes
 
-All methods sample each batch of prompts in turn, from the same noise, so that their times are
-comparable. An interrupted run resumes; the rows that it has written are kept.
+The first command takes about an hour on two cores; `--ablations` adds the paper's. All methods
+sample each batch of prompts in turn, from the same noise, so that their times are comparable. The
+same command resumes an interrupted run; the rows that it has written are kept.
 """
 
 from __future__ import annotations
@@ -31,16 +32,28 @@ import xxhash
 from tqdm import tqdm
 
 import jitjax
-from benchmarks.quality import flops
+from benchmarks.quality import flops, report, summary
 from benchmarks.quality.judging import judge_images
-from benchmarks.quality.methods import REFERENCE, Method, Runner, all_methods, parse_plan
-from benchmarks.quality.prompts import CATEGORIES, Prompt, prompts
-from benchmarks.quality.scores import feature_distance
-from benchmarks.report import read_rows
+from benchmarks.quality.methods import (
+    REFERENCE,
+    Method,
+    ablations,
+    dense_evaluations,
+    label,
+    parse_method,
+    standard,
+)
+from benchmarks.quality.prompts import prompts
+from benchmarks.quality.results import Task, open_results, read_rows, unfinished
+from benchmarks.quality.runner import Runner
 from jitjax.latents import draw_noise, token_grid
 
-QUICK = ("4x", "7x:hit-initial", "dense-7", "teacache-7", "taylor-7")
-Task = tuple[int, Prompt, int]  # (index of the prompt, prompt, seed)
+QUICK = ["4x", "7x:hit-initial:multistep", "dense-7-beta", "teacache-7", "taylor-7"]
+ABLATION_PICTURES = 48
+DECODING = 3
+"""Time to decode and judge a picture, in evaluations of all tokens; for the time that is left."""
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 def weights_hash(params: jitjax.FluxParams) -> str:
@@ -76,169 +89,103 @@ def sample_batch(
 
 def run_batch(
     runner: Runner,
-    methods: dict[str, Method],
+    names: list[str],
     tasks: list[Task],
     batch: int,
-    finished: set[str],
     compiled: set[str],
     map_function: Callable[..., Iterable],
+    report_progress: Callable[[str], None],
 ) -> list[dict]:
     """Sample and judge the images of a batch of tasks.
 
     Args:
         runner: runs the methods.
-        methods: the methods by name, `REFERENCE` among them.
+        names: names of the methods whose rows are wanted.
         tasks: up to `batch` tasks.
         batch: batch size; fewer tasks are padded.
-        finished: names of methods whose rows exist already.
         compiled: names of methods that have run before, so that timing them excludes compilation;
             this function adds the names it has run.
         map_function: `map`, or the `map` of a process pool.
+        report_progress: called with the name of each method that was run.
 
     Returns:
-        A row per image and method, except for the methods in `finished`.
+        A row per image and method. `REFERENCE` always runs, since images are compared with its.
     """
     text = runner.params.config.text_length
     config = runner.params.config.transformer
-    reference, dense_seconds, rows = np.empty(0), 0.0, []
+    rows: list[dict] = []
     images_by_method: dict[str, np.ndarray] = {}
-    for name, method in {REFERENCE: methods[REFERENCE], **methods}.items():
-        if name in finished and name != REFERENCE:
-            continue
-        images, slots, seconds = sample_batch(runner, method, tasks, batch)
-        if name == REFERENCE:
-            reference, dense_seconds = images, seconds
-            if name in finished:
-                continue
+    dense_seconds = 0.0
+    for name in dict.fromkeys([REFERENCE, *names]):
+        images, slots, seconds = sample_batch(runner, parse_method(name), tasks, batch)
         images_by_method[name] = images
+        if name == REFERENCE:
+            dense_seconds = seconds
         times = {}
         if name in compiled:
             times = {"seconds": seconds / batch, "dense": dense_seconds / batch}
         compiled.add(name)
-        is_reference = name == REFERENCE
-        pair = (jnp.asarray(images), jnp.asarray(reference))
-        features = [] if is_reference else feature_distance(runner.params, *pair).tolist()
-        for i, (number, prompt, seed) in enumerate(tasks):
-            rows.append(
-                {
-                    "method": name,
-                    "prompt": number,
-                    "seed": seed,
-                    "category": prompt.category,
-                    "text": prompt.text,
-                    "tflops": flops.run(config, slots, text) / 1e12,
-                    "evaluations": len(slots),
-                }
-                | times
-                | ({} if is_reference else {"features": features[i]})
-            )
+        report_progress(name)
+        rows += [
+            {
+                "method": name,
+                "prompt": number,
+                "seed": seed,
+                "category": prompt.category,
+                "text": prompt.text,
+                "tflops": flops.run(config, slots, text) / 1e12,
+                "evaluations": len(slots),
+            }
+            | times
+            for number, prompt, seed in tasks
+        ]
     batch_prompts = [prompt for _, prompt, _ in tasks]
     images_by_task = [
         {name: images[i] for name, images in images_by_method.items()} for i in range(len(tasks))
     ]
-    judgements = list(map_function(judge_images, batch_prompts, reference, images_by_task))
+    judgements = list(
+        map_function(judge_images, batch_prompts, images_by_method[REFERENCE], images_by_task)
+    )
     for i, row in enumerate(rows):
         row.update(judgements[i % len(tasks)][row["method"]])
         if row["method"] == REFERENCE:
             del row["psnr"], row["ssim"]
-    return rows
+    return [row for row in rows if row["method"] in names]
 
 
-def select_part(tasks: list[Task], part: str) -> list[Task]:
-    """Return the K-th of N consecutive parts of nearly equal length, for `part` "K/N".
-
-    Raises:
-        ValueError: `part` has another form, or K is not in 1 to N.
-    """
-    number, slash, count = part.partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"part is {part!r}; expected K/N with K from 1 to N, such as 1/2")
-    stops = [len(tasks) * i // int(count) for i in (int(number) - 1, int(number))]
-    return tasks[slice(*stops)]
+def cost(runner: Runner, name: str) -> float:
+    """Return what a method costs in evaluations of all tokens."""
+    method, config = parse_method(name), runner.params.config
+    if method.peer:
+        return method.evaluations
+    return dense_evaluations(config.transformer, method.plan, runner.tokens, config.text_length)
 
 
-def open_results(
-    path: Path, settings: dict[str, object], provenance: dict[str, str]
-) -> dict[tuple[int, int], set[str]]:
-    """Create a file of results, or prepare an existing one to be resumed.
-
-    The first line of the file is a header with `settings` and `provenance`. In an existing file an
-    incomplete last line is removed, and a new "command" is added to the header's.
-
-    Args:
-        path: the file of JSON lines.
-        settings: what must be equal for all rows of a file.
-        provenance: "command" and other facts, recorded once.
-
-    Returns:
-        The names of the finished methods by (prompt index, seed).
-
-    Raises:
-        ValueError: the file was made with other settings, or has no complete line.
-        OSError: it cannot be read or written.
-    """
-    finished_methods: dict[tuple[int, int], set[str]] = {}
-    if not path.exists():
-        path.write_text(json.dumps(settings | provenance) + "\n")
-        return finished_methods
-    header, rows_by_method = read_rows(path)
-    recorded = {name: header.get(name) for name in settings}
-    if recorded != settings:
-        raise ValueError(f"{path} was made with {recorded}; expected {settings}")
-    for name, rows in rows_by_method.items():
-        for task in rows:
-            finished_methods.setdefault(task, set()).add(name)
-    if provenance["command"] not in header["command"].split(" && "):
-        header["command"] += " && " + provenance["command"]
-    text = path.read_text()
-    rows_text = text[text.index("\n") + 1 : text.rfind("\n") + 1]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(header) + "\n" + rows_text)
-    temporary.replace(path)
-    return finished_methods
-
-
-def unfinished_tasks(
-    tasks: list[Task], methods: set[str], finished_methods: dict[tuple[int, int], set[str]]
-) -> list[Task]:
-    """Return the tasks that some of `methods` have not finished.
-
-    Where a run is resumed with more seeds, finished tasks lie between unfinished ones: batches are
-    built after this selection, so that none is partly finished for that reason.
-
-    Args:
-        tasks: all tasks.
-        methods: names of all methods.
-        finished_methods: names of the finished methods by (prompt index, seed).
-    """
-    return [
-        (number, prompt, seed)
-        for number, prompt, seed in tasks
-        if not methods <= finished_methods.get((number, seed), set())
-    ]
-
-
-def main() -> None:
-    """Append rows to the file until every method has finished every task."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="file of JSON lines; an existing one is resumed")
     parser.add_argument(
-        "--methods", nargs="+", help="names that --list prints, or PLAN:FIELD=VALUE:..."
+        "--docs",
+        action="store_true",
+        help="write docs/quality.* and the README's table when all pictures are there",
     )
     parser.add_argument(
-        "--list", action="store_true", help="print the names of all methods and exit"
+        "--methods", nargs="+", help="names (see benchmarks/quality/methods.py) instead of the list"
     )
+    parser.add_argument(
+        "--ablations",
+        action="store_true",
+        help=f"also the paper's plans with one choice changed, on {ABLATION_PICTURES} pictures",
+    )
+    parser.add_argument("--list", action="store_true", help="print the methods and exit")
     parser.add_argument("--split", default="test", help="dev (for tuning) or test (for reporting)")
     parser.add_argument(
-        "--per-category", type=int, default=50, help="prompts per category (default: 50)"
+        "--per-category", type=int, default=16, help="prompts of each of 6 kinds (default: 16)"
     )
-    parser.add_argument("--categories", nargs="+", default=list(CATEGORIES))
-    parser.add_argument("--seeds", type=int, default=3, help="images per prompt (default: 3)")
-    parser.add_argument(
-        "--part", default="1/1", help="K/N: the K-th of N parts of the tasks, to split the work"
-    )
+    parser.add_argument("--seeds", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--guidance", type=float, default=3.5, help="guidance scale (default: 3.5)")
     parser.add_argument("--batch", type=int, default=4)
@@ -247,36 +194,47 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--quick", action="store_true", help="few methods, 6 images of 256 px")
+    return parser
+
+
+def main() -> None:
+    """Append rows to the file until every method has finished every task; write the report."""
+    parser = make_parser()
     args = parser.parse_args()
+    if args.docs and (args.methods or args.quick or args.split != "test"):
+        parser.error("--docs goes with the standard list of methods on the test split only")
     if args.quick:
         args.per_category, args.seeds, args.side, args.batch = 1, 1, 256, 3
-        args.methods = args.methods or list(QUICK)
+        args.methods = args.methods or QUICK
     params = jitjax.load(args.checkpoint)
-    grid = token_grid(args.side, args.side, params.config)
-    methods = all_methods(params.config.transformer, grid[0] * grid[1], params.config.text_length)
+    config = params.config
+    runner = Runner(params, token_grid(args.side, args.side, config), args.guidance)
+    names = args.methods or standard(config.transformer, runner.tokens, config.text_length)
+    names = list(dict.fromkeys([REFERENCE, *names]))
+    extra = [name for name in ablations() if name not in names] if args.ablations else []
+    try:
+        plans = {name: repr(parse_method(name)) for name in (*names, *extra)}
+        tasks = [
+            (number, prompt, seed)
+            for number, prompt in enumerate(prompts(args.per_category, args.split, args.seeds))
+            for seed in prompt.seeds
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    costs = {name: cost(runner, name) for name in plans}
     if args.list:
-        print("\n".join(methods))
+        for name in plans:
+            print(f"{name:28s}{costs[name]:6.1f} evaluations  {label(name)}")
+        print(f"{'a picture by each':28s}{sum(costs.values()):6.1f} evaluations")
         return
     if args.out is None:
         parser.error("--out is missing; expected a file for the results")
-    selected = {REFERENCE: methods[REFERENCE]}
-    for name in args.methods or methods:
+    if args.docs:
         try:
-            selected[name] = methods[name] if name in methods else Method(parse_plan(name))
-        except ValueError as error:
-            parser.error(f"{error}; --list prints all names")
-    runner = Runner(params, grid, args.guidance)
-
-    tasks = [
-        (number, prompt, seed)
-        for number, prompt in enumerate(prompts(args.per_category, args.split, args.seeds))
-        if prompt.category in args.categories
-        for seed in prompt.seeds
-    ]
-    try:
-        tasks = select_part(tasks, args.part)
-    except ValueError as error:
-        parser.error(str(error))
+            report.check_readme(README.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    wanted = dict.fromkeys(names, tasks) | dict.fromkeys(extra, tasks[:ABLATION_PICTURES])
     settings = {
         "split": args.split,
         "side": args.side,
@@ -288,15 +246,15 @@ def main() -> None:
     provenance = {
         "command": shlex.join(["python", "-m", "benchmarks.quality", *arguments]),
         "date": datetime.date.today().isoformat(),
-        "checkpoint": args.checkpoint,
+        "checkpoint": Path(args.checkpoint).name,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
     try:
-        finished_methods = open_results(args.out, settings, provenance)
+        rows = open_results(args.out, settings, plans, provenance)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    pending = unfinished_tasks(tasks, set(selected), finished_methods)
+    pending = unfinished(wanted, rows, args.batch)
     compiled: set[str] = set()
     with ExitStack() as stack:
         map_function: Callable[..., Iterable] = map
@@ -304,18 +262,31 @@ def main() -> None:
             # A forked process may hang where its parent uses JAX: spawn.
             pool = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"))
             map_function = stack.enter_context(pool).map
+        work = {name: evaluations + DECODING for name, evaluations in costs.items()}
+        left = sum(work[name] for missing, _ in pending for name in {REFERENCE, *missing})
         bar = stack.enter_context(
-            tqdm(total=len(tasks), initial=len(tasks) - len(pending), unit="image")
-        )
-        for start in range(0, len(pending), args.batch):
-            part = pending[start : start + args.batch]
-            finished = set.intersection(
-                *(finished_methods.get((number, seed), set()) for number, _, seed in part)
+            tqdm(
+                total=left,
+                smoothing=0.02,  # methods differ in speed, and the first batch compiles
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}",
             )
-            rows = run_batch(runner, selected, part, args.batch, finished, compiled, map_function)
+        )
+        for number, (missing, batch_tasks) in enumerate(pending, 1):
+
+            def report_progress(name: str, number: int = number) -> None:
+                bar.set_postfix_str(f"batch {number} of {len(pending)}, {name}", refresh=False)
+                bar.update(work[name])
+
+            new_rows = run_batch(
+                runner, missing, batch_tasks, args.batch, compiled, map_function, report_progress
+            )
             with args.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            bar.update(len(part))
+                file.writelines(json.dumps(row) + "\n" for row in new_rows)
+    header, rows = read_rows(args.out)
+    figures = summary.figures(header, rows, names, ablations())
+    print(report.markdown(figures))
+    if args.docs:
+        report.write_docs(figures, ROOT / "docs", README)
 
 
 if __name__ == "__main__":

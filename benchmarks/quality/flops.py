@@ -8,6 +8,7 @@ import numpy as np
 
 from jitjax.config import TransformerConfig
 from jitjax.sampler.plan import Plan
+from jitjax.sampler.solvers import evaluations_per_step
 
 
 def forward(config: TransformerConfig, tokens: int, text: int) -> float:
@@ -36,13 +37,21 @@ def run(config: TransformerConfig, slots: Sequence[int], text: int) -> float:
 
 
 def slots(plan: Plan, tokens: int, text: int) -> list[int]:
-    """Return the number of image tokens in each step of a plan, padding included.
+    """Return the number of image tokens in each evaluation of a plan, padding included.
 
     Args:
         plan: the plan.
         tokens: number of tokens of the whole grid.
         text: number of text tokens.
+
+    Raises:
+        ValueError: the number of evaluations per step of the plan's solver is unknown.
     """
+    per_step = 1 if isinstance(plan.solver, str) else evaluations_per_step(plan.solver)
+    if per_step is None:
+        raise ValueError(
+            f"Plan.solver is {plan.solver!r}; expected one whose evaluations per step are known"
+        )
     budgets = plan.budgets(tokens, text)
     stages = [tokens if k == tokens else plan.slots(k, text) for k in budgets]
-    return np.repeat(stages, np.diff([0, *plan.stage_steps])).tolist()
+    return np.repeat(stages, np.diff([0, *plan.stage_steps]) * per_step).tolist()

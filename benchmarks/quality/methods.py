@@ -1,44 +1,53 @@
-"""Methods of the quality benchmark: JiT's plans and ablations, dense solves, TeaCache, Taylor."""
+"""Methods of the quality benchmark. A name says all about a method:
+
+    dense-11, dense-11-beta, dense-11-beta-multistep    all tokens; FLUX's sigmas and Euler's
+                                                        method, unless the name has others
+    4x, 7x:hit-initial:multistep                        a plan of `PLANS`, with variants
+    4x:lift=linear:steps=12                             a plan with fields changed
+    fast:dense-11                                       11 steps of all tokens with the solver and
+                                                        the sigmas of the plan "fast"
+    teacache-11, taylor-11                              28 steps, 11 of them evaluated
+
+`standard` and `ablations` are the lists that docs/quality.md has.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from numpy.polynomial import Polynomial
+from scipy.interpolate import PchipInterpolator
 
-import jitjax
-from benchmarks.quality import flops, peers
-from benchmarks.quality.prompts import prompts
-from jitjax.config import EMBEDDING_SCALE, TransformerConfig
-from jitjax.denoise import FluxVelocity, flux_sigmas
-from jitjax.latents import draw_noise
-from jitjax.models.layers import MLP, modulate, sinusoidal_embedding
-from jitjax.sampler.grid import Grid, positions
+from benchmarks.quality import flops
+from jitjax.config import TransformerConfig
 from jitjax.sampler.plan import PLANS, Plan, get_plan
 
 REFERENCE = "dense-50"
+STEPS = (28, 11, 7)
+"""Numbers of dense steps in `standard`; 11 and 7 cost as much as the plans 4x and 7x."""
 PEER_STEPS = 28
 """Number of steps of TeaCache and Taylor, as in the paper's table; some are not evaluated."""
-VARIANTS = {
-    "random": {"activation": "random"},
-    "grid": {"activation": "grid"},
-    "no-lift": {"lift": "none"},
-    "no-microflow": {"microflow": "none"},
-    "hit-initial": {"microflow": "hit", "microflow_noise": "initial"},
-    "hit-fresh": {"microflow": "hit"},
-    "blend-initial": {"microflow_noise": "initial"},
-    "narrow": {"lift": "narrow"},
-    "linear": {"lift": "linear"},
-    "nearest": {"lift": "nearest"},
-    "dither": {"fill": "dither"},
-    "shifted": {"schedule": "shifted"},
+COST_TOLERANCE = 0.15
+"""Methods have equal cost if the logarithms of their FLOPs differ by less."""
+PAPER_PLANS = ("4x", "7x")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (label, fields of the plan)
+    "random": ("random later anchors", {"activation": "random"}),
+    "grid": ("later anchors on a fixed grid", {"activation": "grid"}),
+    "no-lift": ("no lift", {"lift": "none"}),
+    "linear": ("linear lift", {"lift": "linear"}),
+    "no-microflow": ("no micro-flow", {"microflow": "none"}),
+    "blend-initial": ("blend, initial noise", {"microflow_noise": "initial"}),
+    "hit-fresh": ("hit, fresh noise", {"microflow": "hit"}),
+    "hit-initial": (
+        "hit, initial noise",
+        {"microflow": "hit", "microflow_noise": "initial"},
+    ),
+    "multistep": ("multistep", {"solver": "multistep"}),
 }
 
 
@@ -56,30 +65,105 @@ class Method:
     peer: str = ""
     evaluations: int = 0
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all steps have all tokens and are evaluated."""
+        return not self.peer and self.plan.densities == (1.0,)
+
+
+def as_dense(plan: Plan, steps: int) -> Plan:
+    """Return a plan of all tokens with the solver and the sigmas of `plan`.
+
+    Args:
+        plan: the plan.
+        steps: number of steps. Sigmas that are a list are interpolated: sigma is a monotone
+            function (PCHIP) of the share of steps done.
+    """
+    schedule = plan.schedule
+    if not isinstance(schedule, str):
+        sigma = PchipInterpolator(np.linspace(0, 1, plan.steps + 1), [*schedule, 0.0])
+        schedule = tuple(float(value) for value in sigma(np.arange(steps) / steps))
+    return Plan(steps, schedule=schedule, solver=plan.solver)
+
 
 def parse_plan(text: str) -> Plan:
-    """Parse a plan written as NAME or NAME:FIELD=VALUE:...
+    """Parse a plan written as NAME, followed by changes: ":VARIANT", ":FIELD=VALUE", ":dense-N".
 
-    Examples are 4x:lift=linear and "4x:densities=(0.5,1):steps=12".
+    Examples are 4x:hit-initial:multistep and "4x:densities=(0.5,1):steps=12".
 
     Raises:
-        ValueError: the plan or the field is unknown, or the field cannot have the value.
+        ValueError: the plan, the variant or the field is unknown, or the field cannot have the
+            value.
     """
     name, *changes = text.split(":")
-    field_names, overrides = {field.name for field in fields(Plan)}, {}
+    plan = get_plan(name)
+    overrides: dict[str, Any] = {}
+    field_names = {field.name for field in fields(Plan)}
     for change in changes:
-        field, _, value = change.partition("=")
-        if field not in field_names:
-            raise ValueError(f"{text!r} changes {field!r}; expected one of {sorted(field_names)}")
-        try:
-            overrides[field] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            overrides[field] = value  # an unquoted string
-    return get_plan(name).replace(**overrides)
+        field, equals, value = change.partition("=")
+        if change in VARIANTS:
+            overrides |= VARIANTS[change][1]
+        elif dense := re.fullmatch(r"dense-(\d+)", change):
+            plan = as_dense(plan, int(dense[1]))
+        elif not equals or field not in field_names:
+            raise ValueError(
+                f"{text!r} changes {field!r}; expected one of {sorted(VARIANTS)}, dense-N, or "
+                f"FIELD=VALUE with one of {sorted(field_names)}"
+            )
+        else:
+            try:
+                overrides[field] = ast.literal_eval(value)
+            except (SyntaxError, ValueError):
+                overrides[field] = value  # an unquoted string
+    return plan.replace(**overrides)
 
 
-def matched_steps(config: TransformerConfig, plan: Plan, tokens: int, text: int) -> int:
-    """Return the number of dense steps whose FLOPs are nearest to those of `plan`.
+def parse_method(name: str) -> Method:
+    """Return the method of a name, see the module's docstring.
+
+    Raises:
+        ValueError: the name has another form, or a number is out of range.
+    """
+    if name in PLANS:
+        return Method(PLANS[name])
+    if dense := re.fullmatch(r"dense-(\d+)(-beta)?(-multistep)?", name):
+        schedule, solver = "beta" if dense[2] else "shifted", "multistep" if dense[3] else "euler"
+        return Method(Plan(int(dense[1]), schedule=schedule, solver=solver))
+    if peer := re.fullmatch(r"(teacache|taylor)-(\d+)", name):
+        if not 2 < int(peer[2]) <= PEER_STEPS:
+            raise ValueError(f"{name!r} has {peer[2]} evaluations; expected 3 to {PEER_STEPS}")
+        return Method(Plan(PEER_STEPS, schedule="shifted"), peer[1], int(peer[2]))
+    return Method(parse_plan(name))
+
+
+def dense_words(plan: Plan) -> str:
+    """Describe a plan of all tokens: "11 dense steps, Beta sigmas, Euler"."""
+    sigmas = {"beta": "Beta sigmas", "shifted": "FLUX's sigmas"}.get(
+        plan.schedule if isinstance(plan.schedule, str) else "", "sigmas of its own"
+    )
+    solver = {"euler": "Euler", "multistep": "multistep"}.get(
+        plan.solver if isinstance(plan.solver, str) else "", type(plan.solver).__name__
+    )
+    return f"{plan.steps} dense steps, {sigmas}, {solver}"
+
+
+def label(name: str) -> str:
+    """Describe a method in words, for a table."""
+    method = parse_method(name)
+    if method.peer:
+        peer = {"teacache": "TeaCache", "taylor": "Taylor forecast"}[method.peer]
+        return f"{peer}, {method.evaluations} of {PEER_STEPS} steps"
+    if name in PLANS:
+        return f"**`{name}`**" + (f": {dense_words(method.plan)}" if method.is_dense else "")
+    if method.is_dense:
+        return dense_words(method.plan)
+    plan, *changes = name.split(":")
+    words = [VARIANTS[change][0] if change in VARIANTS else f"`{change}`" for change in changes]
+    return ", ".join([f"`{plan}`", *words])
+
+
+def dense_evaluations(config: TransformerConfig, plan: Plan, tokens: int, text: int) -> float:
+    """Return the FLOPs of a plan as a number of evaluations of all tokens.
 
     Args:
         config: configuration of the transformer.
@@ -88,166 +172,67 @@ def matched_steps(config: TransformerConfig, plan: Plan, tokens: int, text: int)
         text: number of text tokens.
     """
     operations = flops.run(config, flops.slots(plan, tokens, text), text)
-    return round(operations / flops.forward(config, tokens, text))
+    return operations / flops.forward(config, tokens, text)
 
 
-def all_methods(config: TransformerConfig, tokens: int, text: int) -> dict[str, Method]:
-    """Return all methods by name; which ones match a plan in cost depends on the image's size.
+def equal_cost(a: float, b: float) -> bool:
+    """Whether two numbers of operations are equal up to `COST_TOLERANCE`."""
+    return abs(math.log(a / b)) < COST_TOLERANCE
+
+
+def matched_steps(evaluations: float) -> int:
+    """Return a number of dense steps of equal cost: one of `STEPS` if there is one.
+
+    Args:
+        evaluations: the cost to match, in evaluations of all tokens.
+    """
+    usual = min(STEPS, key=lambda steps: abs(math.log(steps / evaluations)))
+    return usual if equal_cost(usual, evaluations) else max(2, round(evaluations))
+
+
+def dense_name(name: str, steps: int) -> str:
+    """Return the shortest name of `as_dense(PLANS[name], steps)`."""
+    wanted = Method(as_dense(PLANS[name], steps))
+    plain = (f"dense-{steps}{a}{b}" for a in ("", "-beta") for b in ("", "-multistep"))
+    return next((n for n in plain if parse_method(n) == wanted), f"{name}:dense-{steps}")
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Drop names of methods that an earlier name already stands for."""
+    first: dict[Method, str] = {}
+    for name in names:
+        first.setdefault(parse_method(name), name)
+    return list(first.values())
+
+
+def standard(config: TransformerConfig, tokens: int, text: int) -> list[str]:
+    """Return the names of the methods that docs/quality.md and the README compare.
+
+    `REFERENCE`, all of `PLANS`, dense steps with Beta sigmas by Euler's method and by multistep,
+    for every plan dense steps of equal cost with the plan's own sigmas and solver and by multistep
+    with Beta sigmas, the paper's plans with the paper's target, and TeaCache. Which numbers of
+    steps match a plan depends on the size.
 
     Args:
         config: configuration of the transformer.
         tokens: number of tokens of the whole grid.
         text: number of text tokens.
     """
-    methods = {
-        f"dense-{steps}": Method(Plan(steps, schedule="shifted"))
-        for steps in (50, 28, 18, 12, 11, 7)
-    }
-    for name in PLANS:
-        if name == "dense":
+    names = [REFERENCE, *PLANS]
+    names += [f"dense-{steps}-beta{solver}" for steps in STEPS for solver in ("", "-multistep")]
+    for name, plan in PLANS.items():
+        if Method(plan) == parse_method(REFERENCE):
             continue
-        plan = PLANS[name]
-        methods[name] = Method(plan)
-        steps = matched_steps(config, plan, tokens, text)
-        methods[f"dense-{steps}"] = Method(Plan(steps, schedule="shifted"))
-        methods[f"dense-{steps}-beta"] = Method(Plan(steps))
-        for peer in ("teacache", "taylor"):
-            methods[f"{peer}-{steps}"] = Method(Plan(PEER_STEPS, schedule="shifted"), peer, steps)
-        for variant, changes in VARIANTS.items():
-            # The tuned plans have no ablations: they were chosen among such variants.
-            if not name.startswith("tuned") and plan.replace(**changes) != plan:
-                methods[f"{name}:{variant}"] = Method(plan.replace(**changes))
-    return methods
+        steps = matched_steps(dense_evaluations(config, plan, tokens, text))
+        names.append(f"dense-{steps}-beta-multistep")
+        if not Method(plan).is_dense:
+            names.append(dense_name(name, steps))
+    names += [f"{plan}:hit-initial{end}" for plan in PAPER_PLANS for end in ("", ":multistep")]
+    names += [f"teacache-{steps}" for steps in STEPS[1:]]
+    return distinct(names)
 
 
-def modulated_input(
-    tokens: Float[Array, "b n c"], sigma: Array, args: tuple[dict, jitjax.Conditioning, Array]
-) -> Array:
-    """Compute TeaCache's indicator for FLUX: the modulated input of the first block.
-
-    Args:
-        tokens: the noisy tokens.
-        sigma: the noise level.
-        args: transformer's parameters, conditioning, and guidance scale [batch].
-
-    Returns:
-        The image tokens after the first block's modulated norm, [batch, n, hidden].
-    """
-    params, conditioning, guidance = args
-
-    def embed(name: str, value: Array) -> Array:
-        hidden = params["image_in"]["bias"].shape[0]
-        output = MLP(hidden, hidden, "silu").apply({"params": params[name]}, value)
-        assert isinstance(output, jax.Array)
-        return output
-
-    def embed_scalar(name: str, value: Array) -> Array:
-        value = jnp.broadcast_to(value, tokens.shape[:1])
-        return embed(name, sinusoidal_embedding(value * EMBEDDING_SCALE))
-
-    embedding = embed_scalar("sigma_in", sigma) + embed("pooled_in", conditioning.pooled)
-    if "guidance_in" in params:
-        embedding = embedding + embed_scalar("guidance_in", guidance)
-    first = jax.tree.map(lambda leaf: leaf[0], params["double_blocks"]["image_modulation"])
-    modulation = (
-        jnp.einsum("bh,hpk->bpk", jax.nn.silu(embedding), first["kernel"]) + first["bias"][None]
-    )
-    image = tokens @ params["image_in"]["kernel"] + params["image_in"]["bias"][None, None]
-    return modulate(image, modulation[:, 0], modulation[:, 1])
-
-
-class Runner:
-    """Runs methods on one checkpoint and image size, and reports their cost.
-
-    Args:
-        params: parameters of the pipeline.
-        grid: rows and columns of tokens.
-        guidance: guidance scale.
-    """
-
-    def __init__(self, params: jitjax.FluxParams, grid: Grid, guidance: float = 3.5):
-        self.params, self.grid, self.guidance = params, grid, guidance
-        self.tokens = grid[0] * grid[1]
-        self.velocity = FluxVelocity(params.config.transformer)
-        self.fitted_rules: dict[int, tuple[Polynomial, float]] = {}
-        self.calibration_changes: tuple[np.ndarray, np.ndarray] | None = None
-        self._evaluate = jax.jit(self._evaluate_dense)
-        self._indicate = jax.jit(modulated_input)
-
-    def _evaluate_dense(self, tokens: Array, sigma: Array, args: Any) -> Array:
-        token_positions = positions(jnp.arange(self.tokens), self.grid)
-        token_positions = jnp.broadcast_to(
-            token_positions, (tokens.shape[0], *token_positions.shape)
-        )
-        return self.velocity(tokens, token_positions, sigma, None, args)
-
-    def sigmas(self, plan: Plan) -> Array:
-        """Return the plan's noise levels, [steps + 1]."""
-        return jnp.asarray(flux_sigmas(plan, self.tokens, self.params.config))
-
-    def __call__(
-        self,
-        method: Method,
-        conditioning: jitjax.Conditioning,
-        noise: Float[Array, "b n d"],
-        keys: Array,
-    ) -> tuple[Float[Array, "b n d"], Sequence[int]]:
-        """Sample with a method.
-
-        Args:
-            method: the method.
-            conditioning: the prompts' conditioning.
-            noise: the noisy tokens.
-            keys: a key per sample, for the plans' random choices.
-
-        Returns:
-            Clean tokens, and the number of image tokens in each evaluation.
-        """
-        plan = method.plan
-        if not method.peer:
-            tokens = jitjax.denoise(
-                self.params, conditioning, noise, plan=plan, grid=self.grid,
-                guidance=self.guidance, key=keys,
-            )  # fmt: skip
-            return tokens, flops.slots(plan, self.tokens, conditioning.text.shape[1])
-        evaluate, indicate = self._functions(conditioning)
-        sigmas = self.sigmas(plan)
-        if method.peer == "taylor":
-            steps = peers.evaluated_steps(plan.steps, method.evaluations)
-            tokens, evaluations = peers.taylor(evaluate, noise, sigmas, steps)
-        else:
-            teacache_rule = self.teacache_rule(method)
-            tokens, evaluations = peers.teacache(evaluate, indicate, noise, sigmas, *teacache_rule)
-        return tokens, [self.tokens] * evaluations
-
-    def _functions(
-        self, conditioning: jitjax.Conditioning
-    ) -> tuple[peers.Evaluate, peers.Evaluate]:
-        guidance = jnp.full(conditioning.text.shape[:1], self.guidance)
-        args = self.params.transformer, conditioning, guidance
-        return (
-            lambda tokens, sigma: self._evaluate(tokens, sigma, args),
-            lambda tokens, sigma: self._indicate(tokens, sigma, args),
-        )
-
-    def teacache_rule(self, method: Method) -> tuple[Polynomial, float]:
-        """Return TeaCache's polynomial and threshold for the method's number of evaluations.
-
-        Both are fitted on four prompts of the development split, once per number of evaluations.
-        """
-        if method.evaluations not in self.fitted_rules:
-            dev_prompts = prompts(1, "dev", seeds=1)[:4]
-            conditioning = jitjax.encode_prompt(self.params, [p.text for p in dev_prompts])
-            keys = jnp.stack([jax.random.key(p.seeds[0]) for p in dev_prompts])
-            noise = draw_noise(keys, self.grid, self.params.config.transformer.in_channels)
-            inputs = (*self._functions(conditioning), noise, self.sigmas(method.plan))
-            self.calibration_changes = self.calibration_changes or peers.relative_changes(*inputs)
-            rescale = peers.calibrate(*self.calibration_changes)
-            upper = float(np.abs(rescale(self.calibration_changes[0])).sum())
-            threshold = peers.find_threshold(
-                lambda threshold: peers.teacache(*inputs, rescale, threshold)[1],
-                method.evaluations,
-                upper,
-            )
-            self.fitted_rules[method.evaluations] = rescale, threshold
-        return self.fitted_rules[method.evaluations]
+def ablations() -> list[str]:
+    """Return the names of the paper's plans, each followed by itself with one choice changed."""
+    changes = [variant for variant in VARIANTS if variant != "multistep"]
+    return [name for plan in PAPER_PLANS for name in (plan, *(f"{plan}:{c}" for c in changes))]

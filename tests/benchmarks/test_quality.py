@@ -1,30 +1,33 @@
-"""Tests of the quality benchmark: prompts, FLOPs, peers, distances, resuming and reports."""
+"""Tests of the quality benchmark: prompts, methods, FLOPs, peers, distances."""
 
 import dataclasses
 import itertools
-import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jitjax
-from benchmarks import readme, report
 from benchmarks.quality import flops, peers, scores
-from benchmarks.quality.__main__ import open_results, select_part, unfinished_tasks
 from benchmarks.quality.judging import judge_images, similarity
 from benchmarks.quality.methods import (
     REFERENCE,
-    Runner,
-    all_methods,
-    modulated_input,
+    STEPS,
+    VARIANTS,
+    ablations,
+    as_dense,
+    dense_evaluations,
+    label,
+    parse_method,
     parse_plan,
+    standard,
 )
 from benchmarks.quality.prompts import CATEGORIES, prompt, prompts
+from benchmarks.quality.runner import Runner, modulated_input
 from jitjax.config import TransformerConfig
 from jitjax.models import param_shapes
 from jitjax.models.flux import DoubleBlock, FluxTransformer
@@ -130,27 +133,105 @@ def test_flops_at_full_size():
     assert [(k + 512) % 128 for k in padded] == [0] * 18
 
 
-def test_methods_include_matches_of_each_plan():
+def test_slots_count_every_evaluation_of_a_step():
+    plan = jitjax.PLANS["7x"]
+    once = flops.slots(plan, 256, 48)
+    assert flops.slots(plan.replace(solver="multistep"), 256, 48) == once
+    twice = flops.slots(plan.replace(solver=diffrax.Heun()), 256, 48)
+    assert twice == [slots for slots in once for _ in range(2)]
+    # An implicit solver evaluates until its root finder is content.
+    implicit = diffrax.ImplicitEuler(root_finder=diffrax.VeryChord(1e-3, 1e-3))
+    with pytest.raises(ValueError, match=r"Plan\.solver is ImplicitEuler.*are known"):
+        flops.slots(plan.replace(solver=implicit), 256, 48)
+
+
+def test_standard_methods_have_all_plans_and_dense_steps_of_equal_cost(monkeypatch):
     config = TransformerConfig()
-    methods = all_methods(config, 4096, 512)
-    assert {"dense-50", "dense-12", "dense-7", "dense-12-beta", "teacache-12", "taylor-7"} <= set(
-        methods
-    )
-    assert methods["4x:hit-initial"].plan.microflow == "hit"
-    assert methods["4x"].plan == jitjax.PLANS["4x"]
-    assert [name for name in methods if name.startswith("tuned")] == ["tuned-4x", "tuned-7x"]
+    sigmas = (1.0, 0.95, 0.8, 0.6, 0.3, 0.1)
+    # PLANS will change; so here are plans of every sort.
+    added = {
+        "quick": jitjax.Plan(6, (0.35, 1.0), (0.5, 1.0), schedule=sigmas, solver="multistep"),
+        "plain": jitjax.Plan(11, solver="multistep"),
+        "twice": jitjax.Plan(25, schedule="shifted", solver="multistep"),
+    }
+    for name, plan in added.items():
+        monkeypatch.setitem(jitjax.PLANS, name, plan)
+    names = standard(config, 4096, 512)
+    methods = [parse_method(name) for name in names]
+    assert names[0] == REFERENCE
+    assert len(set(methods)) == len(methods)
+    assert {parse_method(name) for name in jitjax.PLANS} <= set(methods)
+    assert "dense" not in names  # it is `REFERENCE`
+    assert {"plain", "twice"} < set(names)
+    assert "dense-11-beta-multistep" not in names  # it is "plain"
+    expected = {f"dense-{n}-beta{end}" for n in STEPS for end in ("", "-multistep")}
+    assert expected - {"dense-11-beta-multistep"} < set(names)
+    assert {"4x:hit-initial", "7x:hit-initial:multistep", "teacache-11", "teacache-7"} < set(names)
+    # "quick" costs 4.1 evaluations: dense steps of its own sigmas, and multistep on Beta sigmas.
+    assert dense_evaluations(config, added["quick"], 4096, 512) == pytest.approx(4.1, abs=0.1)
+    assert {"quick:dense-4", "dense-4-beta-multistep"} < set(names)
+    for plan in jitjax.PLANS.values():
+        cost = dense_evaluations(config, plan, 4096, 512)
+        costs = [m.plan.steps for m in methods if m.is_dense and m.plan.solver == plan.solver]
+        assert min(abs(np.log(steps / cost)) for steps in costs) < 0.15
 
 
-def test_parse_plan():
+def test_dense_steps_have_the_sigmas_of_a_plan():
+    sigmas = (1.0, 0.95, 0.8, 0.6, 0.3, 0.1)
+    plan = jitjax.Plan(6, (0.5, 1.0), (0.5, 1.0), schedule=sigmas, solver="multistep")
+    assert as_dense(plan, 6).schedule == pytest.approx(sigmas)
+    double = as_dense(plan, 12)
+    assert double.schedule[::2] == pytest.approx(sigmas)
+    assert 0 < double.schedule[-1] < 0.1
+    assert (double.densities, double.solver) == ((1.0,), "multistep")
+    assert as_dense(jitjax.PLANS["4x"], 7) == jitjax.Plan(7)
+
+
+def test_ablations_change_one_choice_of_the_papers_plans():
+    names = ablations()
+    assert names[0] == "4x"
+    for name in names:
+        plan, _, variant = name.partition(":")
+        changes = VARIANTS[variant][1] if variant else {}
+        assert parse_plan(name) == jitjax.PLANS[plan].replace(**changes)
+    assert len({parse_method(name) for name in names}) == len(names) == 18
+
+
+def test_parse_method():
+    assert parse_method("dense-50") == parse_method("dense")
     assert parse_plan("4x") == jitjax.PLANS["4x"]
     actual = parse_plan("4x:lift=linear:steps=12:densities=(0.5, 1.0):stage_ends=(0.25, 1.0)")
     assert actual == jitjax.Plan(12, (0.5, 1.0), (0.25, 1.0), lift="linear")
-    with pytest.raises(ValueError, match="unknown plan '5x'"):
-        parse_plan("5x:lift=linear")
-    with pytest.raises(ValueError, match="changes 'lifter'"):
-        parse_plan("4x:lifter=linear")
-    with pytest.raises(ValueError, match=r"Plan\.steps is 0"):
-        parse_plan("4x:steps=0")
+    multistep = parse_plan("7x:hit-initial:multistep")
+    facts = multistep.microflow, multistep.microflow_noise, multistep.solver
+    assert facts == ("hit", "initial", "multistep")
+    assert parse_method("dense-11-beta").plan == jitjax.Plan(11)
+    for name, message in {
+        "5x:lift=linear": "unknown plan '5x'",
+        "4x:lifter=linear": "changes 'lifter'",
+        "4x:hit": "changes 'hit'; expected one of",
+        "4x:steps=0": r"Plan\.steps is 0",
+        "teacache-2": "'teacache-2' has 2 evaluations; expected 3 to 28",
+        "taylor-29": "29 evaluations",
+        "dense-11-gamma": "unknown plan",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_method(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dense-50", "50 dense steps, FLUX's sigmas, Euler"),
+        ("dense-7-beta-multistep", "7 dense steps, Beta sigmas, multistep"),
+        ("4x", "**`4x`**"),
+        ("7x:hit-initial:multistep", "`7x`, hit, initial noise, multistep"),
+        ("7x:relax=2.0", "`7x`, `relax=2.0`"),
+        ("teacache-11", "TeaCache, 11 of 28 steps"),
+    ],
+)
+def test_labels(name, words):
+    assert label(name) == words
 
 
 @pytest.mark.parametrize("evaluations", [3, 7, 12, 28])
@@ -239,17 +320,11 @@ def test_indicator_is_the_first_blocks_modulated_input(small):
     np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
-def test_distances_grow_with_the_difference(small):
-    a = np.random.default_rng(0).uniform(0, 1, (2, 64, 64, 3)).astype(np.float32)
-    near, far = np.clip(a + 0.02, 0, 1), 1 - a
-
-    def features(image):
-        return scores.feature_distance(small, jnp.asarray(image), jnp.asarray(a))
-
-    assert np.allclose(features(a), 0, atol=1e-9)
-    assert max(features(near)) < min(features(far))
-    assert similarity(a[0], a[0])["ssim"] == pytest.approx(1)
-    near_scores, far_scores = similarity(near[0], a[0]), similarity(far[0], a[0])
+def test_similarity_falls_with_the_difference():
+    a = np.random.default_rng(0).uniform(0, 1, (64, 64, 3)).astype(np.float32)
+    near_scores = similarity(np.clip(a + 0.02, 0, 1), a)
+    far_scores = similarity(1 - a, a)
+    assert similarity(a, a)["ssim"] == pytest.approx(1)
     assert near_scores["psnr"] > 30 > 15 > far_scores["psnr"]
     assert near_scores["ssim"] > far_scores["ssim"]
 
@@ -276,125 +351,17 @@ def test_interval_has_its_nominal_coverage():
     assert scores.interval(np.ones(5)) == (1.0, 1.0)
 
 
-def test_every_method_runs_on_a_small_model(small):
+def test_methods_run_on_a_small_model(small):
     grid = (4, 4)
-    methods = all_methods(small.config.transformer, 16, small.config.text_length)
-    peer_names = [name for name in methods if name.split("-")[0] in ("teacache", "taylor")]
+    peer_names = ["teacache-11", "teacache-7", "taylor-7"]
     runner = Runner(small, grid)
     conditioning = jitjax.encode_prompt(small, ["a red circle", "a blue star"])
     keys = jax.random.split(jax.random.key(0), 2)
     noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
-    for name in ("4x", "7x:hit-initial", *peer_names):
-        tokens, slots = runner(methods[name], conditioning, noise, keys)
+    for name in ("4x", "7x:hit-initial:multistep", "dense-7-beta-multistep", *peer_names):
+        method = parse_method(name)
+        tokens, slots = runner(method, conditioning, noise, keys)
         assert tokens.shape == noise.shape
         assert bool(jnp.isfinite(tokens).all())
-        expected_count = methods[name].evaluations or methods[name].plan.steps
+        expected_count = method.evaluations or method.plan.steps
         assert abs(len(slots) - expected_count) <= (3 if "teacache" in name else 0)
-
-
-def test_parts_partition_the_tasks():
-    tasks = list(range(11))
-    assert [task for k in (1, 2, 3) for task in select_part(tasks, f"{k}/3")] == tasks
-    for wrong in ("0/2", "3/2", "2", "a/b"):
-        with pytest.raises(ValueError, match="expected K/N"):
-            select_part(tasks, wrong)
-
-
-def test_existing_results_are_resumed(tmp_path):
-    path, settings = tmp_path / "lines.jsonl", {"split": "test", "side": 512}
-    assert open_results(path, settings, {"command": "one"}) == {}
-    row = json.dumps({"method": "4x", "prompt": 3, "seed": 5})
-    path.write_text(path.read_text() + row + '\n{"method": "dense-')
-    for command in ("one", "two", "two", "one"):
-        assert open_results(path, settings, {"command": command}) == {(3, 5): {"4x"}}
-    head, *rest = path.read_text().splitlines()
-    assert json.loads(head) == settings | {"command": "one && two"}
-    assert rest == [row]
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match=r"'side': 512}; expected .*256"):
-        open_results(path, settings | {"side": 256}, {"command": "one"})
-    path.write_text("{")
-    with pytest.raises(ValueError, match="no complete line"):
-        open_results(path, settings, {"command": "one"})
-
-
-def test_unfinished_tasks_lack_some_method():
-    first, second = prompts(1)[:2]
-    tasks = [(n, p, seed) for n, p in enumerate((first, second)) for seed in p.seeds]
-    first_task = (0, first.seeds[0])
-    done = {first_task: {"dense-50", "4x"}, (1, second.seeds[0]): {"dense-50"}}
-    pending = unfinished_tasks(tasks, {"dense-50", "4x"}, done)
-    assert pending == [task for task in tasks if (task[0], task[2]) != first_task]
-    assert unfinished_tasks(tasks, {"dense-50"}, done) == [
-        task for task in tasks if task[2] in (*first.seeds[1:], *second.seeds[1:])
-    ]
-
-
-def test_report(tmp_path):
-    def make_row(method, number, seed, right, tflops):
-        row = {"method": method, "prompt": number, "seed": seed, "category": "single"}
-        row |= {"verdict": {"right": right, "shape": right}, "tflops": tflops, "evaluations": 5}
-        row |= {"seconds": tflops / 10, "dense": 1.0}
-        return row | {} if method == REFERENCE else row | dict.fromkeys(report.METRICS, 0.5)
-
-    rows = [make_row(REFERENCE, n, s, n % 2 == 0, 10.0) for n in range(20) for s in (1, 2)]
-    rows += [make_row("4x", n, s, n % 4 == 0, 2.5) for n in range(20) for s in (1, 2)]
-    rows += [make_row("dense-11", n, s, n % 5 == 0, 2.3) for n in range(20) for s in (1, 2)]
-    path = tmp_path / "lines.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *rows]) + "\n")
-    with path.open("a") as file:  # a run that was killed while writing
-        file.write('{"method": "4x", "pro')
-    settings, lines = report.merge([path])
-    assert settings == {"split": "test"}
-    rows = report.summarise(lines)
-    actual = rows["4x"]
-    assert actual["right"] == pytest.approx(0.25)
-    assert actual["against_dense"] == pytest.approx(-0.25)
-    assert actual["against_dense_interval"][0] < -0.25 < actual["against_dense_interval"][1]
-    assert actual["fewer_flops"] == pytest.approx(4)
-    assert actual["faster"] == pytest.approx(4)
-    assert actual["pictures"] == 40
-    assert actual["wrong"] == {"shape": 30}
-    comparisons = report.match_methods(lines, rows)
-    assert set(comparisons) == {"4x"}
-    assert set(comparisons["4x"]) == {"dense-11"}  # REFERENCE has four times the FLOPs
-    assert comparisons["4x"]["dense-11"]["difference"] == pytest.approx(0.05)
-    low, high = comparisons["4x"]["dense-11"]["interval"]
-    assert low < 0.05 < high
-    assert "| `dense-11` | +5.0% (" in report.markdown_matched(comparisons)
-    other = tmp_path / "more.jsonl"
-    more_rows = [make_row(m, 20, 1, True, 5.0) for m in lines] + [make_row("4x", 21, 1, True, 5.0)]
-    other.write_text("\n".join(json.dumps(row) for row in [{"split": "test"}, *more_rows]) + "\n")
-    combined = report.merge([path, other])[1]
-    assert {name: len(own_rows) for name, own_rows in combined.items()} == dict.fromkeys(lines, 41)
-    other.write_text(json.dumps({"split": "dev"}) + "\n")
-    with pytest.raises(ValueError, match="split 'dev'; expected 'test'"):
-        report.merge([path, other])
-    settings_text, table = report.markdown(rows, settings).split("\n\n")
-    assert settings_text == "split: `test`  "
-    assert table.count("\n") == 5
-    assert "`4x`" in table
-
-
-def test_readme_has_the_figures_of_the_json_files():
-    root = Path(__file__).parents[2]
-    figures, dense = (
-        json.loads((root / f"docs/{name}.json").read_text()) for name in ("quality", "dense")
-    )
-    rows = figures["methods"]
-    text = (root / "README.md").read_text()
-    assert readme.fill_tables(text, figures, dense) == text
-    incomplete = figures | {"methods": {n: row for n, row in rows.items() if n != "7x:grid"}}
-    with pytest.raises(ValueError, match=r"no results for 7x:grid; expected"):
-        readme.fill_tables(text, incomplete, dense)
-    rows["4x"]["right"] += 0.02
-    assert readme.fill_tables(text, figures, dense) != text
-    rows["4x"]["right"] -= 0.02
-    figures["matched"]["tuned-7x"]["7x"]["difference"] += 0.02
-    assert readme.fill_tables(text, figures, dense) != text
-    figures["matched"]["tuned-7x"]["7x"]["difference"] -= 0.02
-    dense["methods"][REFERENCE]["categories"]["two"]["right"] += 0.02
-    assert readme.fill_tables(text, figures, dense) != text
-    header = next(iter(readme.TABLE_ROWS))
-    with pytest.raises(ValueError, match="README has 0 lines"):
-        readme.fill_tables(text.replace(header, ""), figures, dense)
