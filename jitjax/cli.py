@@ -23,7 +23,7 @@ from jitjax.checkpoint import PARTS, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.loading import bundled
-from jitjax.sampler.plan import PLANS, SOLVERS, get_plan
+from jitjax.sampler.plan import CHOICES, PLANS, SOLVERS, get_plan
 
 EXAMPLES = """\
 examples:
@@ -95,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="how steps are taken; multistep is of second order (default: that of the plan)",
     )
     parser.add_argument(
+        "--microflow",
+        metavar="|".join(CHOICES["microflow"]),
+        help="how newly active tokens move to their target: hit is the paper's equation, blend the "
+        "authors' program (default: that of the plan)",
+    )
+    parser.add_argument(
         "--count",
         type=int,
         default=1,
@@ -146,10 +152,12 @@ def _run(args: argparse.Namespace) -> int:
         if args.steps > LARGEST_COUNT:
             raise ValueError(f"--steps is {args.steps}; expected 1 to {LARGEST_COUNT}")
         plan = plan.replace(steps=args.steps)
-    if args.solver is not None:
-        if args.solver not in SOLVERS:
-            raise ValueError(f"--solver is {args.solver!r}; expected one of {', '.join(SOLVERS)}")
-        plan = plan.replace(solver=args.solver)
+    for name, allowed in (("solver", SOLVERS), ("microflow", CHOICES["microflow"])):
+        value = getattr(args, name)
+        if value is not None:
+            if value not in allowed:
+                raise ValueError(f"--{name} is {value!r}; expected one of {', '.join(allowed)}")
+            plan = plan.replace(**{name: value})
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
     _check_checkpoint(args.checkpoint, width, height)
@@ -174,6 +182,7 @@ def _run(args: argparse.Namespace) -> int:
             "plan": args.plan,
             "steps": plan.steps,
             "solver": plan.solver,
+            "microflow": plan.microflow,
             "seed": seed,
             "guidance": args.guidance,
             "width": image.shape[1],

@@ -32,6 +32,18 @@ def test_png_stores_prompt_and_settings(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["circle.png"]
 
 
+def test_the_papers_equation_is_one_option(tmp_path):
+    """`--microflow hit` is the paper's micro-flow; it is stored, and changes the picture."""
+    common = ("a blue star", "--size", 64, "--plan", "7x", "--solver", "multistep")
+    for value in ("hit", "blend"):
+        run(*common, "-o", tmp_path / f"{value}.png", "--microflow", value)
+    with Image.open(tmp_path / "hit.png") as image:
+        settings = json.loads(image.text["settings"])
+    assert (settings["microflow"], settings["solver"]) == ("hit", "multistep")
+    hit, blend = (np.asarray(Image.open(tmp_path / f"{v}.png")) for v in ("hit", "blend"))
+    assert not np.array_equal(hit, blend)
+
+
 def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
     common = ("a blue star", "--size", 64, "--steps", 1, "--plan", "dense")
     run(*common, "-o", tmp_path / "batch.png", "--count", 2, "--seed", 8)
@@ -50,6 +62,7 @@ def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
         (("--size", "wide"), "WIDTHxHEIGHT"),
         (("--steps", "0"), "expected a positive integer"),
         (("--steps", "2"), "at least one step in every stage"),
+        (("--microflow", "paper"), "--microflow is 'paper'; expected one of blend, hit, none"),
         (("--count", "0"), "--count is 0"),
         (("--seed", "-1"), "--seed is -1"),
         (("--checkpoint", "nowhere"), "no checkpoint at 'nowhere'"),

@@ -47,7 +47,7 @@ from jitjax.models.devices import compiler_options
 from jitjax.models.flux import FluxTransformer
 from jitjax.sampler.anchors import layout_priority, local_variance
 from jitjax.sampler.grid import positions
-from training.steps import HIGH_SIGMAS, SHIFT
+from training.noise_levels import HIGH_SIGMAS, SHIFT
 
 GRID = (32, 32)
 TOKENS = GRID[0] * GRID[1]
@@ -172,7 +172,7 @@ def draw_subset(key: Array, velocity: Float[Array, "b n c"], count: int) -> Arra
     by_importance = jax.random.bernoulli(kind_key, 0.5, (batch, 1))
     scores = jnp.where(by_importance, importance + 1e-3 * random, random)
     has_layout = jax.random.bernoulli(layout_key, 0.8, (batch, 1))
-    layout = jnp.asarray(layout_priority(GRID) > 0)
+    layout = jnp.asarray(layout_priority(GRID) > 0)[None]
     return jnp.sort(jax.lax.top_k(scores + 2.0 * (has_layout & layout), count)[1], axis=1)
 
 

@@ -9,17 +9,11 @@ import torch
 
 from training.latents import Latents
 from training.model import pack, positions
+from training.noise_levels import HIGH_SIGMAS, HIGH_SIGMAS_WITHIN, SHIFT
 from training.scenes import Scene, caption
 
-SHIFT = {128: 3.0, 256: 5.0, 512: 8.0}
-"""Shift of the sigmas by side in pixels. With four times the tokens a layout is visible through
-twice the noise: with one shift for all sizes, only one step in twenty would teach outlines at
-512 px."""
 BATCH_SIZE = {8: 48, 16: 16, 24: 7, 32: 4}  # images per step, by tokens along a side
 IMAGE_COUNT = {128: 12_288, 256: 6_144, 512: 4_096}  # images in the training set, by side in pixels
-HIGH_SIGMAS, HIGH_SIGMAS_WITHIN = (0.25, 0.7), (0.8, 0.85)
-"""(share, start): this share of a batch has sigmas spread evenly from start to 1, before the shift.
-`HIGH_SIGMAS_WITHIN` is for windows within a thing."""
 TEXT_STATES = {8: 24, 16: 24, 24: 24, 32: None}  # T5 states, by tokens along a side; None: all
 
 

@@ -80,7 +80,7 @@ def as_dense(plan: Plan, steps: int) -> Plan:
             function (PCHIP) of the share of steps done.
     """
     schedule = plan.schedule
-    if not isinstance(schedule, str):
+    if not isinstance(schedule[0], str):
         sigma = PchipInterpolator(np.linspace(0, 1, plan.steps + 1), [*schedule, 0.0])
         schedule = tuple(float(value) for value in sigma(np.arange(steps) / steps))
     return Plan(steps, schedule=schedule, solver=plan.solver)
@@ -138,9 +138,13 @@ def parse_method(name: str) -> Method:
 
 def dense_words(plan: Plan) -> str:
     """Describe a plan of all tokens: "11 dense steps, Beta sigmas, Euler"."""
-    sigmas = {"beta": "Beta sigmas", "shifted": "FLUX's sigmas"}.get(
-        plan.schedule if isinstance(plan.schedule, str) else "", "sigmas of its own"
-    )
+    names = {"beta": "Beta sigmas", "shifted": "FLUX's sigmas"}
+    if isinstance(plan.schedule, str):
+        sigmas = names[plan.schedule]
+    elif plan.schedule[0] == "beta":
+        sigmas = "Beta({:g}, {:g}) sigmas".format(*plan.schedule[1:])
+    else:
+        sigmas = "sigmas of its own"
     solver = {"euler": "Euler", "multistep": "multistep"}.get(
         plan.solver if isinstance(plan.solver, str) else "", type(plan.solver).__name__
     )

@@ -308,7 +308,8 @@ def family(name: str) -> str:
         return {"teacache": "TeaCache", "taylor": "Taylor"}[method.peer]
     solver = method.plan.solver if isinstance(method.plan.solver, str) else "other solver"
     if method.is_dense:
-        sigmas = method.plan.schedule if isinstance(method.plan.schedule, str) else "own"
+        schedule = method.plan.schedule
+        sigmas = schedule if isinstance(schedule, str) else "own"
         return f"dense, {sigmas} sigmas, {solver}"
     if name in PLANS:
         return "plans with sparse stages"

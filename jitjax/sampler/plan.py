@@ -70,9 +70,9 @@ class Plan:
         steps: number of solver steps; Euler's method evaluates the network once per step.
         densities: fraction of tokens that are anchors in each stage; increasing, the last is 1.
         stage_ends: fraction of the steps done when each stage ends; increasing, the last is 1.
-        schedule: "beta" (Beta quantiles, the authors' program), "shifted" (evenly spaced sigmas
-            moved towards 1, as in FLUX), or a tuple of sigmas: one per step, decreasing, in
-            (0, 1].
+        schedule: "beta" (quantiles of Beta(1.4, 0.425), the authors' program), ("beta", a, b)
+            (quantiles of another Beta distribution), "shifted" (evenly spaced sigmas moved
+            towards 1, as in FLUX), or a tuple of sigmas: one per step, decreasing, in (0, 1].
         first: layout of the first anchors: "even" for even rows and even columns and the border,
             or "strided" for every s-th row and column (the program's
             `use_checkerboard_init=False`).
@@ -102,7 +102,7 @@ class Plan:
     steps: int
     densities: tuple[float, ...] = (1.0,)
     stage_ends: tuple[float, ...] = (1.0,)
-    schedule: str | tuple[float, ...] = "beta"
+    schedule: str | tuple[float, ...] | tuple[str, float, float] = "beta"
     first: str = "even"
     fill: str = "random"
     activation: str = "importance"
@@ -171,10 +171,21 @@ class Plan:
         if isinstance(self.schedule, str) and self.schedule in SCHEDULES:
             object.__setattr__(self, "schedule", str(self.schedule))
             return
+        first = self.schedule[0] if isinstance(self.schedule, list | tuple) and self.schedule else 0
+        if isinstance(first, str) and first == "beta":
+            parameters = _numbers(self.schedule[1:])
+            if parameters is None or len(parameters) != 2 or min(parameters) <= 0:
+                raise ValueError(
+                    f'Plan.schedule is {self.schedule!r}; expected ("beta", a, b) with positive '
+                    "numbers a and b"
+                )
+            object.__setattr__(self, "schedule", ("beta", *parameters))
+            return
         sigmas = _numbers(self.schedule)
         if sigmas is None:
             raise ValueError(
-                f"Plan.schedule is {self.schedule!r}; expected one of {SCHEDULES} or sigmas"
+                f'Plan.schedule is {self.schedule!r}; expected one of {SCHEDULES}, ("beta", a, b) '
+                "or sigmas"
             )
         if len(sigmas) != self.steps:
             raise ValueError(f"Plan.schedule has {len(sigmas)} sigmas; expected {self.steps}")

@@ -35,13 +35,15 @@ class Shift:
     shift: float
 
 
-def beta_sigmas(steps: int) -> np.ndarray:
-    """Compute the Beta schedule: sigmas at quantiles of Beta(1.4, 0.425).
+def beta_sigmas(steps: int, a: float = BETA_A, b: float = BETA_B) -> np.ndarray:
+    """Compute the Beta schedule: sigmas at quantiles of Beta(a, b).
 
-    Source: the authors' program (FLUX.1 presets).
+    Source: the authors' program (FLUX.1 presets), with a = 1.4 and b = 0.425.
 
     Args:
         steps: number of steps.
+        a, b: parameters of the distribution, positive. A lower b puts more steps near sigma 1, a
+            lower a more near 0.
 
     Returns:
         Sigma at the start of each step, [steps]; falls from 1 to 1 / steps.
@@ -50,7 +52,7 @@ def beta_sigmas(steps: int) -> np.ndarray:
     from scipy.special import betaincinv
 
     lowest = 1 / steps
-    quantiles = betaincinv(BETA_A, BETA_B, np.linspace(1, 0, steps))
+    quantiles = betaincinv(a, b, np.linspace(1, 0, steps))
     return lowest + (1 - lowest) * quantiles
 
 
@@ -90,7 +92,9 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
     Raises:
         ValueError: the plan has so many steps that neighbouring sigmas are equal in float32.
     """
-    if not isinstance(plan.schedule, str):
+    if plan.schedule[0] == "beta":
+        starts = beta_sigmas(plan.steps, *plan.schedule[1:])
+    elif not isinstance(plan.schedule, str):
         starts = np.asarray(plan.schedule)
     elif plan.schedule == "beta":
         starts = beta_sigmas(plan.steps)
@@ -99,7 +103,7 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
     sigmas = np.append(starts, 0.0).astype(np.float32)
     equal = np.flatnonzero(np.diff(sigmas) >= 0)
     if equal.size:
-        name = plan.schedule if isinstance(plan.schedule, str) else "its own"
+        name = plan.schedule if isinstance(plan.schedule[0], str) else "its own"
         raise ValueError(
             f"Plan has {plan.steps} steps, too many for the schedule {name!r}: in float32, sigma "
             f"does not fall in {equal.size} of them (first in step {equal[0]}); expected fewer"

@@ -26,6 +26,28 @@ def test_shifted_sigmas_equal_the_schedule_of_flux():
     np.testing.assert_allclose(sigmas, [*expected, 0], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_beta_schedules_have_two_parameters():
+    config = jitjax.FluxConfig()
+    program = flux_sigmas(Plan(7), 4096, config)
+    np.testing.assert_array_equal(
+        flux_sigmas(Plan(7, schedule=("beta", 1.4, 0.425)), 4096, config), program
+    )
+    # Beta(a, 1) has the quantiles q^(1 / a), and Beta(1, b) has 1 - (1 - q)^(1 / b).
+    quantiles = np.linspace(1, 0, 7)
+    for a, b, expected in (
+        (0.5, 1.0, quantiles**2),
+        (1.0, 0.25, 1 - (1 - quantiles) ** 4),
+    ):
+        sigmas = flux_sigmas(Plan(7, schedule=("beta", a, b)), 4096, config)
+        np.testing.assert_allclose(sigmas, [*(1 / 7 + 6 / 7 * expected), 0], rtol=1e-6)
+    made = Plan(7, schedule=["beta", np.float32(0.5), jnp.int32(1)])
+    assert made == Plan(7, schedule=("beta", 0.5, 1.0))
+    assert hash(made) == hash(Plan(7, schedule=("beta", 0.5, 1.0)))
+    with pytest.raises(ValueError, match=r"too many for the schedule \('beta', 0.5, 0.01\)"):
+        flux_sigmas(Plan(7, schedule=("beta", 0.5, 0.01)), 4096, config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -39,6 +61,8 @@ def test_shifted_sigmas_equal_the_schedule_of_flux():
         ({"schedule": "cosine"}, "expected one of"),
         ({"schedule": (1.0, 0.5)}, "2 sigmas"),
         ({"schedule": (1.0, 0.8, 0.8, 0.5, 0.3, 0.1)}, "strictly decreasing"),
+        ({"schedule": ("beta", 0.5, 0.0)}, "with positive numbers"),
+        ({"schedule": ("beta", 0.5, np.nan)}, "with positive numbers"),
         ({"microflow": "jump"}, "expected one of"),
         ({"microflow_noise": "old"}, "expected one of"),
         ({"relax": 0.5}, "at least 1"),
@@ -110,6 +134,10 @@ def test_numbers_and_sequences_of_any_type_make_the_same_plan(make):
         ({"stage_ends": "1"}, "Plan.stage_ends is '1'"),
         ({"schedule": None}, "Plan.schedule is None"),
         ({"schedule": ["1"] * 6}, "Plan.schedule is"),
+        ({"schedule": ()}, "0 sigmas"),
+        ({"schedule": ("beta", 0.5)}, r'expected \("beta", a, b\) with positive numbers'),
+        ({"schedule": ("beta", "0.5", 1)}, "with positive numbers"),
+        ({"schedule": ("shifted", 0.5, 1)}, "expected one of"),
         ({"first": ["even"]}, r"Plan.first is \['even'\]"),
         ({"first": np.array(["even"])}, "Plan.first is array"),
     ],
