@@ -23,7 +23,7 @@ from jitjax.checkpoint import PARTS, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.loading import bundled
-from jitjax.sampler.plan import CHOICES, PLANS, SOLVERS, get_plan
+from jitjax.sampler.plan import CHOICES, DEFAULT_PLAN, PLANS, SOLVERS, get_plan
 
 EXAMPLES = """\
 examples:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     parser.add_argument(
         "--plan",
-        default="4x",
+        default=DEFAULT_PLAN,
         metavar="|".join(PLANS),
         help="how much to accelerate sampling (default: %(default)s)",
     )

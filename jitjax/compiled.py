@@ -17,7 +17,7 @@ from jitjax.latents import token_grid
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options
 from jitjax.sample import sample
-from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.text import as_prompts, check_params, encode_ids, tokenize
 
 
@@ -79,7 +79,7 @@ class CompiledSampler:
 def compile(
     params: FluxParams,
     *,
-    plan: str | Plan = "4x",
+    plan: str | Plan = DEFAULT_PLAN,
     height: int | None = None,
     width: int | None = None,
     batch: int = 1,

@@ -24,7 +24,7 @@ from jitjax.sampler.checks import check_finite as check_finite_array
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
 from jitjax.sampler.meshes import with_auto_axes
-from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
 from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.text import Conditioning
@@ -190,7 +190,7 @@ def denoise(
     conditioning: Conditioning,
     noise: Float[Array, "b n d"],
     *,
-    plan: str | Plan = "4x",
+    plan: str | Plan = DEFAULT_PLAN,
     grid: Grid | None = None,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     key: Array | None = None,

@@ -20,7 +20,7 @@ from jitjax.models.attention import check_implementation
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
-from jitjax.sampler.plan import Plan, get_plan
+from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
 from jitjax.text import Conditioning, as_prompts, check_params, encode_prompt
 
@@ -33,7 +33,7 @@ def sample(
     key: Array,
     height: int | None = None,
     width: int | None = None,
-    plan: str | Plan = "4x",
+    plan: str | Plan = DEFAULT_PLAN,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     attention: str = "auto",
     progress: bool = False,

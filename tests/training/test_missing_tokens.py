@@ -90,7 +90,7 @@ def test_subsets_hold_the_layout_or_the_most_important_tokens():
 
 
 def test_the_loss_of_a_batch_falls(scenes):
-    keys = iter(jax.random.split(jax.random.key(4), 99))
+    keys = iter(jax.random.split(jax.random.key(4), 200))
 
     def random_weights() -> dict:
         shapes = param_shapes.transformer(CONFIG)
