@@ -78,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan",
         default=DEFAULT_PLAN,
         metavar="|".join(PLANS),
-        help="how much to accelerate sampling (default: %(default)s)",
+        help="how to sample (default: %(default)s): dense takes 50 steps of Euler's method, the "
+        "multistep plans 12 and 7 of second order; 4x and 7x are the paper's; jit-10x and jit-14x "
+        "need 10 and 14 times fewer operations than dense",
     )
     parser.add_argument(
         "--size",

@@ -47,7 +47,7 @@ def sample(
             one key per image. The same key gives the same image in any batch, up to rounding:
             programs of other batch sizes round differently, by 1e-5 of the range in float32.
         height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
-        plan: a name in `PLANS` ("4x", "7x" or "dense") or a `Plan`.
+        plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
         attention: how the transformer computes attention: "auto" (the fastest on the platform),
