@@ -49,9 +49,8 @@ part() {
 }
 
 small=()
-# Only some methods by default: each takes time to compile.
-default="dense-50 dense-11-beta-multistep dense-7-beta-multistep 4x 7x"
-default+=" 4x:hit-initial:multistep 7x:hit-initial:multistep"
+# Only the plans by default: each method takes time to compile.
+default="dense-50 4x 7x multistep-12 multistep-7 jit-10x jit-14x"
 read -ra methods <<<"${QUALITY_METHODS:-$default}"
 if [ -n "${REHEARSE:-}" ]; then
     export JAX_PLATFORMS=cpu

@@ -11,7 +11,6 @@ are right, by the benchmark's checker, is printed.
 from __future__ import annotations
 
 import argparse
-import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from benchmarks.quality.judging import judge_image
 from benchmarks.quality.methods import REFERENCE, dense_evaluations, parse_method, parse_plan
 from benchmarks.quality.prompts import CATEGORIES, prompts
 from jitjax.latents import token_grid
-from jitjax.sampler.plan import Plan
+from jitjax.sampler.plan import DEFAULT_PLAN, Plan
 
 COUNT = 8
 COLUMNS = 4
@@ -36,7 +35,6 @@ MARGIN = 100  # for the words at the left
 GAP = 4
 FONT_SIZE = 13
 LINE = 17  # from one line of text to the next
-DEFAULT_PLAN = inspect.signature(jitjax.sample).parameters["plan"].default
 
 
 def sample_all(params: jitjax.FluxParams, texts: Sequence[str], plan: Plan) -> np.ndarray:
@@ -88,7 +86,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--plan", default=DEFAULT_PLAN, help=f"default: {DEFAULT_PLAN}, that of jitjax.sample"
+        "--plan", default=DEFAULT_PLAN, help="default: %(default)s, that of jitjax.sample"
     )
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument(

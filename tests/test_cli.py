@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import jitjax
 from jitjax import cli
+from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
 
 
 def run(*arguments: object) -> None:
@@ -24,12 +27,21 @@ def test_png_stores_prompt_and_settings(tmp_path, capsys):
         settings = json.loads(image.text["settings"])
     assert settings["seed"] == 3
     assert settings["steps"] == 4
-    assert settings["plan"] == "4x"
+    assert settings["plan"] == DEFAULT_PLAN
+    assert settings["solver"] == "multistep"
     output = capsys.readouterr()
     assert output.out.count("\n") == 1
-    assert "circle.png: 4x, seed 3," in output.out
+    assert f"circle.png: {DEFAULT_PLAN}, seed 3," in output.out
     assert "4/4" in output.err
     assert [path.name for path in tmp_path.iterdir()] == ["circle.png"]
+
+
+def test_functions_and_the_command_line_have_the_same_default_plan():
+    functions = jitjax.sample, jitjax.denoise, jitjax.compile
+    defaults = [inspect.signature(function).parameters["plan"].default for function in functions]
+    defaults.append(cli.build_parser().parse_args(["a circle"]).plan)
+    assert defaults == [DEFAULT_PLAN] * 4
+    assert DEFAULT_PLAN in PLANS
 
 
 def test_the_papers_equation_is_one_option(tmp_path):
@@ -61,7 +73,7 @@ def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
         (("--size", "100"), "expected a multiple of 16"),
         (("--size", "wide"), "WIDTHxHEIGHT"),
         (("--steps", "0"), "expected a positive integer"),
-        (("--steps", "2"), "at least one step in every stage"),
+        (("--plan", "4x", "--steps", "2"), "at least one step in every stage"),
         (("--microflow", "paper"), "--microflow is 'paper'; expected one of blend, hit, none"),
         (("--count", "0"), "--count is 0"),
         (("--seed", "-1"), "--seed is -1"),

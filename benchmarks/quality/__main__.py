@@ -6,7 +6,7 @@
     python -m benchmarks.quality --out dev.jsonl --split dev --methods 4x 4x:fill=dither
     python -m benchmarks.quality --out quick.jsonl --quick     a test of the setup; minutes
 
-The first command takes about an hour on two cores; `--ablations` adds the paper's. All methods
+The first command takes half an hour on two cores; `--ablations` adds the paper's. All methods
 sample each batch of prompts in turn, from the same noise, so that their times are comparable. The
 same command resumes an interrupted run; the rows that it has written are kept.
 """
@@ -209,8 +209,7 @@ def main() -> None:
     params = jitjax.load(args.checkpoint)
     config = params.config
     runner = Runner(params, token_grid(args.side, args.side, config), args.guidance)
-    names = args.methods or standard(config.transformer, runner.tokens, config.text_length)
-    names = list(dict.fromkeys([REFERENCE, *names]))
+    names = list(dict.fromkeys([REFERENCE, *(args.methods or standard())]))
     extra = [name for name in ablations() if name not in names] if args.ablations else []
     try:
         plans = {name: repr(parse_method(name)) for name in (*names, *extra)}

@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.quality.methods import (
     PAPER_PLANS,
-    PEER_STEPS,
     REFERENCE,
     VARIANTS,
     parse_method,
+    solver_words,
 )
 from benchmarks.quality.prompts import CATEGORIES
 from benchmarks.quality.results import header_words
@@ -101,23 +101,6 @@ def method_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def own_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table of sparse plans against dense steps of the same sigmas and solver."""
-    return table(
-        ["sparse plan", "dense steps", "more right", "PSNR dB more"],
-        [
-            [
-                summary["label"],
-                summaries[summary["against_own"]["method"]]["label"],
-                points(summary["against_own"]["right"]),
-                decibels(summary["against_own"]["psnr"], "+"),
-            ]
-            for summary in summaries.values()
-            if "against_own" in summary
-        ],
-    )
-
-
 def category_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of right pictures by kind of prompt, after a row of `AIMS`."""
     kinds = [kind for kind in CATEGORIES if kind in summaries[REFERENCE]["categories"]]
@@ -160,16 +143,12 @@ def markdown(figures: Figures) -> str:
         "is the share that shows all that\nthe prompt asks for. PSNR and SSIM compare with the "
         f'picture of `{REFERENCE}`. FLOPs and time are divided into its.\n"More" is a paired '
         "difference, in points where no unit is given. Intervals are 95 % bootstrap intervals\n"
-        'over prompts. "Dense multistep" has Beta sigmas. TeaCache and Taylor skip some of '
-        f"{PEER_STEPS} steps, with FLUX's sigmas.",
+        'over prompts. "Dense multistep" are the dense steps of second order in this table whose '
+        "cost is nearest.",
         method_table(summaries).strip(),
+        "Right pictures by kind of prompt:",
+        category_table(summaries).strip(),
     ]
-    if any("against_own" in summary for summary in summaries.values()):
-        parts += [
-            "Sparse plans against dense steps of equal cost with the same sigmas and solver:",
-            own_table(summaries).strip(),
-        ]
-    parts += ["Right pictures by kind of prompt:", category_table(summaries).strip()]
     if "ablations" in figures:
         parts += [
             f"The paper's plans with one choice changed, {figures['ablations']['pictures']} "
@@ -182,8 +161,7 @@ def markdown(figures: Figures) -> str:
 def readme_methods(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Choose the methods of the README's table, the cheapest last.
 
-    `REFERENCE`, `PLANS`, the dense multistep of equal cost, the paper's plans with the paper's
-    target by multistep, TeaCache, then any others; `README_ROWS` of them.
+    `REFERENCE`, `PLANS`, the dense multistep of equal cost, then any others; `README_ROWS` of them.
     """
     plans = [name for name in summaries if name in PLANS]
     rivals = [
@@ -191,10 +169,7 @@ def readme_methods(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for n in plans
         if "against_multistep" in summaries[n]
     ]
-    paper = [f"{plan}:hit-initial:multistep" for plan in PAPER_PLANS]
-    teacache = [name for name in summaries if parse_method(name).peer == "teacache"]
-    ordered = dict.fromkeys([REFERENCE, *plans, *rivals, *paper, *teacache, *summaries])
-    chosen = [name for name in ordered if name in summaries][:README_ROWS]
+    chosen = list(dict.fromkeys([REFERENCE, *plans, *rivals, *summaries]))[:README_ROWS]
     return [name for name in summaries if name in chosen]
 
 
@@ -280,16 +255,20 @@ def plot(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 [m - low for m, (low, _) in zip(means, ends, strict=True)],
                 [high - m for m, (_, high) in zip(means, ends, strict=True)],
             ]
-            line = "-" if words_of_family.startswith("dense") else ""
+            line = "-" if words_of_family.startswith("all tokens") else ""
             axis.errorbar(
                 x, means, yerr=bars, fmt="osD^vP*X"[number % 8] + line, capsize=2, alpha=0.8,
                 label=words_of_family,
             )  # fmt: skip
+            # Names above the lines and below the other points, so that equal ones can be read.
+            offset = (4, 6) if line else (5, -12)
             for name, *place in zip(names, x, means, strict=True):
                 if name in PLANS:
-                    axis.annotate(name, place, xytext=(5, 4), textcoords="offset points")
+                    axis.annotate(name, place, xytext=offset, textcoords="offset points")
         axis.set_xscale("log")
-        ticks = sorted({round(summary["fewer_flops"], 1) for summary in summaries.values()})
+        axis.margins(0.15, 0.1)
+        shown = (summary for name, summary in summaries.items() if name != REFERENCE)
+        ticks = sorted({round(summary["fewer_flops"], 1) for summary in shown})
         ticks = [tick for i, tick in enumerate(ticks) if i == 0 or tick / ticks[i - 1] > 1.12]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
@@ -306,14 +285,8 @@ def family(name: str) -> str:
     method = parse_method(name)
     if method.peer:
         return {"teacache": "TeaCache", "taylor": "Taylor"}[method.peer]
-    solver = method.plan.solver if isinstance(method.plan.solver, str) else "other solver"
-    if method.is_dense:
-        schedule = method.plan.schedule
-        sigmas = schedule if isinstance(schedule, str) else "own"
-        return f"dense, {sigmas} sigmas, {solver}"
-    if name in PLANS:
-        return "plans with sparse stages"
-    return f"paper's plans, hit, initial noise, {solver}"
+    tokens = "all tokens" if method.is_dense else "sparse stages"
+    return f"{tokens}, {solver_words(method.plan)}"
 
 
 def write_docs(figures: Figures, docs: Path, readme: Path) -> None:

@@ -15,8 +15,6 @@ import numpy as np
 from benchmarks.quality.methods import (
     PAPER_PLANS,
     REFERENCE,
-    Method,
-    as_dense,
     equal_cost,
     label,
     parse_method,
@@ -112,34 +110,21 @@ def compare(rows: Mapping[str, Rows], name: str, other: str) -> dict[str, Any]:
 
 
 def multistep_rival(name: str, summaries: Mapping[str, dict]) -> str | None:
-    """Return the dense steps with Beta sigmas by multistep whose cost is nearest, if it is equal.
+    """Return the dense steps by multistep whose cost is nearest, if there are any of equal cost.
 
     Args:
         name: name of a method.
         summaries: "tflops" of all methods.
     """
     tflops = summaries[name]["tflops"]
-    rivals = []
-    for other, summary in summaries.items():
-        method = parse_method(other)
-        facts = method.is_dense, method.plan.schedule, method.plan.solver
-        is_rival = other != name and facts == (True, "beta", "multistep")
-        if is_rival and equal_cost(summary["tflops"], tflops):
-            rivals.append((abs(np.log(summary["tflops"] / tflops)), other))
+    rivals = [
+        (abs(np.log(summary["tflops"] / tflops)), other)
+        for other, summary in summaries.items()
+        if other != name
+        and parse_method(other).is_dense_multistep
+        and equal_cost(summary["tflops"], tflops)
+    ]
     return min(rivals)[1] if rivals else None
-
-
-def own_rival(name: str, summaries: Mapping[str, dict]) -> str | None:
-    """Return the dense steps of equal cost with the sigmas and the solver of a sparse plan."""
-    method = parse_method(name)
-    if method.peer or method.is_dense:
-        return None
-    for other, summary in summaries.items():
-        dense = parse_method(other)
-        same = Method(as_dense(method.plan, dense.plan.steps)) == dense
-        if same and equal_cost(summary["tflops"], summaries[name]["tflops"]):
-            return other
-    return None
 
 
 def figures(
@@ -159,8 +144,8 @@ def figures(
 
     Returns:
         "settings", "pictures" (the number per method), and "methods", the cheapest last: what
-        `summarise` returns, "against_multistep" and "against_own" (see `compare`; the dense steps
-        of equal cost). "ablations" likewise has "pictures" and "methods", with "against_plan".
+        `summarise` returns, and "against_multistep" (see `compare` and `multistep_rival`).
+        "ablations" likewise has "pictures" and "methods", with "against_plan".
 
     Raises:
         ValueError: no picture was sampled by all methods.
@@ -171,9 +156,8 @@ def figures(
     for name, summary in summaries.items():
         if name == REFERENCE:
             continue
-        for key, find in (("against_multistep", multistep_rival), ("against_own", own_rival)):
-            if (other := find(name, summaries)) not in (None, REFERENCE):
-                summary[key] = compare(common, name, other)
+        if rival := multistep_rival(name, summaries):
+            summary["against_multistep"] = compare(common, name, rival)
     result = {
         "settings": dict(header),
         "pictures": len(common[REFERENCE]),

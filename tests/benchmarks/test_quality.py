@@ -16,7 +16,6 @@ from benchmarks.quality import flops, peers, scores
 from benchmarks.quality.judging import judge_images, similarity
 from benchmarks.quality.methods import (
     REFERENCE,
-    STEPS,
     VARIANTS,
     ablations,
     as_dense,
@@ -145,35 +144,42 @@ def test_slots_count_every_evaluation_of_a_step():
         flops.slots(plan.replace(solver=implicit), 256, 48)
 
 
-def test_standard_methods_have_all_plans_and_dense_steps_of_equal_cost(monkeypatch):
+def test_standard_methods():
+    names = standard()
+    rivals = {"dense-5-beta-multistep", "dense-3-beta-multistep"}  # of jit-10x and jit-14x
+    assert names[0] == REFERENCE
+    assert set(names) == {REFERENCE, *jitjax.PLANS, *rivals} - {"dense"}  # which is `REFERENCE`
+    assert len(names) == len(set(names)) == 9
+
+
+def test_standard_methods_have_all_plans_and_dense_multistep_of_equal_cost(monkeypatch):
     config = TransformerConfig()
-    sigmas = (1.0, 0.95, 0.8, 0.6, 0.3, 0.1)
     # PLANS will change; so here are plans of every sort.
     added = {
-        "quick": jitjax.Plan(6, (0.35, 1.0), (0.5, 1.0), schedule=sigmas, solver="multistep"),
-        "plain": jitjax.Plan(11, solver="multistep"),
-        "twice": jitjax.Plan(25, schedule="shifted", solver="multistep"),
+        "quick": jitjax.Plan(13, (0.35, 1.0), (0.5, 1.0), schedule=("beta", 1.0, 0.3)),
+        "plain": jitjax.Plan(9, schedule="shifted"),
+        "same": jitjax.Plan(3, solver="multistep"),
+        "heun": jitjax.Plan(9, solver=diffrax.Heun()),
     }
     for name, plan in added.items():
         monkeypatch.setitem(jitjax.PLANS, name, plan)
-    names = standard(config, 4096, 512)
+    names = standard()
     methods = [parse_method(name) for name in names]
-    assert names[0] == REFERENCE
     assert len(set(methods)) == len(methods)
     assert {parse_method(name) for name in jitjax.PLANS} <= set(methods)
-    assert "dense" not in names  # it is `REFERENCE`
-    assert {"plain", "twice"} < set(names)
-    assert "dense-11-beta-multistep" not in names  # it is "plain"
-    expected = {f"dense-{n}-beta{end}" for n in STEPS for end in ("", "-multistep")}
-    assert expected - {"dense-11-beta-multistep"} < set(names)
-    assert {"4x:hit-initial", "7x:hit-initial:multistep", "teacache-11", "teacache-7"} < set(names)
-    # "quick" costs 4.1 evaluations: dense steps of its own sigmas, and multistep on Beta sigmas.
-    assert dense_evaluations(config, added["quick"], 4096, 512) == pytest.approx(4.1, abs=0.1)
-    assert {"quick:dense-4", "dense-4-beta-multistep"} < set(names)
+    # "plain" and "heun" have as many steps as "quick" costs, but by other solvers.
+    assert dense_evaluations(config, added["quick"], 4096, 512) == pytest.approx(9.2, abs=0.1)
+    # "multistep-12" and "multistep-7" cost what 4x and 7x do, and "same" what jit-14x does.
+    assert {name for name in names if name.startswith("dense-")} == {
+        REFERENCE,
+        "dense-5-beta-multistep",
+        "dense-9-beta-multistep",
+    }
     for plan in jitjax.PLANS.values():
-        cost = dense_evaluations(config, plan, 4096, 512)
-        costs = [m.plan.steps for m in methods if m.is_dense and m.plan.solver == plan.solver]
-        assert min(abs(np.log(steps / cost)) for steps in costs) < 0.15
+        if plan.densities != (1.0,):
+            cost = dense_evaluations(config, plan, 4096, 512)
+            costs = [m.plan.steps for m in methods if m.is_dense_multistep]
+            assert min(abs(np.log(steps / cost)) for steps in costs) < 0.15
 
 
 def test_dense_steps_have_the_sigmas_of_a_plan():
@@ -225,6 +231,7 @@ def test_parse_method():
         ("dense-50", "50 dense steps, FLUX's sigmas, Euler"),
         ("dense-7-beta-multistep", "7 dense steps, Beta sigmas, multistep"),
         ("4x", "**`4x`**"),
+        ("multistep-12", "**`multistep-12`**: 12 dense steps, Beta(0.6, 0.25) sigmas, multistep"),
         ("7x:hit-initial:multistep", "`7x`, hit, initial noise, multistep"),
         ("7x:relax=2.0", "`7x`, `relax=2.0`"),
         ("teacache-11", "TeaCache, 11 of 28 steps"),
@@ -358,7 +365,8 @@ def test_methods_run_on_a_small_model(small):
     conditioning = jitjax.encode_prompt(small, ["a red circle", "a blue star"])
     keys = jax.random.split(jax.random.key(0), 2)
     noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
-    for name in ("4x", "7x:hit-initial:multistep", "dense-7-beta-multistep", *peer_names):
+    names = ("4x", "jit-10x", "7x:hit-initial:multistep", "dense-7-beta-multistep", *peer_names)
+    for name in names:
         method = parse_method(name)
         tokens, slots = runner(method, conditioning, noise, keys)
         assert tokens.shape == noise.shape

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import report, summary
-from benchmarks.quality.methods import PAPER_PLANS, REFERENCE, ablations, parse_method, standard
+from benchmarks.quality.methods import (
+    REFERENCE,
+    ablations,
+    dense_evaluations,
+    parse_method,
+    standard,
+)
 from benchmarks.quality.prompts import CATEGORIES, prompts
 from benchmarks.quality.results import common_rows, open_results, read_rows, unfinished
 from jitjax.config import TransformerConfig
@@ -46,14 +52,14 @@ def make_rows(name, pictures, evaluations, every=2, psnr=30.0, seeds=(1, 2)):
 @pytest.fixture(scope="module")
 def figures():
     """Figures of the standard list and the ablations, of made-up rows."""
-    names = standard(TransformerConfig(), 4096, 512)
+    config = TransformerConfig()
+    names = standard()
     rows = {}
     for i, name in enumerate([*names, *(n for n in ablations() if n not in names)]):
         method = parse_method(name)
-        count = method.evaluations or method.plan.steps
-        sparse = 1 if method.peer or method.is_dense else 0.62
+        cost = dense_evaluations(config, method.plan, 4096, 512)
         pictures = 24 if name in names else 12
-        rows[name] = make_rows(name, pictures, count * sparse, 2 + i % 5, 20.0 + i)
+        rows[name] = make_rows(name, pictures, cost, 2 + i % 5, 20.0 + i)
     return summary.figures(HEADER, rows, names, ablations())
 
 
@@ -110,6 +116,7 @@ def test_differences_are_paired():
         "4x": make_rows("4x", 22, 11, every=4, psnr=22),
         "dense-11-beta-multistep": make_rows("dense-11-beta-multistep", 20, 11, 5, psnr=35),
         "dense-11-beta": make_rows("dense-11-beta", 20, 11, every=2, psnr=33),
+        "multistep-12": make_rows("multistep-12", 20, 12, 20),
         "dense-28-beta-multistep": make_rows("dense-28-beta-multistep", 20, 28, 20),
     }
     actual = summary.figures(HEADER, rows, list(rows), [])
@@ -130,12 +137,12 @@ def test_differences_are_paired():
     assert plan["against_multistep"]["right"]["mean"] == pytest.approx(-0.05)
     # Both PSNRs grow alike with the prompt: paired, the difference has no spread.
     assert plan["against_multistep"]["psnr"]["interval"] == pytest.approx((-13, -13))
-    assert plan["against_own"]["method"] == "dense-11-beta"
-    assert plan["against_own"]["psnr"]["mean"] == pytest.approx(-11)
     euler = methods["dense-11-beta"]
     assert euler["against_multistep"]["right"]["mean"] == pytest.approx(-0.3)
-    assert "against_own" not in euler
-    for name in (REFERENCE, "dense-11-beta-multistep", "dense-28-beta-multistep"):
+    # Dense steps of other sigmas are as good a rival; the nearest is taken.
+    assert methods["multistep-12"]["against_multistep"]["method"] == "dense-11-beta-multistep"
+    assert methods["dense-11-beta-multistep"]["against_multistep"]["method"] == "multistep-12"
+    for name in (REFERENCE, "dense-28-beta-multistep"):
         assert "against_multistep" not in methods[name]
     with pytest.raises(ValueError, match="no picture was sampled by all of 4x, 7x"):
         common_rows(rows, ["4x", "7x"])
@@ -158,21 +165,26 @@ def test_page_has_every_method_and_keeps_the_text_above(figures):
     changed["methods"]["4x"]["against_multistep"]["psnr"]["mean"] -= 1
     assert report.fill_page(page, changed) != page
     tables = [block for block in page.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 3
     for block in tables:  # every row has as many cells as its header
         assert len({line.count("|") for line in block.strip().split("\n")}) == 1
 
 
 def test_readme_table_has_at_most_ten_rows(figures):
-    names = report.readme_methods(figures["methods"])
+    summaries = figures["methods"]
+    assert report.readme_methods(summaries) == list(summaries)
+    assert len(summaries) == 9
+    # With more methods, plans and what they are compared with come first.
+    more = {f"dense-{n}-beta": summaries[REFERENCE] for n in (30, 20)} | summaries
+    more |= {"teacache-7": summaries["7x"]}
+    names = report.readme_methods(more)
     assert len(names) == 10
-    assert names[0] == REFERENCE
-    assert {name for name in PLANS if name != "dense"} < set(names)
-    for plan in PAPER_PLANS:
-        assert figures["methods"][plan]["against_multistep"]["method"] in names
+    assert set(summaries) | {"dense-30-beta"} == set(names)
+    for plan in ("4x", "7x", "jit-10x", "jit-14x"):
+        assert summaries[plan]["against_multistep"]["method"] in names
     text = f"Before\n\n{report.README_HEADER}\n|---|\n| old |\n\nafter"
     filled = report.fill_readme(text, figures)
-    assert filled.count("\n| ") == 11
+    assert filled.count("\n| ") == 10
     assert "old" not in filled
     assert filled.startswith("Before\n\n")
     assert filled.endswith("|\n\nafter")
@@ -202,6 +214,18 @@ def test_docs_have_the_figures_of_the_json_file():
     if report.README_HEADER not in text:
         pytest.skip("the README has not its new table yet")
     assert report.fill_readme(text, figures) == text
+
+
+def test_the_plot_groups_methods_by_tokens_and_solver():
+    groups = {
+        "4x": "sparse stages, Euler",
+        "jit-10x": "sparse stages, multistep",
+        "multistep-12": "all tokens, multistep",
+        "dense-5-beta-multistep": "all tokens, multistep",
+        "dense-28": "all tokens, Euler",
+        "teacache-7": "TeaCache",
+    }
+    assert {name: report.family(name) for name in groups} == groups
 
 
 def test_incomplete_last_line_is_ignored(tmp_path):

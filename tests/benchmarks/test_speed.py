@@ -165,7 +165,7 @@ def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):
 def test_every_row(small_model, monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = "--model middle --json --size 64 --text 8 --rounds 2 --matmul 64"
-    plans = ["--plans", "dense", "tuned-7x"]
+    plans = ["--plans", "dense", "jit-14x"]
     monkeypatch.setattr("sys.argv", ["speed", *arguments.split(), *plans, "--out", str(out)])
     speed.main()
     lines = out.read_text().splitlines()
@@ -173,14 +173,14 @@ def test_every_row(small_model, monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in lines]
     kinds = [row["row"] for row in rows]
     assert kinds == ["matmul", *["forward"] * 2, "plan", "plan", "speed-up", "solver"]
-    plan = jitjax.PLANS["tuned-7x"]
+    plan = jitjax.PLANS["jit-14x"]
     for row in rows[1:5]:
         assert 0 < row["lowest"] <= row["seconds"] <= row["highest"]
         assert 1 <= row["agreement"] < 1.2  # so few tokens: the modulation counts
         expected = row["tflop"] / row["seconds"] / rows[0]["tflops_per_second"]
         assert row["share"] == pytest.approx(expected)
     sparse, dense = rows[3:5]
-    assert [sparse["plan"], dense["plan"]] == ["tuned-7x", "dense"]  # few steps first
+    assert [sparse["plan"], dense["plan"]] == ["jit-14x", "dense"]  # few steps first
     assert len(sparse["stage_seconds"]) == len(sparse["step_seconds"]) == len(plan.densities)
     steps = np.diff([0, *plan.stage_steps])
     np.testing.assert_allclose(sparse["stage_seconds"], steps * sparse["step_seconds"])

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import jitjax
+from benchmarks.quality import flops
+from jitjax.config import TransformerConfig
 from jitjax.denoise import flux_sigmas
 from jitjax.latents import token_grid
 from jitjax.sampler.grid import as_grid
@@ -82,12 +84,25 @@ def test_presets_have_the_stages_and_budgets_of_the_paper():
     assert hash(PLANS["4x"]) == hash(PLANS["4x"].replace())
 
 
-def test_tuned_plans_differ_in_steps_stages_and_lift_only():
-    expected = {"tuned-4x": (13, (3, 13)), "tuned-7x": (8, (2, 8))}
-    for name, (steps, stage_steps) in expected.items():
-        plan = PLANS[name]
-        assert plan.stage_steps == stage_steps
-        assert plan == Plan(steps, plan.densities, plan.stage_ends, lift="none")
+@pytest.mark.parametrize(
+    ("name", "stage_steps", "evaluations"),
+    [
+        ("multistep-12", (12,), 12),
+        ("multistep-7", (7,), 7),
+        ("jit-10x", (8, 10), 5.0),
+        ("jit-14x", (5, 7), 3.45),
+    ],
+)
+def test_plans_of_second_order_cost_what_they_promise(name, stage_steps, evaluations):
+    """Operations at FLUX.1-dev's size and 1024 px, in evaluations of all tokens."""
+    plan, config = PLANS[name], TransformerConfig()
+    assert plan.solver == "multistep"
+    assert plan.stage_steps == stage_steps
+    operations = flops.run(config, flops.slots(plan, 4096, 512), 512)
+    actual = operations / flops.forward(config, 4096, 512)
+    assert actual == pytest.approx(evaluations, rel=0.01)
+    if name.startswith("jit-"):  # the name says how many times fewer than 50
+        assert 50 / actual == pytest.approx(float(name[4:-1]), rel=0.05)
 
 
 @pytest.mark.parametrize(
