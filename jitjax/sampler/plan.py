@@ -248,7 +248,7 @@ class Plan:
         return dataclasses.replace(self, **changes)
 
 
-_JIT = {
+_JIT: dict[str, Any] = {
     "lift": "linear",
     "microflow": "hit",
     "microflow_noise": "initial",

@@ -93,7 +93,8 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
         ValueError: the plan has so many steps that neighbouring sigmas are equal in float32.
     """
     if plan.schedule[0] == "beta":
-        starts = beta_sigmas(plan.steps, *plan.schedule[1:])
+        a, b = (float(parameter) for parameter in plan.schedule[1:])
+        starts = beta_sigmas(plan.steps, a, b)
     elif not isinstance(plan.schedule, str):
         starts = np.asarray(plan.schedule)
     elif plan.schedule == "beta":
