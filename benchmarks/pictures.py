@@ -31,7 +31,7 @@ from jitjax.sampler.plan import DEFAULT_PLAN, Plan
 COUNT = 8
 COLUMNS = 4
 SIDE = 160  # of a picture on the sheet, in pixels
-MARGIN = 100  # for the words at the left
+MARGIN = 134  # for the words at the left
 GAP = 4
 FONT_SIZE = 13
 LINE = 17  # from one line of text to the next

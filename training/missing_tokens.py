@@ -18,7 +18,8 @@ tokens or with those of the highest importance. Three sizes take turns, so that 
 static (`DENSITIES`). T5 and CLIP stay frozen.
 
 `RUN` gets a diffusers folder of the averaged weights at each of `--snapshots`, shares of the time,
-and a log. `--no-missing` leaves the subsets out, for comparison.
+and a log. `python -m jitjax.convert RUN/at-1 --out CHECKPOINT` makes a checkpoint of one, which
+`--checkpoint` continues from. `--no-missing` leaves the subsets out, for comparison.
 """
 
 from __future__ import annotations
@@ -320,10 +321,10 @@ def train(args: argparse.Namespace) -> None:
     print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)
 
     def save(share: float) -> None:
-        averaged = jax.tree.map(lambda x: x.astype(jnp.float16), state[1])
+        averaged = dataclasses.replace(params, transformer=state[1])
         folder = args.out / f"at-{share:g}"
         shutil.rmtree(folder, ignore_errors=True)
-        write_folder(dataclasses.replace(params, transformer=averaged), folder)
+        write_folder(jax.tree.map(lambda x: x.astype(jnp.float16), averaged), folder)
 
     snapshots = sorted(args.snapshots)
     began, previous, losses_of = time.monotonic(), None, {count: [] for count in counts}
