@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sigma_families import beta
 from jitjax import Plan
+from jitjax.sampler.schedule import beta_sigmas
 
 
 def build_plan(
@@ -46,14 +46,14 @@ def round_end(done: int, steps: int) -> float:
 
 def dense(steps: int, a: float, b: float) -> Plan:
     """Dense steps of second order with sigmas of Beta(a, b)."""
-    return Plan(steps, schedule=tuple(beta(steps, a, b).tolist()), solver="multistep")
+    return Plan(steps, schedule=tuple(beta_sigmas(steps, a, b).tolist()), solver="multistep")
 
 
 def sparse(
     steps: Sequence[int], densities: Sequence[float], a: float, b: float, lift: str = "linear"
 ) -> Plan:
     """Stages of second order with sigmas of Beta(a, b), hit with the initial noise."""
-    return build_plan(steps, densities, beta(sum(steps), a, b), "multistep", lift)
+    return build_plan(steps, densities, beta_sigmas(sum(steps), a, b), "multistep", lift)
 
 
 CHOSEN: dict[float, dict[str, Plan]] = {
@@ -76,8 +76,8 @@ CHOSEN: dict[float, dict[str, Plan]] = {
         "**7 at 0.6 + 3, Beta(0.7, 0.25), linear**": sparse((7, 3), (0.6,), 0.7, 0.25),
     },
     10: {
-        "**dense 5, Beta(2, 0.4)**": dense(5, 2, 0.4),
-        "**3 at 0.25 + 4, Beta(1, 0.2), linear**": sparse((3, 4), (0.25,), 1, 0.2),
+        "**dense 5, Beta(2, 0.4)**": dense(5, 2.0, 0.4),
+        "**3 at 0.25 + 4, Beta(1, 0.2), linear**": sparse((3, 4), (0.25,), 1.0, 0.2),
         "**8 at 0.35 + 2, Beta(1.2, 0.4), linear**": sparse((8, 2), (0.35,), 1.2, 0.4),
     },
     14: {

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import betaincinv, expit, ndtri
+from scipy.special import expit, ndtri
+
+from jitjax.sampler.schedule import beta_sigmas
 
 Sigmas = Float[np.ndarray, " steps"]
 
@@ -27,12 +29,6 @@ class Family:
     parameters: tuple[str, str]
     bounds: tuple[tuple[float, float], tuple[float, float]]
     start: tuple[float, float]
-
-
-def beta(steps: int, a: float, b: float) -> Sigmas:
-    """Quantiles of Beta(a, b), compressed to end at 1 / steps: the authors' program's form."""
-    lowest = 1 / steps
-    return lowest + (1 - lowest) * betaincinv(a, b, np.linspace(1, 0, steps))
 
 
 def shift(steps: int, mu: float, power: float) -> Sigmas:
@@ -57,7 +53,7 @@ def logit_normal(steps: int, mean: float, deviation: float) -> Sigmas:
 
 
 FAMILIES = {
-    "beta": Family(beta, ("a", "b"), ((0.2, 4), (0.15, 1.2)), (1.4, 0.425)),
+    "beta": Family(beta_sigmas, ("a", "b"), ((0.2, 4.0), (0.15, 1.2)), (1.4, 0.425)),
     "shift": Family(shift, ("mu", "power"), ((0, 4), (0.7, 4)), (1.15, 1)),
     "karras": Family(karras, ("rho", "lowest"), ((2, 20), (0.01, 0.8)), (7, 0.05)),
     "logit-normal": Family(logit_normal, ("mean", "deviation"), ((-1, 3), (1, 5)), (0.5, 2)),

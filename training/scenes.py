@@ -9,7 +9,7 @@ resolution and aspect ratio. Edges are antialiased by signed distances.
     text = caption(scene, np.random.default_rng(1))
 
 Some combinations of (shape, colour, size, texture), chosen by a hash, are held out: training never
-draws them, and `evaluation_prompts` draws only them.
+draws them, and `random_scene(..., unseen=True)` draws only them.
 """
 
 from __future__ import annotations
@@ -372,27 +372,3 @@ def render(scene: Scene, height: int, width: int) -> np.ndarray:
         patch = image[y0:y1, x0:x1]
         patch += alpha.astype(np.float32) * (colour - patch)
     return np.clip(image, 0, 1)
-
-
-# ----------------------------------------------------------------------------------- evaluation
-
-
-def evaluation_prompts(n: int = 120, seed: int = 2026) -> list[tuple[str, Scene, int]]:
-    """Return prompts of one held-out thing; the first `n` of a fixed list for each seed.
-
-    A prompt always names colour, shape and size. It names the texture where that is not plain, and
-    otherwise at random; it names the background in a third of the cases. Only named attributes can
-    be judged.
-
-    Returns:
-        (caption, scene, seed of the noise) for each prompt.
-    """
-    drawn = []
-    for index in range(n):
-        rng = np.random.default_rng((seed, index))
-        scene = random_scene(rng, unseen=True)
-        texture = scene.things[0].texture != "plain" or bool(rng.uniform() < 0.3)
-        background = bool(rng.uniform() < 1 / 3)
-        text = caption(scene, rng, size=True, texture=texture, background=background)
-        drawn.append((text, scene, int(rng.integers(2**31))))
-    return drawn
