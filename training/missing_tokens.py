@@ -293,7 +293,7 @@ def make_update(optimizer: optax.GradientTransformation, decay: float):
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train for `args.minutes`, and write the snapshots."""
+    """Train for `args.minutes` or `args.steps`, and write the snapshots."""
     params = jitjax.load(args.checkpoint)
     scenes = load_scenes(args.scenes, params)
     print(f"{len(scenes.tokens)} scenes, {len(scenes.text)} captions", flush=True)
@@ -331,6 +331,8 @@ def train(args: argparse.Namespace) -> None:
     reported = began
     for number in itertools.count():
         elapsed = (time.monotonic() - began) / (60 * args.minutes)
+        if args.steps:
+            elapsed = max(elapsed, number / args.steps)
         while snapshots and elapsed >= snapshots[0]:
             save(snapshots.pop(0))
         if elapsed >= 1:
@@ -366,6 +368,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", default="tiny", help="where to start from")
     parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--steps", type=int, help="ends earlier, after this many steps")
     parser.add_argument("--batch", type=int, default=48, help="whole pictures per step")
     parser.add_argument("--subsets", type=int, default=96, help="subsets of tokens per step")
     parser.add_argument("--no-missing", action="store_true", help="whole pictures only")
