@@ -245,8 +245,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
     If the whole text is a file that exists, there is no scale.
 
     Raises:
-        ValueError: the scale is not finite, or FILE exists and SCALE is not a number.
+        ValueError: there is no FILE, the scale is not finite, or FILE exists and SCALE is not a
+            number.
     """
+    if not text:
+        raise ValueError("--lora is empty; expected FILE or FILE:SCALE")
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
@@ -256,6 +259,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
         if not Path(path).is_file():
             return Path(text), 1.0
         raise ValueError(f"--lora {text}: {scale!r} is not a number; expected FILE:SCALE") from None
+    if not path:
+        raise ValueError(f"--lora {text}: the file is empty; expected FILE:SCALE")
     if not math.isfinite(number):
         raise ValueError(f"--lora {text}: the scale is {scale}; expected a finite number")
     return Path(path), number

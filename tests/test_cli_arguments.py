@@ -64,6 +64,9 @@ def test_lora_names_may_have_colons(tmp_path):
     for scale in ("nan", "inf", "-inf"):
         with pytest.raises(ValueError, match="expected a finite number"):
             convert.parse_lora(f"a.safetensors:{scale}")
+    for text in ("", ":0.5"):
+        with pytest.raises(ValueError, match="empty; expected FILE"):
+            convert.parse_lora(text)
 
 
 def test_seeds_of_64_bits():

@@ -29,6 +29,7 @@ def check_pairs(loras: Loras) -> list[tuple[Path, float]]:
             not isinstance(pair, list | tuple)
             or len(pair) != 2
             or not isinstance(pair[0], str | os.PathLike)
+            or pair[0] == ""
         ):
             raise ValueError(f"loras has the entry {shown(pair)}; {expected}")
         path = Path(pair[0])

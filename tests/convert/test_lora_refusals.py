@@ -243,7 +243,7 @@ def test_no_safetensors(tmp_path, params):
     "loras",
     ["x", ["x"], ("x", 0.7), {"x": 0.7}, [("x",)], [("x", 1, 2)], [(1, 0.5)], [{"x": 0.7}], 3,
      [("x", "0.5")], [("x", None)], [("x", float("nan"))], [("x", 10**400)], [("x", True)],
-     [("x", 1j)]],
+     [("x", 1j)], [("", 1.0)]],
 )  # fmt: skip
 def test_argument(params, loras):
     message = refusal(params, loras)
