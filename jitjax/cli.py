@@ -19,6 +19,7 @@ from jitjax import command, images, list_run, startup
 from jitjax.checkpoint import PARTS, FluxParams, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
+from jitjax.list_folder import output_folder
 from jitjax.loading import BUNDLED, bundled
 from jitjax.picture import LARGEST_COUNT, Picture, consecutive_seeds, parse_size, seed_keys
 from jitjax.prompt_list import Line, read_list, read_prompt
@@ -94,7 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"output file (default: {images.DEFAULT_OUT}, or the next free name); with --count, "
         "FILE-SEED.png; with --prompts FILE.txt, a folder (default: FILE-pictures)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace output files that exist; with --prompts, those that are other pictures",
+    )
     parser.add_argument(
         "--plan",
         default=DEFAULT_PLAN,
@@ -178,12 +183,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _clean_up() -> None:
     images.remove_unfinished()
-    list_run.say_how_to_go_on("\n")  # a progress bar ends the line before
+    list_run.say_how_to_go_on(on_new_line=True)  # after a progress bar
 
 
 def _run(args: argparse.Namespace) -> int:
     config = _read_config(args.checkpoint)
-    _pictures(args, config, Line(0, ""))  # what is wrong with an option is no fault of a line
     if args.prompts is not None:
         return _run_list(args, config)
     start = time.perf_counter()
@@ -217,7 +221,8 @@ def _run_list(args: argparse.Namespace, config: FluxConfig) -> int:
     batch = 1 if args.batch is None else args.batch
     if not 1 <= batch <= LARGEST_COUNT:
         raise ValueError(f"--batch is {batch}; expected 1 to {LARGEST_COUNT}")
-    folder = list_run.output_folder(args.out, args.prompts)
+    _pictures(args, config, Line(0, ""))  # what is wrong with an option is no fault of a line
+    folder = output_folder(args.out, args.prompts)
     lines, problems = read_list(args.prompts)
     wanted = []
     for line in lines:

@@ -1,21 +1,11 @@
-"""Makes the pictures of a list of prompts, batch by batch, and goes on where it was stopped.
-
-The name of a picture's file follows from its prompt and settings, and the file holds both. What is
-made is therefore known without a record of its own, and wherever the line stands in the list.
-"""
+"""Makes the pictures of a list of prompts, batch by batch, and goes on where it was stopped."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import re
 import sys
 import time
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,27 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 import jitjax
-from jitjax import command, images, startup
+from jitjax import command, startup
 from jitjax.checkpoint import FluxParams
+from jitjax.list_folder import Wanted, is_made, locked, name_files, write
 from jitjax.picture import Picture, seed_keys
 from jitjax.text import tokenize
 
-LONGEST_WORDS = 40
-"""Characters of the prompt in a file's name."""
 WRITE_FAILURES = 8
 """Files in a row that cannot be written, after which a run ends: its disk is full or gone."""
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
 
 _running: list[_Run] = []
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A picture, the line that asks for it, and its file."""
-
-    line: int
-    picture: Picture
-    path: Path
 
 
 @dataclass
@@ -95,10 +75,10 @@ def run(
         OSError: the folder cannot be used, another process works on it, or a file with the name of
             a picture is another one.
     """
-    wanted = _name(pictures, folder)
-    with _locked(folder):
-        images.remove_leftovers(folder)
-        missing = [item for item in wanted if not _is_made(item, overwrite)]
+    wanted = name_files(pictures, folder)
+    with locked(folder):
+        files = tqdm(wanted, "checking", unit="file", delay=2, leave=False, disable=_no_bar())
+        missing = [item for item in files if not is_made(item, overwrite)]
         state = _Run(len(wanted), len(wanted) - len(missing))
         for line, text in problems.items():
             state.fail(line, text)
@@ -109,9 +89,10 @@ def run(
             f"jitjax: {state.total} pictures, {state.done} of them in {str(folder)!r} already"
         )
         if missing:
+            params = load()
             _running.append(state)
             try:
-                _make(load(), missing, [item.picture for item in wanted], batch, overwrite, state)
+                _make(params, missing, [item.picture for item in wanted], batch, overwrite, state)
             except BaseException:
                 say_how_to_go_on()
                 raise
@@ -121,12 +102,12 @@ def run(
     return 1 if state.failures else 0
 
 
-def say_how_to_go_on(before: str = "") -> None:
-    """Say what a list that is stopped has come to, if one is running; `before` begins the text."""
+def say_how_to_go_on(*, on_new_line: bool = False) -> None:
+    """Say what a list that is stopped has come to, if one is running."""
     while _running:
         state = _running.pop()
-        if before:
-            command.note(before.removesuffix("\n"))
+        if on_new_line:
+            command.note("")
         state.report_failures()
         command.note(
             f"jitjax: {state.done} of {state.total} pictures are made; the same command goes on "
@@ -134,110 +115,9 @@ def say_how_to_go_on(before: str = "") -> None:
         )
 
 
-def output_folder(out: Path | None, source: str) -> Path:
-    """Return the folder for the pictures of a list.
-
-    Args:
-        out: the folder that was asked for.
-        source: the list, "-" for standard input.
-
-    Raises:
-        OSError: it is a file, or in a folder that does not exist.
-    """
-    if out is None:
-        out = Path("pictures" if source == "-" else f"{Path(source).stem}-pictures")
-    if out.suffix.lower() == ".png":
-        raise ValueError(f"--out is {str(out)!r}; expected a folder, because --prompts is given")
-    if command.exists(out) and not out.is_dir():
-        raise NotADirectoryError(f"--out is {str(out)!r}, a file; expected a folder")
-    if not out.is_dir() and not out.parent.is_dir():
-        raise FileNotFoundError(
-            f"--out is {str(out)!r}; expected the folder {str(out.parent)!r} to exist"
-        )
-    return out
-
-
-def file_name(picture: Picture) -> str:
-    """Return the name of a picture's file: words of the prompt, the seed, and a hash of it all."""
-    text = unicodedata.normalize("NFKD", picture.prompt).encode("ascii", "ignore").decode()
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_WORDS].strip("-")
-    identity = json.dumps([picture.prompt, picture.settings], sort_keys=True).encode()
-    return f"{words or 'picture'}-{picture.seed}-{hashlib.sha256(identity).hexdigest()[:12]}.png"
-
-
-def _name(pictures: Sequence[tuple[int, Picture]], folder: Path) -> list[_Wanted]:
-    """Name the files; what a later line asks for again is left out, and told."""
-    first: dict[Picture, int] = {}
-    for line, picture in pictures:
-        if first.setdefault(picture, line) != line:
-            command.note(
-                f"jitjax: line {line} asks for the picture of line {first[picture]} again, seed "
-                f"{picture.seed}; it is made once"
-            )
-    return [_Wanted(line, picture, folder / file_name(picture)) for picture, line in first.items()]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and lock it: two runs of one list would make all its pictures twice.
-
-    The system ends the lock with the process, however that ends.
-    """
-    is_new = not folder.is_dir()
-    folder.mkdir(exist_ok=True)
-    descriptor = None
-    try:
-        command.check_writable(folder, "--out")
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(
-                    f"another run of jitjax is making pictures in {str(folder)!r}; expected it to "
-                    "end first, or another -o (halves of a list, each with its own -o, share the "
-                    "work)"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-
-
-def _is_made(item: _Wanted, overwrite: bool) -> bool:
-    """Whether the picture is there; a damaged file is told, and made again.
-
-    Raises:
-        FileExistsError: the file is another picture, and may not be replaced.
-    """
-    if not command.exists(item.path):
-        return False
-    if not item.path.is_file():
-        raise FileExistsError(f"--out: {str(item.path)!r} exists and is not a file")
-    texts = images.read_texts(item.path)
-    if texts is None:
-        command.note(f"jitjax: {str(item.path)!r} is damaged, and to be made again")
-        return False
-    if texts == (item.picture.prompt, item.picture.settings):
-        return True
-    if not overwrite:
-        raise FileExistsError(
-            f"--out: {str(item.path)!r} is not the picture of line {item.line}: it stores another "
-            "prompt or other settings, or none; expected another -o, or --overwrite to replace it"
-        )
-    return False
-
-
 def _make(
     params: FluxParams,
-    missing: Sequence[_Wanted],
+    missing: Sequence[Wanted],
     all_pictures: Sequence[Picture],
     batch: int,
     overwrite: bool,
@@ -245,9 +125,7 @@ def _make(
 ) -> None:
     """Make pictures, those that share a program together."""
     in_list = _by_program(all_pictures, lambda picture: picture)
-    with tqdm(
-        total=len(missing), bar_format=BAR, disable=sys.stderr is None, dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=len(missing), bar_format=BAR, disable=_no_bar(), dynamic_ncols=True) as bar:
         unwritten = 0
         for program, items in _by_program(missing, lambda item: item.picture).items():
             size = _batch_size(len(in_list[program]), len(items), batch)
@@ -267,7 +145,7 @@ def _make(
                 with bar.external_write_mode():  # without the bar among the lines of a terminal
                     for item, image in zip(accepted, made, strict=True):
                         try:
-                            _write(item, image, overwrite)
+                            write(item, image, overwrite)
                         except (OSError, ValueError) as error:
                             state.fail(item.line, str(error))
                             unwritten = unwritten + 1 if isinstance(error, OSError) else 0
@@ -282,6 +160,10 @@ def _make(
                 if unwritten >= WRITE_FAILURES:
                     raise OSError(f"the last {unwritten} pictures could not be written")
                 startup.collect_garbage()  # everything is traced
+
+
+def _no_bar() -> bool:
+    return sys.stderr is None
 
 
 def _by_program(items: Sequence, picture_of: Callable[..., Picture]) -> dict[tuple, list]:
@@ -305,7 +187,7 @@ def _batch_size(in_list: int, missing: int, most: int) -> int:
     return size if missing > size // 2 else missing
 
 
-def _refusal(params: FluxParams, item: _Wanted) -> str | None:
+def _refusal(params: FluxParams, item: Wanted) -> str | None:
     """Say why a prompt cannot be encoded, None if it can; note what the encoders do not see."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -339,22 +221,3 @@ def _sample(
             progress=lambda steps: bar.update(share * steps),
         )
     return list(np.asarray(made)[: len(pictures)])
-
-
-def _write(item: _Wanted, image: np.ndarray, overwrite: bool) -> None:
-    """Write a picture.
-
-    Raises:
-        ValueError: it has values that are not finite.
-        OSError: it cannot be written.
-    """
-    pixels = images.to_pixels(image, item.picture.seed)
-    texts = item.picture.prompt, item.picture.settings
-    try:
-        images.write_png(item.path, pixels, *texts, overwrite=overwrite)
-    except FileExistsError:  # damaged, or it has appeared meanwhile
-        found = images.read_texts(item.path)
-        if found is None:
-            images.write_png(item.path, pixels, *texts)
-        elif found != texts:
-            raise

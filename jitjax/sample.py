@@ -59,9 +59,9 @@ def sample(
         progress: show a progress bar of the steps on standard error; or a callback, called with 1
             for every finished step.
         chunk: most images to make at once, for any number of prompts: text is encoded, denoised and
-            decoded for one chunk after another, so that the device's memory is that of one. The
-            last chunk is padded, by repetition, to the length of the others. By default all
-            images are made at once. The images are the same, up to the rounding of the batch size.
+            decoded for one chunk after another, so that the device's memory is that of one. Chunks
+            have one length; the last is padded by repetition. By default all images are made at
+            once. The images are the same, up to the rounding of the batch size.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -96,8 +96,8 @@ def sample(
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
-    chunk = batch if chunk is None else min(int(chunk), batch)
-    chunks = -(-batch // chunk)
+    chunks = 1 if chunk is None else -(-batch // int(chunk))
+    chunk = -(-batch // chunks)
     guidance = check_guidance(guidance, batch)
     keys = batch_keys(key, batch)
     if isinstance(prompt, Conditioning):

@@ -97,7 +97,7 @@ def test_lines_of_equal_size_and_plan_are_made_together(run, tmp_path, batches):
     assert len(made) == 8
     assert made["star 0 0"][0].shape == (32, 48, 3)
     assert made["star 3 3"][1]["seed"] == 3
-    assert "line 8 asks for the picture of line 1 again, seed 0; it is made once" in error
+    assert "which is made once: 1; for example line 8, as line 1\n" in error
     assert "8.0/8 pictures" in error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,10 @@ def test_every_picture_is_made_once_and_whole(start, tmp_path):
             assert process.returncode == -signum
         else:
             assert process.returncode == 128 + signum
-            assert f"{len(now)} of 200 pictures are made; the same command goes on" in error
+            said = re.search(r"(\d+) of 200 pictures are made; the same command goes on", error)
+            assert said
+            # It may be stopped between the writing of a file and the count.
+            assert len(now) - 1 <= int(said[1]) <= len(now)
             assert "Traceback" not in error
         made = now
     for path in folder.glob(".*.tmp"):  # a process that is killed cannot remove its own
