@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import codecs
-import contextlib
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,12 +15,16 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import command, images, startup
-from jitjax.checkpoint import PARTS, read_metadata
+from jitjax import command, images, list_run, startup
+from jitjax.checkpoint import PARTS, FluxParams, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
-from jitjax.loading import bundled
+from jitjax.list_folder import output_folder
+from jitjax.loading import BUNDLED, bundled
+from jitjax.picture import LARGEST_COUNT, Picture, consecutive_seeds, parse_size, seed_keys
+from jitjax.prompt_list import Line, read_list, read_prompt
 from jitjax.sampler.plan import CHOICES, DEFAULT_PLAN, PLANS, SOLVERS, get_plan
+from jitjax.validation import listed
 
 EXAMPLES = """\
 examples:
@@ -34,26 +35,34 @@ examples:
   jitjax "a red star" --count 4 -o star.png          star-0.png to star-3.png, seeds 0 to 3
   jitjax - -o poem.png < poem.txt                    the prompt from standard input
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
+  jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
 
 An existing file is replaced only with --overwrite; without -o the next free name is taken. With
 --count each picture is written as soon as it is made. The same seed gives the same picture,
 whatever the count. The prompt and the settings are stored in the text chunks of the PNG file.
+
+A list of prompts has one per line, or is JSON lines such as
+  {{"prompt": "a red star", "seed": 7, "size": "512x384", "plan": "dense"}}
+where the options give what a line does not; --count makes several pictures of each line. Blank
+lines and lines that begin with # do not count. Pictures are written as they are made, into a
+folder, as WORDS-SEED-HASH.png, where the hash is of the prompt and all settings. So after Ctrl-C, a
+crash or a change of the list the same command goes on: what is there and whole is kept, even with
+--overwrite, and all else is made. Lines that fail are told at the end. A picture is the one that
+`jitjax PROMPT --seed N` makes: to the bit with --batch 1, up to rounding in larger batches.
 
 Compiled programs are cached, so that later images of the same size start faster, in
 {cache}
 or in the folder that JAX_COMPILATION_CACHE_DIR names. XLA's own log is hidden unless
 TF_CPP_MIN_LOG_LEVEL is set (0 shows all of it).
 
-exit status: 0 done; 2 not possible, with a line that says why; 130 stopped by Ctrl-C; 143 stopped
-by SIGTERM; 1 an unexpected error, with a traceback.
+exit status: 0 done; 1 lines of the list have failed, the rest is made; 2 not possible, with a line
+that says why; 130 stopped by Ctrl-C; 143 stopped by SIGTERM; 1 with a traceback: an unexpected
+error.
 """
 
-DEFAULT_OUT = Path("jitjax.png")
 ERROR = "jitjax: error: "
-SEEDS = 2**64
-LARGEST_COUNT = 100_000
-LONGEST_PROMPT = 2**20
-"""Bytes that are read from standard input; anything longer is taken for a mistake."""
+LARGEST_LIST = 1_000_000
+"""Most pictures of a list; they are kept in memory by name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,16 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate an image from a prompt with FLUX, accelerated by Just-in-Time.",
         epilog=EXAMPLES.format(cache=_cache_folder()),
     )
-    parser.add_argument("prompt", help="what the image shows; - reads it from standard input")
+    parser.add_argument(
+        "prompt", nargs="?", help="what the image shows; - reads it from standard input"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="make the pictures of a list of prompts; - reads it from standard input",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="with --prompts, most pictures to make at once (default: 1); they share size and plan",
+    )
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
-        metavar="FILE.png",
-        help=f"output file (default: {DEFAULT_OUT}, or the next free name); with --count, "
-        "FILE-SEED.png",
+        metavar="FILE.png or FOLDER",
+        help=f"output file (default: {images.DEFAULT_OUT}, or the next free name); with --count, "
+        "FILE-SEED.png; with --prompts FILE.txt, a folder (default: FILE-pictures)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace output files that exist; with --prompts, those that are other pictures",
+    )
     parser.add_argument(
         "--plan",
         default=DEFAULT_PLAN,
@@ -106,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--count",
         type=int,
         default=1,
-        help="number of images, with consecutive seeds (default: %(default)s)",
+        help="number of images of each prompt, with consecutive seeds (default: %(default)s)",
     )
     parser.add_argument(
         "--guidance",
@@ -133,23 +159,98 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with the exit status, unless it is 0; see `jitjax.command`.
     """
     status = command.run(
-        lambda: _run(build_parser().parse_args(arguments)),
+        lambda: _run(_parse(arguments)),
         error_prefix=ERROR,
-        cleanup=images.remove_unfinished,
+        cleanup=_clean_up,
         grace=1.0,
-        memory_hint="try a smaller --size",
+        memory_hint="try a smaller --size, or a smaller --batch if there is one",
     )
     if status:
         sys.exit(status)
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.prompt is None and args.prompts is None:
+        parser.error("nothing to make; expected a prompt, or --prompts FILE")
+    if args.prompt is not None and args.prompts is not None:
+        parser.error("there are a prompt and --prompts; expected one of them")
+    if args.batch is not None and args.prompts is None:
+        parser.error("--batch is for --prompts")
+    return args
+
+
+def _clean_up() -> None:
+    images.remove_unfinished()
+    list_run.say_how_to_go_on(on_new_line=True)  # after a progress bar
+
+
 def _run(args: argparse.Namespace) -> int:
+    config = _read_config(args.checkpoint)
+    if args.prompts is not None:
+        return _run_list(args, config)
     start = time.perf_counter()
-    prompt = _read_prompt(args.prompt)
-    seeds = _seeds(args.seed, args.count)
-    outputs = _Outputs(args.out, seeds, args.overwrite)
-    width, height = _parse_size(args.size)
-    plan = get_plan(args.plan)
+    pictures = _pictures(args, config, Line(1, read_prompt(args.prompt)))
+    outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
+    params = _load(args.checkpoint)
+    conditioning = jitjax.encode_prompt(params, pictures[0].prompt)
+    # One after another: memory does not grow with the count, all pictures share the compiled
+    # programs, and a picture does not depend on the others (each batch size rounds differently).
+    for i, picture in enumerate(pictures):
+        image = jitjax.sample(
+            params,
+            conditioning,
+            key=seed_keys([picture.seed]),
+            height=picture.height,
+            width=picture.width,
+            plan=picture.plan,
+            guidance=picture.guidance,
+            progress=True,
+        )[0]
+        pixels = images.to_pixels(np.asarray(image), picture.seed)
+        path = outputs.write(i, pixels, picture.prompt, picture.settings)
+        now = time.perf_counter()
+        command.report(f"{path}: {picture.plan_name}, seed {picture.seed}, {now - start:.1f} s")
+        start = now
+        startup.collect_garbage()  # everything is traced
+    return 0
+
+
+def _run_list(args: argparse.Namespace, config: FluxConfig) -> int:
+    batch = 1 if args.batch is None else args.batch
+    if not 1 <= batch <= LARGEST_COUNT:
+        raise ValueError(f"--batch is {batch}; expected 1 to {LARGEST_COUNT}")
+    _pictures(args, config, Line(0, ""))  # what is wrong with an option is no fault of a line
+    folder = output_folder(args.out, args.prompts)
+    lines, problems = read_list(args.prompts)
+    wanted = []
+    for line in lines:
+        try:
+            wanted += [(line.number, picture) for picture in _pictures(args, config, line)]
+        except ValueError as error:
+            problems[line.number] = str(error)
+        if len(wanted) > LARGEST_LIST:
+            raise ValueError(
+                f"--prompts has more than {LARGEST_LIST} pictures; expected less, in several lists"
+            )
+    if not wanted:
+        lines = (f"line {number}: {text}" for number, text in sorted(problems.items()))
+        raise ValueError(f"--prompts: no line of {args.prompts!r} can be used:{listed(lines)}")
+    return list_run.run(
+        wanted,
+        problems,
+        folder=folder,
+        batch=batch,
+        overwrite=args.overwrite,
+        load=lambda: _load(args.checkpoint),
+    )
+
+
+def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[Picture]:
+    """Return the pictures of a line by the options; raise `ValueError` if they are not possible."""
+    plan_name = line.plan or args.plan
+    plan = get_plan(plan_name)
     if args.steps is not None:
         if args.steps > LARGEST_COUNT:
             raise ValueError(f"--steps is {args.steps}; expected 1 to {LARGEST_COUNT}")
@@ -162,192 +263,46 @@ def _run(args: argparse.Namespace) -> int:
             plan = plan.replace(**{name: value})
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
-    _check_checkpoint(args.checkpoint, width, height)
-    command.check_device()
-    _enable_compilation_cache()
-    params = jitjax.load(args.checkpoint)
-    conditioning = jitjax.encode_prompt(params, prompt)
-    # One after another: memory does not grow with the count, all pictures share the compiled
-    # programs, and a picture does not depend on the others (each batch size rounds differently).
-    for i, seed in enumerate(seeds):
-        image = jitjax.sample(
-            params,
-            conditioning,
-            key=seed_key(seed)[None],
-            height=height,
-            width=width,
-            plan=plan,
-            guidance=args.guidance,
-            progress=True,
-        )[0]
-        settings = {
-            "plan": args.plan,
-            "steps": plan.steps,
-            "solver": plan.solver,
-            "microflow": plan.microflow,
-            "seed": seed,
-            "guidance": args.guidance,
-            "width": image.shape[1],
-            "height": image.shape[0],
-            "checkpoint": args.checkpoint,
-        }
-        path = outputs.write(i, _pixels(np.asarray(image), seed), prompt, settings)
-        now = time.perf_counter()
-        command.report(f"{path}: {args.plan}, seed {seed}, {now - start:.1f} s")
-        start = now
-        startup.collect_garbage()  # everything is traced
-    return 0
-
-
-def seed_key(seed: int) -> jax.Array:
-    """Return the key of a seed of 64 bits.
-
-    Args:
-        seed: 0 to 2**64 - 1. Each gives another key; below 2**32, that of `jax.random.key(seed)`
-            with JAX's default settings, whatever the settings are.
-    """
-    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
-
-
-def _seeds(first: int, count: int) -> range:
-    """Validate --seed and --count; return the seeds."""
-    if not 1 <= count <= LARGEST_COUNT:
-        raise ValueError(f"--count is {count}; expected 1 to {LARGEST_COUNT}")
-    if not 0 <= first < SEEDS:
-        raise ValueError(f"--seed is {first}; expected 0 to 2**64 - 1")
-    if first + count > SEEDS:
-        raise ValueError(f"--seed is {first} and --count {count}; expected seeds below 2**64")
-    return range(first, first + count)
-
-
-def _read_prompt(text: str) -> str:
-    """Return the prompt, from standard input if it is "-"."""
-    if text == "-":
-        source, data = "standard input", _read_input()
+    width = height = config.image_size
+    if line.size or args.size is not None:
+        width, height = line.size or parse_size(args.size)
+    token_grid(height, width, config)
+    if line.seed is None:
+        seeds = consecutive_seeds(args.seed, args.count)
     else:
-        source, data = "the prompt", text.encode(errors="surrogatepass")
-        if "\\ud" in ascii(text):  # how Python passes bytes that are not of the locale's encoding
-            with contextlib.suppress(UnicodeEncodeError):
-                data = os.fsencode(text)
-    try:
-        prompt = data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source} has bytes that are not UTF-8 ({data[error.start : error.end]!r} at "
-            f"position {error.start}); expected UTF-8 text"
-        ) from None
-    if "\0" in prompt:  # as in UTF-16; PNG files cannot store it
-        raise ValueError(
-            f"{source} has a zero byte at position {prompt.index(chr(0))}; expected UTF-8 text"
-        )
-    return prompt
+        seeds = consecutive_seeds(line.seed, args.count, name="seed")
+    return [
+        Picture(line.prompt, seed, width, height, plan_name, plan, args.guidance, args.checkpoint)
+        for seed in seeds
+    ]
 
 
-def _read_input() -> bytes:
-    if sys.stdin is None or sys.stdin.closed:
-        raise ValueError("standard input is closed; expected the prompt, which - reads")
-    stream = getattr(sys.stdin, "buffer", None)
-    data = stream.read(LONGEST_PROMPT + 1) if stream else sys.stdin.read().encode()
-    if len(data) > LONGEST_PROMPT:
-        raise ValueError(f"standard input has more than {LONGEST_PROMPT} bytes; expected less")
-    data = data.removeprefix(codecs.BOM_UTF8).strip()
-    if not data:
-        raise ValueError("standard input is empty; expected the prompt, which - reads")
-    return data
-
-
-def _parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """Parse --size into width and height."""
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
-    if not match:
-        raise ValueError(f"--size is {text!r}; expected one side or WIDTHxHEIGHT, such as 512x384")
-    width, height = match[1], match[2] or match[1]
-    return int(width), int(height)
-
-
-def _check_checkpoint(checkpoint: str, width: int | None, height: int | None) -> None:
-    """Raise `ValueError` if a checkpoint cannot make the picture, before minutes of loading."""
-    config = FluxConfig()
-    folder = Path(checkpoint)
-    if checkpoint and checkpoint not in bundled() and folder.exists():  # else `load` reports it
-        metadata = read_metadata(folder)
-        config, available = metadata["config"], metadata["parts"]
-        missing = [part for part in PARTS if part not in available]
-        if missing:
-            raise ValueError(
-                f"--checkpoint {checkpoint} has no {', '.join(missing)}; "
-                f"expected {', '.join(PARTS)}"
-            )
-    default = config.image_size
-    token_grid(default if height is None else height, default if width is None else width, config)
-
-
-def _pixels(image: np.ndarray, seed: int) -> np.ndarray:
-    """Convert an image from [0, 1] to bytes; raise `ValueError` if its values are not finite."""
-    finite = np.isfinite(image)
-    if not finite.all():
-        raise ValueError(
-            f"the picture of seed {seed} is not written: {1 - finite.mean():.0%} of its values are "
-            "not finite. Damaged weights, a dtype that overflows or an extreme --guidance do that; "
-            "jitjax.denoise(..., check_finite=True) names the step"
-        )
-    return (image * 255).round().astype(np.uint8)
-
-
-class _Outputs:
-    """The output files, checked before the first picture is made.
+def _read_config(checkpoint: str) -> FluxConfig:
+    """Return a checkpoint's configuration, before minutes of loading.
 
     Raises:
-        ValueError: --out has another suffix.
-        OSError: an output exists and may not be replaced, or cannot be written.
+        ValueError: the checkpoint cannot make pictures.
     """
+    from jitjax.convert.sources.diffusers_folder import read_config  # pyright: ignore[reportMissingImports]
 
-    def __init__(self, out: Path | None, seeds: Sequence[int], overwrite: bool) -> None:
-        self._overwrite = overwrite
-        is_default = out is None
-        out = out or DEFAULT_OUT
-        if out.suffix.lower() != ".png":
-            raise ValueError(f"--out is {str(out)!r}; expected a name that ends in .png")
-        if not out.parent.is_dir():
-            raise FileNotFoundError(
-                f"--out is {str(out)!r}; expected the folder {str(out.parent)!r} to exist"
-            )
-        self._paths = images.with_seeds(out, seeds)
-        if is_default and not overwrite:
-            candidates = (images.with_seeds(path, seeds) for path in images.numbered(out))
-            self._paths = next(paths for paths in candidates if not any(map(command.exists, paths)))
-        for path in self._paths:
-            self._check(path)
-        # Links may lead to other folders.
-        for folder in {Path(os.path.realpath(path)).parent for path in self._paths}:
-            command.check_writable(folder, "--out")
+    if checkpoint in bundled():
+        return read_config(BUNDLED / checkpoint)
+    folder = Path(checkpoint)
+    if not checkpoint or not folder.exists():
+        return FluxConfig()  # `load` reports it
+    metadata = read_metadata(folder)
+    missing = [part for part in PARTS if part not in metadata["parts"]]
+    if missing:
+        raise ValueError(
+            f"--checkpoint {checkpoint} has no {', '.join(missing)}; expected {', '.join(PARTS)}"
+        )
+    return metadata["config"]
 
-    def _check(self, path: Path) -> None:
-        if not command.exists(path):
-            return
-        if path.exists() and not path.is_file():
-            raise FileExistsError(f"--out: {str(path)!r} exists and is not a file")
-        if not self._overwrite:
-            raise FileExistsError(
-                f"--out: {str(path)!r} exists; expected a new name, or --overwrite to replace it"
-            )
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(f"--out: {str(path)!r} is read-only; expected another name")
 
-    def write(self, i: int, image: np.ndarray, prompt: str, settings: dict[str, object]) -> Path:
-        """Write picture `i`; return its path, a new one if another file has appeared there."""
-        for path in images.numbered(self._paths[i]):
-            try:
-                images.write_png(path, image, prompt, settings, overwrite=self._overwrite)
-            except FileExistsError:
-                continue
-            if path != self._paths[i]:
-                command.note(f"jitjax: {str(self._paths[i])!r} has appeared meanwhile")
-            return path
-        raise AssertionError("unreachable: there is always another number")
+def _load(checkpoint: str) -> FluxParams:
+    command.check_device()
+    _enable_compilation_cache()
+    return jitjax.load(checkpoint)
 
 
 def _cache_folder() -> str:

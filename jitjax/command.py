@@ -3,7 +3,8 @@
 Arguments are never dropped silently, errors are one line, and the exit status says what happened:
 
     0    done
-    1    `--verify` found damage, or an unexpected error (with a traceback)
+    1    lines of a list have failed, `--verify` found damage, or an unexpected error (with a
+         traceback)
     2    what was asked for cannot be done
     128 + n  stopped by signal n: 130 by Ctrl-C, 143 by SIGTERM
 """

@@ -1,4 +1,4 @@
-"""PNG files: names that are free, and writes that are complete or not there at all."""
+"""PNG files: names that are free, writes that are complete or not there at all, reading them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import os
 import secrets
 import shutil
+import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,25 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from jitjax import command
+
+DEFAULT_OUT = Path("jitjax.png")
+LEFTOVER_SECONDS = 60.0
+"""Age from which an unfinished file is left over from a process that was killed."""
+
 _unfinished: set[Path] = set()
+
+
+def to_pixels(image: np.ndarray, seed: int) -> np.ndarray:
+    """Convert an image from [0, 1] to bytes; raise `ValueError` if its values are not finite."""
+    finite = np.isfinite(image)
+    if not finite.all():
+        raise ValueError(
+            f"the picture of seed {seed} is not written: {1 - finite.mean():.0%} of its values are "
+            "not finite. Damaged weights, a dtype that overflows or an extreme --guidance do that; "
+            "jitjax.denoise(..., check_finite=True) names the step"
+        )
+    return (image * 255).round().astype(np.uint8)
 
 
 def write_png(
@@ -86,6 +106,41 @@ def remove_unfinished() -> None:
             path.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files of processes that were killed, where nothing could do it."""
+    for path in folder.glob(".????????.tmp"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                path.unlink()
+
+
+def read_texts(path: Path) -> tuple[str | None, dict[str, Any] | None] | None:
+    """Return the prompt and the settings that a PNG file stores.
+
+    Returns:
+        The two, None for one that the file does not have; or None if the file is damaged: it is no
+        PNG file, ends too early, or one of its checksums is wrong.
+
+    Raises:
+        OSError: the file cannot be read, or there is none.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            texts = dict(image.info)  # not `text`, which decodes the picture
+            image.verify()
+    except OSError as error:
+        if error.errno is not None:  # else it is Pillow's word for damage
+            raise
+        return None
+    except (SyntaxError, ValueError, EOFError, struct.error):
+        return None
+    try:
+        settings = json.loads(texts["settings"])
+    except (KeyError, ValueError, RecursionError):
+        settings = None
+    return texts.get("prompt"), settings if isinstance(settings, dict) else None
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """Yield `path`, and then the same with -1, -2, ... after the stem."""
     yield path
@@ -98,3 +153,56 @@ def with_seeds(path: Path, seeds: Sequence[int]) -> list[Path]:
     if len(seeds) == 1:
         return [path]
     return [path.with_stem(f"{path.stem}-{seed}") for seed in seeds]
+
+
+class Outputs:
+    """The output files of one prompt, checked before the first picture is made.
+
+    Raises:
+        ValueError: --out has another suffix.
+        OSError: an output exists and may not be replaced, or cannot be written.
+    """
+
+    def __init__(self, out: Path | None, seeds: Sequence[int], overwrite: bool) -> None:
+        self._overwrite = overwrite
+        is_default = out is None
+        out = out or DEFAULT_OUT
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out is {str(out)!r}; expected a name that ends in .png")
+        if not out.parent.is_dir():
+            raise FileNotFoundError(
+                f"--out is {str(out)!r}; expected the folder {str(out.parent)!r} to exist"
+            )
+        self._paths = with_seeds(out, seeds)
+        if is_default and not overwrite:
+            candidates = (with_seeds(path, seeds) for path in numbered(out))
+            self._paths = next(paths for paths in candidates if not any(map(command.exists, paths)))
+        for path in self._paths:
+            self._check(path)
+        # Links may lead to other folders.
+        for folder in {Path(os.path.realpath(path)).parent for path in self._paths}:
+            command.check_writable(folder, "--out")
+
+    def _check(self, path: Path) -> None:
+        if not command.exists(path):
+            return
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"--out: {str(path)!r} exists and is not a file")
+        if not self._overwrite:
+            raise FileExistsError(
+                f"--out: {str(path)!r} exists; expected a new name, or --overwrite to replace it"
+            )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"--out: {str(path)!r} is read-only; expected another name")
+
+    def write(self, i: int, image: np.ndarray, prompt: str, settings: dict[str, object]) -> Path:
+        """Write picture `i`; return its path, a new one if another file has appeared there."""
+        for path in numbered(self._paths[i]):
+            try:
+                write_png(path, image, prompt, settings, overwrite=self._overwrite)
+            except FileExistsError:
+                continue
+            if path != self._paths[i]:
+                command.note(f"jitjax: {str(self._paths[i])!r} has appeared meanwhile")
+            return path
+        raise AssertionError("unreachable: there is always another number")

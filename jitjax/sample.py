@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 from tqdm import tqdm
 
@@ -17,12 +19,13 @@ from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.attention import check_implementation
-from jitjax.sampler.grid import Grid, as_grid
+from jitjax.sampler.checks import check_finite
+from jitjax.sampler.grid import Grid, as_grid, as_integer
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
-from jitjax.text import Conditioning, as_prompts, check_params, encode_prompt
+from jitjax.text import Conditioning, as_prompts, check_params, encode_ids, tokenize
 
 
 @with_auto_axes("prompt", "key")
@@ -36,8 +39,9 @@ def sample(
     plan: str | Plan = DEFAULT_PLAN,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     attention: str = "auto",
-    progress: bool = False,
-) -> Float[Array, "b height width 3"]:
+    progress: bool | Callable[[int], Any] = False,
+    chunk: int | None = None,
+) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
     """Generate images from prompts.
 
     Args:
@@ -52,16 +56,24 @@ def sample(
             more closely. Models without guidance embeddings ignore it.
         attention: how the transformer computes attention: "auto" (the fastest on the platform),
             "xla", "cudnn" or "pallas"; see `jitjax.models.attention`.
-        progress: show a progress bar of the steps on standard error.
+        progress: show a progress bar of the steps on standard error; or a callback, called with 1
+            for every finished step.
+        chunk: most images to make at once, for any number of prompts: text is encoded, denoised and
+            decoded for one chunk after another, so that the device's memory is that of one. Chunks
+            have one length; the last is padded by repetition. By default all images are made at
+            once. The images are the same, up to the rounding of the batch size.
 
     Returns:
-        Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN.
+        Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
+        more images than `chunk` they are a NumPy array, in the host's memory; but under `jit` and
+        other transformations a JAX array, because there nothing can leave the device.
 
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
             are no prompts, the guidance or the conditioning is not finite, the key or the
-            conditioning does not fit, or `params` has no parameters for a model that is needed.
-            Raised before any model runs, except for a conditioning that the text encoders made.
+            conditioning does not fit, `chunk` is not a positive integer, or `params` has no
+            parameters for a model that is needed. Raised before any model runs, except for a
+            conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
@@ -82,24 +94,75 @@ def sample(
         params.part(part)
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
-    check_guidance(guidance, batch)
-    noise, denoise_keys = _start(grid, config.transformer.in_channels, batch_keys(key, batch))
-    conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompts)
-    with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
-        reports = StepReports(bar.update)
-        tokens = denoise(
+    if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
+        raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
+    chunks = 1 if chunk is None else -(-batch // int(chunk))
+    chunk = -(-batch // chunks)
+    guidance = check_guidance(guidance, batch)
+    keys = batch_keys(key, batch)
+    if isinstance(prompt, Conditioning):
+        text = prompt
+        if chunks > 1:  # else `denoise` finds it before it computes anything
+            check_finite("Conditioning.text", prompt.text)
+            check_finite("Conditioning.pooled", prompt.pooled)
+    else:
+        text = tokenize(params.tokenizer, prompts, config)
+    with tqdm(
+        total=chunks * plan.steps,
+        unit="step",
+        disable=progress is not True or sys.stderr is None,
+    ) as bar:
+        reports = StepReports(progress if callable(progress) else bar.update)
+        make = partial(
+            _make_batch,
             params,
-            conditioning,
-            noise,
             plan=plan,
             grid=grid,
-            guidance=guidance,
-            key=denoise_keys,
             attention=attention,
-            progress=reports if progress else None,
+            reports=reports if progress else None,
         )
-        # Before the last steps are finished, so that they run while Python traces the decoder.
-        images = decode(params, tokens, grid=grid)
+        inputs = text, keys, guidance
+        if chunks == 1:
+            return make(inputs)
+        rows = np.minimum(np.arange(chunks * chunk), batch - 1).reshape(chunks, chunk)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, inputs))):
+            images = jax.lax.map(make, jax.tree.map(lambda leaf: leaf[rows], inputs))
+            return images.reshape(chunks * chunk, *images.shape[2:])[:batch]
+        images = np.empty((batch, height, width, 3), np.float32)
+        for start, indices in zip(range(0, batch, chunk), rows, strict=True):
+            made = make(jax.tree.map(lambda leaf, rows=indices: leaf[rows], inputs))
+            images[start : start + chunk] = np.asarray(made)[: batch - start]
+    return images
+
+
+def _make_batch(
+    params: FluxParams,
+    inputs: tuple[Conditioning | tuple[Array | np.ndarray, ...], Key[Array, " b"], Array],
+    *,
+    plan: Plan,
+    grid: Grid,
+    attention: str,
+    reports: StepReports | None,
+) -> Float[Array, "b height width 3"]:
+    """Make images from a conditioning, or the token ids of T5 and CLIP; their keys and guidance."""
+    text, keys, guidance = inputs
+    noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
+    if not isinstance(text, Conditioning):
+        text = encode_ids(params.part("t5"), params.part("clip"), *text, params.config)
+    tokens = denoise(
+        params,
+        text,
+        noise,
+        plan=plan,
+        grid=grid,
+        guidance=guidance,
+        key=denoise_keys,
+        attention=attention,
+        progress=reports,
+    )
+    # Before the last steps are finished, so that they run while Python traces the decoder.
+    images = decode(params, tokens, grid=grid)
+    if reports is not None:
         reports.finish()
     return images
 

@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 import jitjax
-from jitjax import cli, command, images
+from jitjax import cli, command, images, picture, prompt_list
 from jitjax.convert import __main__ as convert
 
 IMAGE = np.zeros((16, 16, 3), np.uint8)
@@ -70,37 +71,37 @@ def test_lora_names_may_have_colons(tmp_path):
 
 
 def test_seeds_of_64_bits():
-    data = lambda seed: tuple(map(int, jax.random.key_data(cli.seed_key(seed))))  # noqa: E731
+    data = lambda seed: tuple(map(int, jax.random.key_data(picture.seed_keys([seed])[0])))  # noqa: E731
     for seed in (0, 1, 12345, 2**31, 2**32 - 1):
         assert data(seed) == (0, seed) == tuple(map(int, jax.random.key_data(jax.random.key(seed))))
     assert data(2**32) == (1, 0)
     assert data(2**64 - 1) == (2**32 - 1, 2**32 - 1)
     for first, count in ((-1, 1), (2**64, 1), (2**64 - 1, 2), (10**23, 1)):
         with pytest.raises(ValueError, match="--seed is"):
-            cli._seeds(first, count)
+            picture.consecutive_seeds(first, count)
 
 
 def test_files_are_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("jitjax.png", "jitjax-1.png", "jitjax-2.png"):
-        path = cli._Outputs(None, [0], False).write(0, IMAGE, "p", {})
+        path = images.Outputs(None, [0], False).write(0, IMAGE, "p", {})
         assert str(path) == name
     with pytest.raises(FileExistsError, match="--overwrite to replace it"):
-        cli._Outputs(tmp_path / "jitjax.png", [0], False)
-    cli._Outputs(tmp_path / "jitjax.png", [0], True)
-    outputs = cli._Outputs(tmp_path / "new.png", [0], False)
+        images.Outputs(tmp_path / "jitjax.png", [0], False)
+    images.Outputs(tmp_path / "jitjax.png", [0], True)
+    outputs = images.Outputs(tmp_path / "new.png", [0], False)
     (tmp_path / "new.png").write_text("appeared meanwhile")
     assert outputs.write(0, IMAGE, "p", {}).name == "new-1.png"
     assert (tmp_path / "new.png").read_text() == "appeared meanwhile"
     (tmp_path / "d.png").mkdir()
     with pytest.raises(FileExistsError, match="not a file"):
-        cli._Outputs(tmp_path / "d.png", [0], True)
+        images.Outputs(tmp_path / "d.png", [0], True)
     with pytest.raises(OSError, match="--out: no file can be made in the folder"):
-        cli._Outputs(cli.Path("/sys/a.png"), [0], False)
+        images.Outputs(Path("/sys/a.png"), [0], False)
     with pytest.raises(OSError, match="too long"):
-        cli._Outputs(tmp_path / ("a" * 252 + ".png"), [0], False)
+        images.Outputs(tmp_path / ("a" * 252 + ".png"), [0], False)
     longest = tmp_path / ("a" * 251 + ".png")
-    assert cli._Outputs(longest, [0], False).write(0, IMAGE, "p", {}) == longest
+    assert images.Outputs(longest, [0], False).write(0, IMAGE, "p", {}) == longest
     assert not list(tmp_path.glob(".*"))
 
 
@@ -118,7 +119,7 @@ def test_settings_are_json_and_pictures_finite(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         images.write_png(tmp_path / "a.png", IMAGE, "p", {"guidance": float("nan")})
     with pytest.raises(ValueError, match="seed 3 is not written: 100% of its values"):
-        cli._pixels(np.full((4, 4, 3), np.nan, np.float32), 3)
+        images.to_pixels(np.full((4, 4, 3), np.nan, np.float32), 3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,12 +148,12 @@ def test_out_of_memory_is_one_line(capsys):
 def test_what_is_replaced_keeps_its_permissions(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.touch(0o600)
-    cli._Outputs(path, [0], True).write(0, IMAGE, "p", {})
+    images.Outputs(path, [0], True).write(0, IMAGE, "p", {})
     assert path.stat().st_mode & 0o777 == 0o600
     assert Image.open(path).size == (16, 16)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all
     with pytest.raises(PermissionError, match=r"a\.png' is read-only; expected another name"):
-        cli._Outputs(path, [0], True)
+        images.Outputs(path, [0], True)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +213,12 @@ def test_prompts_that_are_no_text(monkeypatch):
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         with pytest.raises(ValueError, match=f"^standard input .*{message}"):
-            cli._read_prompt("-")
+            prompt_list.read_prompt("-")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa ring\n")))
-    assert cli._read_prompt("-") == "a ring"
+    assert prompt_list.read_prompt("-") == "a ring"
     with pytest.raises(ValueError, match="the prompt has a zero byte at position 1"):
-        cli._read_prompt("a\0b")
-    assert cli._read_prompt("") == ""  # the empty prompt
+        prompt_list.read_prompt("a\0b")
+    assert prompt_list.read_prompt("") == ""  # the empty prompt
 
 
 def test_folders_that_are_gone_and_long_names_are_clear(tmp_path, monkeypatch, capsys):
