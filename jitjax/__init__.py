@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from jitjax import sampler as _sampler
 from jitjax.checkpoint import FluxParams, save
 from jitjax.compiled import CompiledSampler, compile
+from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
 from jitjax.loading import load
 from jitjax.sample import decode, sample
 from jitjax.sampler.plan import PLANS, Plan
-from jitjax.text import Conditioning, encode_prompt
+from jitjax.text import encode_prompt
 
 if TYPE_CHECKING:
     from jitjax.sampler.solve import jit_solve

@@ -18,7 +18,7 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import command, images, startup
+from jitjax import command, files, images, startup
 from jitjax.checkpoint import PARTS, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     status = command.run(
         lambda: _run(build_parser().parse_args(arguments)),
         error_prefix=ERROR,
-        cleanup=images.remove_unfinished,
+        cleanup=files.remove_unfinished,
         grace=1.0,
         memory_hint="try a smaller --size",
     )

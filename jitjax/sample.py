@@ -17,6 +17,7 @@ from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.attention import check_implementation
+from jitjax.offload import with_parts_on_device
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
@@ -41,7 +42,8 @@ def sample(
     """Generate images from prompts.
 
     Args:
-        params: parameters, from `load`.
+        params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
+            each model is on its device only while it runs.
         prompt: a string, a sequence of strings for one image each, or a `Conditioning`.
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
@@ -113,6 +115,7 @@ def _start(
     return draw_noise(noise_keys, grid, channels), denoise_keys
 
 
+@with_parts_on_device("autoencoder")
 @with_auto_axes("tokens")
 def decode(
     params: FluxParams, tokens: Float[Array, "b n d"], *, grid: Grid
