@@ -18,6 +18,7 @@ from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
 from jitjax.loading import load
+from jitjax.memory import MemoryEstimate, estimate_memory
 from jitjax.sample import decode, sample
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.text import encode_prompt
@@ -34,12 +35,14 @@ __all__ = [
     "Conditioning",
     "FluxConfig",
     "FluxParams",
+    "MemoryEstimate",
     "Plan",
     "Trace",
     "compile",
     "decode",
     "denoise",
     "encode_prompt",
+    "estimate_memory",
     "jit_solve",
     "load",
     "sample",

@@ -7,7 +7,6 @@ import codecs
 import contextlib
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import command, files, images, startup
-from jitjax.checkpoint import PARTS, read_metadata
+from jitjax import cli_conditioning, command, files, images, startup
+from jitjax.checkpoint import read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.loading import bundled
@@ -34,6 +33,12 @@ examples:
   jitjax "a red star" --count 4 -o star.png          star-0.png to star-3.png, seeds 0 to 3
   jitjax - -o poem.png < poem.txt                    the prompt from standard input
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
+  jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
+  jitjax -- memory                                   a picture of the word "memory"
+
+encoded prompts, for a card without room for the text encoders:
+  jitjax "a fox" --save-conditioning fox.safetensors
+  jitjax --conditioning fox.safetensors -o fox.png
 
 An existing file is replaced only with --overwrite; without -o the next free name is taken. With
 --count each picture is written as soon as it is made. The same seed gives the same picture,
@@ -64,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate an image from a prompt with FLUX, accelerated by Just-in-Time.",
         epilog=EXAMPLES.format(cache=_cache_folder()),
     )
-    parser.add_argument("prompt", help="what the image shows; - reads it from standard input")
+    parser.add_argument(
+        "prompt", nargs="?", help="what the image shows; - reads it from standard input"
+    )
     parser.add_argument(
         "-o",
         "--out",
@@ -120,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME or FOLDER",
         help=f"bundled ({', '.join(bundled())}) or converted (default: %(default)s)",
     )
+    cli_conditioning.add_arguments(parser)
     return parser
 
 
@@ -132,12 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with the exit status, unless it is 0; see `jitjax.command`.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["memory"]:
+        from jitjax.memory import command as memory_command
+
+        if status := memory_command.main(arguments[1:]):
+            sys.exit(status)
+        return
     status = command.run(
         lambda: _run(build_parser().parse_args(arguments)),
         error_prefix=ERROR,
         cleanup=files.remove_unfinished,
         grace=1.0,
-        memory_hint="try a smaller --size",
+        memory_hint="try a smaller --size or --low-memory; jitjax memory says what is needed",
     )
     if status:
         sys.exit(status)
@@ -145,10 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    prompt = _read_prompt(args.prompt)
+    cli_conditioning.check_arguments(args)
+    conditioning = None
+    if args.conditioning:
+        conditioning, prompt = cli_conditioning.read(args.conditioning)
+    else:
+        prompt = _read_prompt(args.prompt)
     seeds = _seeds(args.seed, args.count)
     outputs = _Outputs(args.out, seeds, args.overwrite)
-    width, height = _parse_size(args.size)
+    width, height = command.parse_size(args.size)
     plan = get_plan(args.plan)
     if args.steps is not None:
         if args.steps > LARGEST_COUNT:
@@ -162,11 +182,15 @@ def _run(args: argparse.Namespace) -> int:
             plan = plan.replace(**{name: value})
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
-    _check_checkpoint(args.checkpoint, width, height)
+    parts = cli_conditioning.needed_parts(args)
+    config = _check_checkpoint(args.checkpoint, width, height, parts)
+    if conditioning is not None and config is not None:
+        conditioning.check(config)
     command.check_device()
     _enable_compilation_cache()
-    params = jitjax.load(args.checkpoint)
-    conditioning = jitjax.encode_prompt(params, prompt)
+    if args.save_conditioning:
+        return cli_conditioning.save(args, prompt)
+    params, conditioning = cli_conditioning.load(args, prompt, conditioning)
     # One after another: memory does not grow with the count, all pictures share the compiled
     # programs, and a picture does not depend on the others (each batch size rounds differently).
     for i, seed in enumerate(seeds):
@@ -257,32 +281,32 @@ def _read_input() -> bytes:
     return data
 
 
-def _parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """Parse --size into width and height."""
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
-    if not match:
-        raise ValueError(f"--size is {text!r}; expected one side or WIDTHxHEIGHT, such as 512x384")
-    width, height = match[1], match[2] or match[1]
-    return int(width), int(height)
+def _check_checkpoint(
+    checkpoint: str, width: int | None, height: int | None, parts: Sequence[str]
+) -> FluxConfig | None:
+    """Raise `ValueError` if a checkpoint cannot make the picture, before minutes of loading.
 
+    Args:
+        parts: the parts that it must have.
 
-def _check_checkpoint(checkpoint: str, width: int | None, height: int | None) -> None:
-    """Raise `ValueError` if a checkpoint cannot make the picture, before minutes of loading."""
-    config = FluxConfig()
+    Returns:
+        its configuration; None for a bundled one.
+    """
+    config, found = FluxConfig(), None
     folder = Path(checkpoint)
     if checkpoint and checkpoint not in bundled() and folder.exists():  # else `load` reports it
         metadata = read_metadata(folder)
-        config, available = metadata["config"], metadata["parts"]
-        missing = [part for part in PARTS if part not in available]
+        found, available = metadata["config"], metadata["parts"]
+        config = found
+        missing = [part for part in parts if part not in available]
         if missing:
             raise ValueError(
                 f"--checkpoint {checkpoint} has no {', '.join(missing)}; "
-                f"expected {', '.join(PARTS)}"
+                f"expected {', '.join(parts)}"
             )
     default = config.image_size
     token_grid(default if height is None else height, default if width is None else width, config)
+    return found
 
 
 def _pixels(image: np.ndarray, seed: int) -> np.ndarray:

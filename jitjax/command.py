@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -364,3 +365,18 @@ def check_writable(folder: Path, option: str) -> None:
         raise type(error)(
             f"{option}: no file can be made in the folder {str(folder)!r} ({error.strerror})"
         ) from error
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Parse --size into width and height.
+
+    Raises:
+        ValueError: it is neither one number nor two.
+    """
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
+    if not match:
+        raise ValueError(f"--size is {text!r}; expected one side or WIDTHxHEIGHT, such as 512x384")
+    width, height = match[1], match[2] or match[1]
+    return int(width), int(height)

@@ -1,8 +1,8 @@
 """`Conditioning`, the encoded prompts, and the files that keep them.
 
-A file is in safetensors' format, with the tensors "text" and "pooled". Its metadata has the name and
-version of the format, the prompts (JSON), and a digest of the tensors. So text encoders can run on
-one machine, once, and the transformer on a card that has no memory for them.
+A file is in safetensors' format, with the tensors "text" and "pooled". Its metadata has the name
+and version of the format, the prompts (JSON), and a digest of the tensors. So text encoders can run
+on one machine, once, and the transformer on a card that has no memory for them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
+from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.grid import Grid, as_grid
@@ -62,8 +63,9 @@ def sample(
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
             are no prompts, the guidance or the conditioning is not finite, the key or the
-            conditioning does not fit, or `params` has no parameters for a model that is needed.
-            Raised before any model runs, except for a conditioning that the text encoders made.
+            conditioning does not fit, `params` has no parameters for a model that is needed, or the
+            batch cannot fit the device. Raised before any model runs, except for a conditioning
+            that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
@@ -85,6 +87,7 @@ def sample(
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     check_guidance(guidance, batch)
+    check_fits(params, grid, batch, plan, encode=bool(prompts))
     noise, denoise_keys = _start(grid, config.transformer.in_channels, batch_keys(key, batch))
     conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompts)
     with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
