@@ -116,7 +116,7 @@ def test_foreign_files_are_refused(tmp_path, file):
     [
         (np.ones((2, 3, 4)), np.ones((1, 5)), (), "pooled has batch size 1; expected 2"),
         (np.ones((3, 4)), np.ones((1, 5)), (), r"text has shape \[3, 4\]; expected 3 dimensions"),
-        (np.full((1, 3, 4), np.nan), np.ones((1, 5)), (), "text is not finite"),
+        (np.full((1, 3, 4), np.nan), np.ones((1, 5)), (), "text has values that are not finite"),
         (np.ones((1, 3, 4)), np.ones((1, 5)), ["a", "b"], "prompts is 2 strings; expected none or"),
         (np.ones((1, 3, 4)), np.ones((1, 5)), "a", "prompts is 'a'; expected none or 1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import jax
@@ -57,12 +58,14 @@ def check_fits(
     if used + needed <= limit:
         return
     estimate = _needed(params, grid, batch, plan, encode, low_memory, 1.0)
-    fitting = [
-        b for b in range(1, batch)
-        if used + _needed(params, grid, b, plan, encode, low_memory, 1.0) <= limit
-    ]  # fmt: skip
+    # The largest batch that fits, which is below this one: what is needed grows with the batch.
+    fitting = bisect.bisect_right(
+        range(1, batch),
+        limit - used,
+        key=lambda b: _needed(params, grid, b, plan, encode, low_memory, 1.0),
+    )
     height, width = (side * params.config.pixels_per_token for side in grid)
-    hints = [f"a batch of {fitting[-1]}"] if fitting else ["a smaller size"]
+    hints = [f"a batch of {fitting}"] if fitting else ["a smaller size"]
     hints += ["quantised weights", *([] if low_memory else ["jitjax.load(path, low_memory=True)"])]
     raise ValueError(
         f"a batch of {batch} at {width} x {height} pixels does not fit the device: it needs about "

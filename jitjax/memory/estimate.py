@@ -82,7 +82,7 @@ class MemoryEstimate:
         kept = sum(self.parts.values()) + (self.low_memory if on_cpu else 0)
         return HOST_BYTES + self.largest_read + kept
 
-    def fits(self, gigabytes: float, *, low_memory: bool = False) -> bool:
+    def fits(self, gigabytes: int | float, *, low_memory: bool = False) -> bool:
         """Whether it fits a card, of which `USABLE` can be used.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Divisions:
 _MESH = r"\d{1,6}(x\d{1,6}){1,2}"
 
 
+@functools.lru_cache(maxsize=16)
 def leaves(config: FluxConfig, part: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a part's parameters by path, such as "t5/final_norm/scale"."""
     tree: dict[str, Any] = flatten(getattr(abstract_params(config), part))
@@ -104,7 +106,7 @@ def leaf_bytes(
     if quantise and is_kernel:
         blocks, inputs, *outputs = shape
         groups = -(-inputs // GROUP) if quantise == "int4" else 1
-        values = size / 2 if quantise == "int4" else size
+        values = size / 2 if quantise == "int4" else float(size)
         total = values + SCALE_BYTES[quantise] * blocks * groups * math.prod(outputs)
     if divisions and (is_kernel or path == EMBEDDING):
         total /= divisions.fsdp * divisions.model
