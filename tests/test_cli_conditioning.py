@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,7 +112,7 @@ def test_errors(capsys, tmp_path, monkeypatch, arguments, message):
 
 def test_an_existing_file_is_kept_and_a_batch_is_refused(capsys, tmp_path):
     path = tmp_path / "two.safetensors"
-    Conditioning(np.ones((2, 3, 4)), np.ones((2, 5))).save(path)
+    Conditioning(jnp.ones((2, 3, 4)), jnp.ones((2, 5))).save(path)
     before = path.read_bytes()
     status, _, err = run(capsys, "a", "--save-conditioning", path)
     assert status == 2
