@@ -4,8 +4,8 @@
 
 A time is the larger of two: the FLOPs of the transformer over what the card does of them, and the
 bytes of its weights, read once per evaluation, over the card's bandwidth. An H200 has done
-580 TFLOP/s in an evaluation of all tokens, of the 989 that its maker states; the same share is taken
-for all. Encoding and decoding are left out.
+580 TFLOP/s in an evaluation of all tokens, of the 989 that its maker states; the same share is
+taken for all. Encoding and decoding are left out.
 """
 
 from __future__ import annotations

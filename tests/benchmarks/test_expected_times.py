@@ -25,7 +25,7 @@ def test_a_slow_memory_is_the_limit():
 
 
 def test_the_table_of_the_documentation():
-    """If this fails: `python -m benchmarks.expected_times` prints what belongs between the lines."""
+    """If this fails: `python -m benchmarks.expected_times` prints what belongs there."""
     page = PAGE.read_text()
     block = page.split(expected_times.BEGIN)[1].split(expected_times.END)[0]
     assert block.strip() == expected_times.table().strip()
