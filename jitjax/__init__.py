@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from jitjax import sampler as _sampler
 from jitjax.checkpoint import FluxParams, save
 from jitjax.compiled import CompiledSampler, compile
+from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
 from jitjax.loading import load
+from jitjax.memory import MemoryEstimate, estimate_memory
 from jitjax.sample import decode, sample
 from jitjax.sampler.plan import PLANS, Plan
-from jitjax.text import Conditioning, encode_prompt
+from jitjax.text import encode_prompt
 
 if TYPE_CHECKING:
     from jitjax.sampler.solve import jit_solve
@@ -33,12 +35,14 @@ __all__ = [
     "Conditioning",
     "FluxConfig",
     "FluxParams",
+    "MemoryEstimate",
     "Plan",
     "Trace",
     "compile",
     "decode",
     "denoise",
     "encode_prompt",
+    "estimate_memory",
     "jit_solve",
     "load",
     "sample",

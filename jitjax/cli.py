@@ -15,8 +15,8 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import command, images, list_run, startup
-from jitjax.checkpoint import PARTS, FluxParams, read_metadata
+from jitjax import cli_conditioning, command, files, images, list_run, startup
+from jitjax.checkpoint import FluxParams, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.list_folder import output_folder
@@ -36,6 +36,12 @@ examples:
   jitjax - -o poem.png < poem.txt                    the prompt from standard input
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
+  jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
+  jitjax -- memory                                   a picture of the word "memory"
+
+encoded prompts, for a card without room for the text encoders:
+  jitjax "a fox" --save-conditioning fox.safetensors
+  jitjax --conditioning fox.safetensors -o fox.png
 
 An existing file is replaced only with --overwrite; without -o the next free name is taken. With
 --count each picture is written as soon as it is made. The same seed gives the same picture,
@@ -146,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME or FOLDER",
         help=f"bundled ({', '.join(bundled())}) or converted (default: %(default)s)",
     )
+    cli_conditioning.add_arguments(parser)
     return parser
 
 
@@ -158,12 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with the exit status, unless it is 0; see `jitjax.command`.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["memory"]:
+        from jitjax.memory import command as memory_command
+
+        if status := memory_command.main(arguments[1:]):
+            sys.exit(status)
+        return
     status = command.run(
         lambda: _run(_parse(arguments)),
         error_prefix=ERROR,
         cleanup=_clean_up,
         grace=1.0,
-        memory_hint="try a smaller --size, or a smaller --batch if there is one",
+        memory_hint="try a smaller --size or --batch, or --low-memory; jitjax memory says what is "
+        "needed",
     )
     if status:
         sys.exit(status)
@@ -172,29 +187,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.prompt is None and args.prompts is None:
-        parser.error("nothing to make; expected a prompt, or --prompts FILE")
-    if args.prompt is not None and args.prompts is not None:
-        parser.error("there are a prompt and --prompts; expected one of them")
+    sources = {
+        "a prompt": args.prompt,
+        "--prompts": args.prompts,
+        "--conditioning": args.conditioning,
+    }
+    given = [name for name, value in sources.items() if value is not None]
+    if not given:
+        parser.error("nothing to make; expected a prompt, --prompts FILE or --conditioning FILE")
+    if len(given) > 1:
+        parser.error(f"there are {' and '.join(given)}; expected one of them")
     if args.batch is not None and args.prompts is None:
         parser.error("--batch is for --prompts")
     return args
 
 
 def _clean_up() -> None:
-    images.remove_unfinished()
+    files.remove_unfinished()
     list_run.say_how_to_go_on(on_new_line=True)  # after a progress bar
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = _read_config(args.checkpoint)
+    cli_conditioning.check_arguments(args)
+    config = _read_config(args.checkpoint, cli_conditioning.needed_parts(args))
     if args.prompts is not None:
         return _run_list(args, config)
     start = time.perf_counter()
-    pictures = _pictures(args, config, Line(1, read_prompt(args.prompt)))
+    conditioning = None
+    if args.conditioning is None:
+        prompt = read_prompt(args.prompt)
+    else:
+        conditioning, prompt = cli_conditioning.read(args.conditioning)
+        conditioning.check(config)
+    pictures = _pictures(args, config, Line(1, prompt))
     outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
-    params = _load(args.checkpoint)
-    conditioning = jitjax.encode_prompt(params, pictures[0].prompt)
+    _prepare_jax()
+    if args.save_conditioning is not None:
+        return cli_conditioning.save(args, prompt)
+    params, conditioning = cli_conditioning.load(args, prompt, conditioning)
     # One after another: memory does not grow with the count, all pictures share the compiled
     # programs, and a picture does not depend on the others (each batch size rounds differently).
     for i, picture in enumerate(pictures):
@@ -243,7 +273,7 @@ def _run_list(args: argparse.Namespace, config: FluxConfig) -> int:
         folder=folder,
         batch=batch,
         overwrite=args.overwrite,
-        load=lambda: _load(args.checkpoint),
+        load=lambda: _load(args),
     )
 
 
@@ -277,11 +307,11 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
     ]
 
 
-def _read_config(checkpoint: str) -> FluxConfig:
+def _read_config(checkpoint: str, parts: Sequence[str]) -> FluxConfig:
     """Return a checkpoint's configuration, before minutes of loading.
 
     Raises:
-        ValueError: the checkpoint cannot make pictures.
+        ValueError: the checkpoint lacks one of `parts`.
     """
     from jitjax.convert.sources.diffusers_folder import read_config  # pyright: ignore[reportMissingImports]
 
@@ -291,18 +321,22 @@ def _read_config(checkpoint: str) -> FluxConfig:
     if not checkpoint or not folder.exists():
         return FluxConfig()  # `load` reports it
     metadata = read_metadata(folder)
-    missing = [part for part in PARTS if part not in metadata["parts"]]
+    missing = [part for part in parts if part not in metadata["parts"]]
     if missing:
         raise ValueError(
-            f"--checkpoint {checkpoint} has no {', '.join(missing)}; expected {', '.join(PARTS)}"
+            f"--checkpoint {checkpoint} has no {', '.join(missing)}; expected {', '.join(parts)}"
         )
     return metadata["config"]
 
 
-def _load(checkpoint: str) -> FluxParams:
+def _load(args: argparse.Namespace) -> FluxParams:
+    _prepare_jax()
+    return jitjax.load(args.checkpoint, low_memory=args.low_memory)
+
+
+def _prepare_jax() -> None:
     command.check_device()
     _enable_compilation_cache()
-    return jitjax.load(checkpoint)
 
 
 def _cache_folder() -> str:

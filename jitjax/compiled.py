@@ -16,6 +16,7 @@ from jitjax.denoise import batch_keys, check_guidance
 from jitjax.latents import token_grid
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options
+from jitjax.offload import in_host_memory
 from jitjax.sample import sample
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.text import as_prompts, check_params, encode_ids, tokenize
@@ -100,7 +101,7 @@ def compile(
 
     Raises:
         ValueError: the plan, the size, the batch or `attention` is not supported, or a model has no
-            parameters.
+            parameters, or has them in host memory.
         TypeError: `params` are no parameters.
         FileNotFoundError: a tokenizer is missing.
     """
@@ -113,7 +114,11 @@ def compile(
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected 1 or more")
     for part in PARTS:
-        params.part(part)
+        if in_host_memory(params.part(part)):
+            raise ValueError(
+                "params are in host memory (low_memory=True); expected parameters on a device: one "
+                "program uses all models"
+            )
 
     def run(
         params: FluxParams, t5_ids: Array, clip_ids: Array, keys: Array, guidance: Array

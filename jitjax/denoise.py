@@ -19,6 +19,7 @@ from jitjax.config import EMBEDDING_SCALE, FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
+from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
 from jitjax.sampler.grid import Grid, as_grid
@@ -184,6 +185,7 @@ def denoise(*args: Any, trace: Literal[False] = False, **kwargs: Any) -> Array: 
 def denoise(*args: Any, trace: Literal[True], **kwargs: Any) -> tuple[Array, Trace]: ...
 @overload
 def denoise(*args: Any, trace: bool, **kwargs: Any) -> Array | tuple[Array, Trace]: ...
+@with_parts_on_device("transformer")
 @with_auto_axes("noise")
 def denoise(
     params: FluxParams,

@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import secrets
-import shutil
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +17,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from jitjax import command
+from jitjax.files import atomic_file
 
 DEFAULT_OUT = Path("jitjax.png")
 LEFTOVER_SECONDS = 60.0
 """Age from which an unfinished file is left over from a process that was killed."""
-
-_unfinished: set[Path] = set()
 
 
 def to_pixels(image: np.ndarray, seed: int) -> np.ndarray:
@@ -64,46 +61,8 @@ def write_png(
     info.add_itxt("prompt", prompt)
     info.add_itxt("settings", json.dumps(dict(settings), allow_nan=False))
     info.add_text("Software", "jitjax")
-    path = Path(os.path.realpath(path))
-    # A short random name: the length of `path` may be the longest that is allowed, and another
-    # process may be writing the same file.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
-    _unfinished.add(temporary)
-    try:
-        with temporary.open("xb") as file:
-            Image.fromarray(image).save(file, format="PNG", pnginfo=info)
-        if overwrite:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(path, temporary)  # a picture that was private remains so
-            os.replace(temporary, path)
-        else:
-            _rename_to_new(temporary, path)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # a write: the disk is full
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-        _unfinished.discard(temporary)
-
-
-def _rename_to_new(source: Path, target: Path) -> None:
-    """Rename a file, but never onto another one that exists."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        with target.open("xb"):
-            pass
-        os.replace(source, target)
-
-
-def remove_unfinished() -> None:
-    """Delete the files that `write_png` has not finished, from another thread."""
-    for path in list(_unfinished):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    with atomic_file(path, overwrite=overwrite) as file:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,7 +13,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jitjax.checkpoint import PARTS, FluxParams
-from jitjax.checkpoint.restoring import Sharding, ShardingFor, load_folder, place_on_devices
+from jitjax.checkpoint.restoring import (
+    Sharding,
+    ShardingFor,
+    load_folder,
+    on_cpu,
+    place_on_devices,
+)
+from jitjax.offload import move_to_host
 from jitjax.validation import shown
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -27,6 +34,7 @@ def load(
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     check: bool = True,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    low_memory: bool = False,
 ) -> FluxParams:
     """Load the parameters of a pipeline.
 
@@ -48,6 +56,10 @@ def load(
         loras: low-rank updates (LoRA) to add, a (safetensors file, scale) pair each. A scale of 1
             is the strength used in training. Changed leaves are computed in host memory, one after
             another.
+        low_memory: keep the arrays in the (pinned) host memory of their devices. `encode_prompt`,
+            `denoise`, `decode` and so `sample` then copy a model to its devices when it runs, and
+            delete the copies afterwards: the devices hold one model at a time instead of all. The
+            pictures are the same. These functions cannot be traced (by `jit`, `grad`, ...) then.
 
     Returns:
         the parameters, with the configuration of the checkpoint.
@@ -70,10 +82,11 @@ def load(
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
     sharding_for = _sharding_function(sharding)
+    read_to = on_cpu if low_memory else sharding_for
     find_files(loras)  # said before the weights are read
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
-        params = place_on_devices(params, sharding_for)
+        params = params if low_memory else place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
         if not folder.exists():
@@ -81,8 +94,12 @@ def load(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
                 f"`python -m jitjax.convert`, or one of {bundled()}"
             )
-        params = load_folder(folder, kind, wanted, sharding_for, check)
-    return merge_loras(params, loras) if loras else params
+        params = load_folder(folder, kind, wanted, read_to, check)
+    params = merge_loras(params, loras) if loras else params
+    if low_memory:
+        for part in PARTS:
+            move_to_host(getattr(params, part), part, sharding_for)
+    return params
 
 
 def _check_parts(parts: Iterable[str]) -> tuple[str, ...]:

@@ -18,14 +18,16 @@ from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
+from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
+from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import check_finite
 from jitjax.sampler.grid import Grid, as_grid, as_integer
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
-from jitjax.text import Conditioning, as_prompts, check_params, encode_ids, tokenize
+from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
 
 
 @with_auto_axes("prompt", "key")
@@ -45,7 +47,8 @@ def sample(
     """Generate images from prompts.
 
     Args:
-        params: parameters, from `load`.
+        params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
+            each model is on its device only while it runs.
         prompt: a string, a sequence of strings for one image each, or a `Conditioning`.
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
@@ -71,9 +74,9 @@ def sample(
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
             are no prompts, the guidance or the conditioning is not finite, the key or the
-            conditioning does not fit, `chunk` is not a positive integer, or `params` has no
-            parameters for a model that is needed. Raised before any model runs, except for a
-            conditioning that the text encoders made.
+            conditioning does not fit, `chunk` is not a positive integer, `params` has no
+            parameters for a model that is needed, or the batch (or chunk) cannot fit the device.
+            Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
     """
@@ -99,6 +102,7 @@ def sample(
     chunks = 1 if chunk is None else -(-batch // int(chunk))
     chunk = -(-batch // chunks)
     guidance = check_guidance(guidance, batch)
+    check_fits(params, grid, chunk, plan, encode=bool(prompts))
     keys = batch_keys(key, batch)
     if isinstance(prompt, Conditioning):
         text = prompt
@@ -148,7 +152,7 @@ def _make_batch(
     text, keys, guidance = inputs
     noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
     if not isinstance(text, Conditioning):
-        text = encode_ids(params.part("t5"), params.part("clip"), *text, params.config)
+        text = encode_tokens(params, *text)
     tokens = denoise(
         params,
         text,
@@ -176,6 +180,7 @@ def _start(
     return draw_noise(noise_keys, grid, channels), denoise_keys
 
 
+@with_parts_on_device("autoencoder")
 @with_auto_axes("tokens")
 def decode(
     params: FluxParams, tokens: Float[Array, "b n d"], *, grid: Grid

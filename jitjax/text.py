@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import GetAttrKey
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jitjax.checkpoint import FluxParams
+from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
+from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig, TokenLimit
+from jitjax.offload import with_parts_on_device
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.validation import check, read_json, shown
 
@@ -35,63 +35,6 @@ LONGEST_QUOTE = 200
 
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "<pad>"}
 """Subfolder -> padding token if the tokenizer's files name none."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Conditioning:
-    """Prompt embeddings for the transformer, from `encode_prompt` or computed elsewhere.
-
-    Attributes:
-        text: [b, t, d] T5 embeddings, one per token, padding included.
-        pooled: [b, p] CLIP embeddings, one per prompt.
-    """
-
-    text: Float[Array, "b t d"]
-    pooled: Float[Array, "b p"]
-
-    def __repr__(self) -> str:
-        shapes = (
-            f"{name}={getattr(value, 'dtype', '')}{list(jnp.shape(value))}"
-            for name, value in (("text", self.text), ("pooled", self.pooled))
-        )
-        return f"Conditioning({', '.join(shapes)})"
-
-    def check(self, config: FluxConfig, batch: int | None = None) -> None:
-        """Raise `ValueError` unless the shapes fit `config` and, if it is given, `batch`."""
-        t5_width, clip_width = config.t5.d_model, config.clip.hidden_size
-        b = "batch" if batch is None else batch
-        for name, value, expected in (
-            ("text", self.text, (b, "tokens", t5_width)),
-            ("pooled", self.pooled, (b, clip_width)),
-        ):
-            shape = tuple(jnp.shape(value))
-            fits = len(shape) == len(expected) and all(
-                isinstance(size, str) or actual == size
-                for actual, size in zip(shape, expected, strict=True)
-            )
-            if not fits:
-                sizes = ", ".join(map(str, expected))
-                raise ValueError(f"Conditioning.{name} has shape {list(shape)}; expected [{sizes}]")
-        if self.text.shape[0] != self.pooled.shape[0]:
-            raise ValueError(
-                f"Conditioning.pooled has batch size {self.pooled.shape[0]}; expected "
-                f"{self.text.shape[0]}, the batch size of Conditioning.text"
-            )
-
-
-def _unflatten(_: None, leaves: Any) -> Conditioning:
-    # Not by the constructor: JAX also makes pytrees whose leaves are no arrays.
-    conditioning = object.__new__(Conditioning)
-    for name, leaf in zip(("text", "pooled"), leaves, strict=True):
-        object.__setattr__(conditioning, name, leaf)
-    return conditioning
-
-
-jax.tree_util.register_pytree_with_keys(
-    Conditioning,
-    lambda x: ([(GetAttrKey(name), getattr(x, name)) for name in ("text", "pooled")], None),
-    _unflatten,
-)
 
 
 @with_auto_axes()
@@ -116,9 +59,19 @@ def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioni
         FileNotFoundError: a tokenizer is missing.
     """
     check_params(params)
-    t5, clip = params.part("t5"), params.part("clip")
-    t5_ids, clip_ids = tokenize(params.tokenizer, prompt, params.config)
-    return encode_ids(t5, clip, t5_ids, clip_ids, params.config)
+    for part in TEXT_ENCODERS:
+        params.part(part)
+    return encode_tokens(params, *tokenize(params.tokenizer, prompt, params.config))
+
+
+@with_parts_on_device(*TEXT_ENCODERS)
+def encode_tokens(
+    params: FluxParams,
+    t5_ids: Int[Array, "b t"] | Int[np.ndarray, "b t"],
+    clip_ids: Int[Array, "b l"] | Int[np.ndarray, "b l"],
+) -> Conditioning:
+    """Run both text encoders on token ids, from `tokenize`; see `encode_prompt`."""
+    return encode_ids(params.part("t5"), params.part("clip"), t5_ids, clip_ids, params.config)
 
 
 def check_params(params: Any) -> None:

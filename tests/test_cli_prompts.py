@@ -303,7 +303,7 @@ def test_names_of_any_prompt(run, tmp_path):
     ("arguments", "message"),
     [
         (["a star", "--prompts", "list.txt"], "there are a prompt and --prompts; expected one"),
-        ([], "nothing to make; expected a prompt, or --prompts FILE"),
+        ([], "nothing to make; expected a prompt, --prompts FILE or"),
         (["a star", "--batch", "2"], "--batch is for --prompts"),
         (["--prompts", "list.txt", "--batch", "0"], "--batch is 0; expected 1 to 100000"),
         (["--prompts", "list.txt", "--count", "0"], "--count is 0"),

@@ -70,10 +70,11 @@ _REPAIR = "convert it again, or pass check=False to load the edited one"
 def _check_shapes(folder: Path, config: FluxConfig, parts: Sequence[str]) -> None:
     abstract = _trees_by_part(abstract_params(config))
     for part in parts:
-        _restore_targets(folder / "params" / part, part, abstract[part], _on_cpu)
+        _restore_targets(folder / "params" / part, part, abstract[part], on_cpu)
 
 
-def _on_cpu(path: str, shape: tuple[int, ...]) -> Sharding:
+def on_cpu(path: str, shape: tuple[int, ...]) -> Sharding:
+    """Return the sharding of an array that is whole on a CPU."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
@@ -202,7 +203,7 @@ def verify(
     for part in metadata["parts"]:
         part_folder = folder / "params" / part
         try:
-            targets = _restore_targets(part_folder, part, abstract[part], _on_cpu)
+            targets = _restore_targets(part_folder, part, abstract[part], on_cpu)
         except ValueError as error:
             problems.append(str(error))
             continue

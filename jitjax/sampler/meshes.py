@@ -108,7 +108,8 @@ def _put_on_auto_axes(leaf: Any) -> Any:
     assert isinstance(sharding.mesh, Mesh)
     types = (AxisType.Auto,) * len(sharding.mesh.axis_names)
     mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names, axis_types=types)
-    return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+    kind = sharding.memory_kind  # parameters may be in host memory
+    return jax.device_put(leaf, NamedSharding(mesh, sharding.spec, memory_kind=kind))
 
 
 def _batch_axis(arguments: list[Any]) -> tuple[int | None, Any]:

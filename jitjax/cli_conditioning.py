@@ -1,0 +1,122 @@
+"""What the command loads and encodes: `--conditioning`, `--save-conditioning`, `--low-memory`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+
+import jitjax
+from jitjax import command
+from jitjax.checkpoint import PARTS, TEXT_ENCODERS, FluxParams
+from jitjax.conditioning import Conditioning, read_conditioning
+
+SUFFIX = ".safetensors"
+DRAWING = tuple(part for part in PARTS if part not in TEXT_ENCODERS)
+"""The parts that make a picture of a conditioning."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser."""
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="keep the models in host memory, and each on the device only while it runs; the "
+        "pictures are the same",
+    )
+    parser.add_argument(
+        "--save-conditioning",
+        type=Path,
+        metavar=f"FILE{SUFFIX}",
+        help="only encode the prompt, and write the result to a file; needs no transformer",
+    )
+    parser.add_argument(
+        "--conditioning",
+        type=Path,
+        metavar=f"FILE{SUFFIX}",
+        help="draw what --save-conditioning has written, in place of a prompt; needs no text "
+        "encoders",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise `ValueError` or `OSError` unless the options fit each other, and files can be written.
+
+    Args:
+        args: the arguments of the command.
+    """
+    path = args.save_conditioning
+    if path is None:
+        return
+    if args.prompt is None or args.out is not None or args.count != 1:
+        raise ValueError(
+            "--save-conditioning makes no picture; expected a prompt with it, and no --out or "
+            "--count"
+        )
+    if path.suffix != SUFFIX:
+        raise ValueError(
+            f"--save-conditioning is {str(path)!r}; expected a name that ends in {SUFFIX}"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"--save-conditioning is {str(path)!r}; expected the folder {str(path.parent)!r} to "
+            "exist"
+        )
+    if command.exists(path) and not (args.overwrite and path.is_file()):
+        raise FileExistsError(
+            f"--save-conditioning: {str(path)!r} exists; expected a new name, or --overwrite"
+        )
+    command.check_writable(path.parent, "--save-conditioning")
+
+
+def needed_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of the parts of the checkpoint that the command needs."""
+    if args.save_conditioning:
+        return TEXT_ENCODERS
+    return DRAWING if args.conditioning else PARTS
+
+
+def read(path: Path) -> tuple[Conditioning, str]:
+    """Read the file of `--conditioning`; return the conditioning and its prompt, "" if unknown.
+
+    Raises:
+        ValueError: it is no such file, or has several prompts.
+        FileNotFoundError: there is no file.
+    """
+    conditioning, prompts = read_conditioning(path)
+    if (count := len(conditioning.text)) != 1:
+        raise ValueError(
+            f"--conditioning {path} has {count} prompts; expected one (in Python, jitjax.sample "
+            "takes all)"
+        )
+    return conditioning, prompts[0] if prompts else ""
+
+
+def save(args: argparse.Namespace, prompt: str) -> int:
+    """Encode the prompt and write `--save-conditioning`; return the exit status."""
+    params = jitjax.load(args.checkpoint, parts=TEXT_ENCODERS)
+    path = args.save_conditioning
+    jitjax.encode_prompt(params, prompt).save(path, prompts=[prompt], overwrite=args.overwrite)
+    command.report(f"{path}: the encoded prompt")
+    return 0
+
+
+def load(
+    args: argparse.Namespace, prompt: str, conditioning: Conditioning | None
+) -> tuple[FluxParams, Conditioning]:
+    """Load the models that draw, and encode the prompt unless it is encoded.
+
+    With `--low-memory` the text encoders are gone before the others are read, so that neither the
+    host nor the device holds all of them.
+    """
+    if conditioning is not None:
+        return jitjax.load(args.checkpoint, parts=DRAWING, low_memory=args.low_memory), conditioning
+    if not args.low_memory:
+        params = jitjax.load(args.checkpoint)
+        return params, jitjax.encode_prompt(params, prompt)
+    encoders = jitjax.load(args.checkpoint, parts=TEXT_ENCODERS)
+    encoded = jitjax.encode_prompt(encoders, prompt)
+    jax.block_until_ready(encoded)
+    del encoders
+    return jitjax.load(args.checkpoint, parts=DRAWING, low_memory=True), encoded

@@ -1,0 +1,120 @@
+"""`jitjax memory`: says what a picture needs before anything is loaded or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jitjax import command
+from jitjax.checkpoint import PARTS
+from jitjax.memory.estimate import DTYPES, estimate_memory
+from jitjax.memory.models import NAMED
+from jitjax.memory.programs import PLATFORMS
+from jitjax.memory.report import WITHOUT_ENCODERS, text_report, what_fits
+from jitjax.memory.weights import QUANTISED
+from jitjax.picture import parse_size
+from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
+
+ERROR = "jitjax memory: error: "
+NAME = "memory"
+"""First argument of `jitjax` that selects this command."""
+EXAMPLES = """\
+examples:
+  jitjax memory flux-dev                                  FLUX.1-dev in bfloat16, one picture
+  jitjax memory flux-dev --size 2048 --batch 4 --plan 4x  larger pictures, four at a time
+  jitjax memory flux-schnell --quantise int8              one byte per weight
+  jitjax memory flux-dev --mesh 2x4                       each of 8 cards: data x model
+  jitjax memory flux-dev --without-encoders               with a saved conditioning
+  jitjax memory ./my-checkpoint                           a converted checkpoint
+  jitjax memory --table                                   what fits where, in Markdown
+
+Nothing is loaded or compiled. A picture of the word itself: jitjax -- memory
+"""
+
+
+def build_parser() -> command.Parser:
+    """Return the argument parser."""
+    parser = command.Parser(
+        prog=f"jitjax {NAME}",
+        error_prefix=ERROR,
+        description="Say what device, host and disk need, part by part, and which cards it fits.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="NAME or FOLDER",
+        help=f"a checkpoint, or {', '.join(NAMED)} (from the configuration alone, if there is no "
+        "such folder)",
+    )
+    parser.add_argument("--size", metavar="SIDE or WIDTHxHEIGHT", help="pixels, multiples of 16")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time (default: 1)")
+    parser.add_argument(
+        "--plan", default=DEFAULT_PLAN, metavar="|".join(PLANS), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="|".join(DTYPES),
+        help="of what is not quantised (default: the checkpoint's, or bfloat16)",
+    )
+    parser.add_argument(
+        "--quantise", metavar="|".join(QUANTISED), help="kernels of the transformer and of T5"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="DATAxMODEL",
+        help="several devices, or DATAxFSDPxMODEL; the figures are those of each",
+    )
+    parser.add_argument(
+        "--without-encoders", action="store_true", help="prompts are encoded already"
+    )
+    parser.add_argument(
+        "--platform", default="gpu", metavar="|".join(PLATFORMS), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of docs/scaling.md instead"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command, and return the exit status.
+
+    Args:
+        arguments: what follows `jitjax memory`.
+    """
+    return command.run(
+        lambda: _run(arguments),
+        error_prefix=ERROR,
+        cleanup=lambda: None,
+        grace=1.0,
+        memory_hint="there is too little to start",
+    )
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.table:
+        if len(arguments) > 1:
+            parser.error("--table takes no other arguments")
+        command.report(what_fits().rstrip("\n"))
+        return 0
+    if args.checkpoint is None:
+        parser.error(
+            f"expected a checkpoint, {' or '.join(NAMED)} (a picture of the word: jitjax -- {NAME})"
+        )
+    width, height = (None, None) if args.size is None else parse_size(args.size)
+    estimate = estimate_memory(
+        str(args.checkpoint),
+        height=height,
+        width=width,
+        batch=args.batch,
+        plan=args.plan,
+        dtype=args.dtype,
+        quantise=args.quantise,
+        mesh=args.mesh,
+        parts=WITHOUT_ENCODERS if args.without_encoders else PARTS,
+        platform=args.platform,
+    )
+    command.report(text_report(estimate))
+    return 0

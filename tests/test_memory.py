@@ -1,0 +1,254 @@
+"""The estimate of memory against XLA's own account of the compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jitjax
+from jitjax import memory
+from jitjax.checkpoint import abstract_params
+from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
+from jitjax.denoise import FluxVelocity
+from jitjax.latents import token_grid
+from jitjax.memory import check, estimate_memory, programs, weights
+from jitjax.models import strips
+from jitjax.sample import _decode
+from jitjax.sampler import solve
+from jitjax.sampler.plan import get_plan
+from jitjax.sampler.solvers import named_solver, with_last_velocity
+from jitjax.sampler.static import split_arrays
+from jitjax.sampler.terms import SagArgs
+from jitjax.text import Conditioning, encode_ids
+
+FULL = FluxConfig()
+MIDDLE = FluxConfig(
+    transformer=TransformerConfig(
+        num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=12,
+        joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(8, 28, 28),
+    ),
+    t5=T5Config(vocab_size=1000, d_model=512, d_ff=1024, num_layers=2, num_heads=8),
+    clip=CLIPConfig(vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+                    num_attention_heads=4),
+    autoencoder=AutoencoderConfig(block_out_channels=(32, 64, 128, 128)),
+    text_length=128, image_size=512,
+)  # fmt: skip
+Shape = functools.partial(jax.ShapeDtypeStruct)
+
+
+def account(lowered):
+    """Arguments, temporaries and outputs by XLA."""
+    found = lowered.compile().memory_analysis()
+    return (
+        found.argument_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.output_size_in_bytes,
+    )
+
+
+def lower_encoders(config, batch):
+    params = abstract_params(config)
+    ids = [Shape((batch, length), jnp.int32) for length in (config.text_length, 77)]
+    return encode_ids.lower(params.t5, params.clip, *ids, config)
+
+
+def lower_stage(config, side, batch, plan, number):
+    plan, grid = get_plan(plan), token_grid(side, side, config)
+    n, text = grid[0] * grid[1], config.text_length
+    budget = plan.budgets(n, text)[number]
+    lifter = None
+    if budget < n:
+        build = functools.partial(
+            solve._build_lifter, slots=plan.slots(budget, text), grid=grid, lift=plan.lift
+        )
+        lifter = jax.eval_shape(build, Shape((batch, budget), jnp.int32))
+    _, velocity = split_arrays("velocity", FluxVelocity(config.transformer))
+    _, solver = split_arrays("solver", with_last_velocity(named_solver(plan.solver)))
+    conditioning = jax.eval_shape(
+        Conditioning,
+        Shape((batch, text, config.t5.d_model), jnp.float32),
+        Shape((batch, config.clip.hidden_size), jnp.float32),
+    )
+    args = abstract_params(config).transformer, conditioning, Shape((batch,), jnp.float32)
+    y = Shape((batch, n, config.transformer.in_channels), jnp.float32)
+    return solve._programs(velocity, ()).integrate.lower(
+        solve._Stage(solver, grid, budget), False, solve._Arrays([], []), y,
+        Shape((3,), jnp.float32), SagArgs(lifter, args), None,
+    )  # fmt: skip
+
+
+def lower_decoder(config, side, batch):
+    grid = token_grid(side, side, config)
+    tokens = Shape((batch, grid[0] * grid[1], config.transformer.in_channels), jnp.float32)
+    return _decode.lower(config.autoencoder, grid, abstract_params(config).autoencoder, tokens)
+
+
+def compare(program, lowered, temporaries):
+    """Each program within 10 %; its arguments and results nearly exactly.
+
+    `temporaries` is the largest relative error of that part, which hides behind the weights.
+    """
+    arguments, used, results = account(lowered)
+    assert program.total == pytest.approx(arguments + used + results, rel=0.1)
+    assert program.weights + program.inputs == pytest.approx(arguments, rel=2e-3)
+    assert program.outputs == pytest.approx(results, rel=2e-3)
+    assert program.temporaries == pytest.approx(used, rel=temporaries)
+
+
+def transformer_programs(estimate):
+    return [p for p in estimate.programs if p.name.startswith("transformer")]
+
+
+def test_full_size_transformer():
+    """48 GB of weights; what is beside them is within 10 % too."""
+    estimate = estimate_memory("flux-dev", batch=4, plan="4x", platform="cpu")
+    compare(transformer_programs(estimate)[1], lower_stage(FULL, 1024, 4, "4x", 1), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("side", "batch", "plan", "number"),
+    [(512, 4, "jit-10x", 0), (512, 2, "7x", 2), (256, 16, "dense", 0)],
+)
+def test_middle_size_transformer(side, batch, plan, number):
+    """Of a model this small the activations are most of it."""
+    estimate = estimate_memory(MIDDLE, height=side, width=side, batch=batch, plan=plan,
+                               platform="cpu")  # fmt: skip
+    lowered = lower_stage(MIDDLE, side, batch, plan, number)
+    compare(transformer_programs(estimate)[number], lowered, 0.15)
+
+
+@pytest.mark.parametrize("side", [512, 2048])
+def test_middle_size_decoder(side):
+    estimate = estimate_memory(MIDDLE, height=side, width=side, platform="cpu")
+    compare(estimate.programs[-1], lower_decoder(MIDDLE, side, 1), 0.1)
+
+
+def test_middle_size_text_encoders():
+    estimate = estimate_memory(MIDDLE, batch=8, platform="cpu")
+    compare(estimate.programs[0], lower_encoders(MIDDLE, 8), 0.15)
+
+
+def test_the_constants_are_those_of_the_decoder():
+    for name in ("WHOLE_PIXELS", "STRIP_PIXELS", "STRIPPED_LEVELS", "LEAST_ROWS"):
+        assert getattr(programs, name) == getattr(strips, name)
+
+
+def test_peak_measured_on_an_h200():
+    """docs/performance: 24.163 GB at most while `dense` ran, beside nothing but the transformer."""
+    estimate = estimate_memory("flux-dev", plan="dense", parts=("transformer",))
+    assert estimate.device == pytest.approx(24.163e9, rel=0.01)
+    beside = estimate.device - estimate.parts["transformer"]
+    assert beside == pytest.approx(24.163e9 - estimate.parts["transformer"], rel=0.1)
+
+
+def test_parameters_by_dtype_and_quantisation():
+    parts = {q: estimate_memory("flux-dev", quantise=q).parts for q in (None, "int8", "int4")}
+    kernels = sum(
+        n * k for stack, n in (("double_blocks", 19), ("single_blocks", 38))
+        for k in weights.block_kernels(FULL, "transformer", stack).values()
+    )  # fmt: skip
+    saved = {q: parts[None]["transformer"] - parts[q]["transformer"] for q in parts}
+    assert saved["int8"] == pytest.approx(kernels, rel=2e-3)  # of 2 bytes each; less the scales
+    assert saved["int4"] == pytest.approx(kernels * (1.5 - 2 / 64), rel=1e-6)
+    for name in ("clip", "autoencoder"):
+        assert parts["int8"][name] == parts[None][name]
+    wide = estimate_memory("flux-dev", dtype="float32").parts
+    assert wide == {name: 2 * n for name, n in parts[None].items()}
+    dev, schnell = (estimate_memory(name).parts for name in ("flux-dev", "flux-schnell"))
+    assert dev["transformer"] > schnell["transformer"]
+
+
+def test_a_mesh_divides_kernels_and_batch():
+    one = estimate_memory("flux-dev", batch=8, mesh=None)
+    assert estimate_memory("flux-dev", batch=8, mesh={"data": 4}).parts == one.parts
+    model = estimate_memory("flux-dev", batch=8, mesh={"model": 4})
+    fsdp = estimate_memory("flux-dev", batch=8, mesh="1x4x1")
+    assert model.parts == fsdp.parts
+    assert model.parts["transformer"] == pytest.approx(one.parts["transformer"] / 4, rel=0.02)
+    assert model.parts["clip"] == one.parts["clip"]
+    assert fsdp.settings.batch == 2
+    assert fsdp.programs[-1].temporaries == one.programs[-1].temporaries / 4
+    assert model.programs[-1].temporaries == one.programs[-1].temporaries
+    assert model.disk == one.disk
+
+
+def test_one_part_at_a_time():
+    estimate = estimate_memory("flux-dev")
+    together = {p.name.split(",")[0]: p for p in estimate.programs}
+    transformer = together["transformer"]
+    assert estimate.low_memory == transformer.total
+    assert estimate.device == sum(estimate.parts.values()) + together["decoder"].beside_weights
+    assert not estimate.fits(24, low_memory=True)
+    assert estimate.fits(40)
+    assert estimate_memory("flux-dev", quantise="int8").fits(16, low_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"platform": "npu"}, "platform is 'npu'; expected one of gpu, cpu"),
+        ({"quantise": "int3"}, "quantise is 'int3'; expected one of int8, int4, float8"),
+        ({"attention": "fast"}, "attention is 'fast'; expected one of auto, cudnn, xla"),
+        ({"dtype": "int8"}, "dtype is int8; expected one of bfloat16, float16, float32"),
+        ({"dtype": "bf17"}, "dtype is 'bf17'; expected one of"),
+        ({"batch": 0}, "batch is 0; expected 1 or more"),
+        ({"height": 100}, "height is 100 pixels; expected a multiple of 16"),
+        ({"plan": "9x"}, "unknown plan '9x'"),
+        ({"mesh": "2"}, "mesh is '2'; expected DATAxMODEL"),
+        ({"mesh": "2x0"}, "mesh is '2x0'; expected DATAxMODEL"),
+        ({"mesh": {"tensor": 2}}, "mesh has the axis 'tensor'; expected data, fsdp, model"),
+        ({"parts": ("t5",)}, "expected some of .*, one of them the transformer"),
+    ],
+)
+def test_errors(unchecked, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_memory("flux-dev", **arguments)
+
+
+def test_no_such_model(unchecked):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder .* or one of flux-dev"):
+        estimate_memory("flux-pro")
+    with pytest.raises(ValueError, match="model is 3; expected a FluxConfig, a folder or a name"):
+        memory.estimate_memory(3)
+
+
+class Refused(Exception):
+    pass
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_batch_that_cannot_fit_is_refused_before_compiling(small, monkeypatch, factor):
+    """With the estimate and what would fit; and no sooner than it must be."""
+    estimate = estimate_memory(small.config, batch=1000, dtype="float32")
+    extra = max(p.beside_weights for p in estimate.programs)
+    statistics = {"bytes_limit": 10**9 + round(factor * extra), "bytes_in_use": 10**9}
+    monkeypatch.setattr(check, "memory_statistics", lambda device: statistics)
+
+    def stop(*_, **__):
+        raise Refused
+
+    monkeypatch.setattr(sys.modules["jitjax.sample"], "encode_prompt", stop)
+    statistics["bytes_limit"] = 10**9 + round(factor * check.UNAVOIDABLE * extra)
+    expected = pytest.raises(Refused)
+    if factor < 1:
+        expected = pytest.raises(
+            ValueError,
+            match=r"a batch of 1000 at 64 x 64 pixels does not fit the device: it needs about .* "
+            r"GB beside the 1\.0 GB in use, .*; expected less, such as a batch of \d+, or "
+            r"quantised weights, or jitjax\.load\(path, low_memory=True\)",
+        )
+    with expected:
+        jitjax.sample(small, ["a"] * 1000, key=jax.random.key(0))
+
+
+def test_nothing_is_refused_where_the_memory_is_not_known(small):
+    grid, plan = (64, 64), get_plan("dense")
+    check.check_fits(small, grid, 10**9, plan, encode=True)  # a CPU
+    jax.eval_shape(lambda p: check.check_fits(p, grid, 10**9, plan, encode=True), small)
+    empty = dataclasses.replace(small, transformer={}, t5={}, clip={}, autoencoder={})
+    check.check_fits(empty, grid, 10**9, plan, encode=True)
