@@ -10,10 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint import PARTS, FluxParams
+from jitjax.checkpoint import PARTS, FluxParams, abstract_params, read_metadata
 from jitjax.checkpoint.restoring import Sharding, ShardingFor, load_folder, place_on_devices
+from jitjax.config import FluxConfig
+from jitjax.models.partitioning import check_mesh, sharding_function
+from jitjax.nested import flatten
 from jitjax.validation import shown
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -25,6 +29,7 @@ def load(
     dtype: DTypeLike | None = None,
     parts: Iterable[str] = PARTS,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    mesh: Mesh | None = None,
     check: bool = True,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
 ) -> FluxParams:
@@ -69,10 +74,14 @@ def load(
         raise ValueError(f"path is empty; expected a checkpoint folder, or one of {bundled()}")
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
+    if mesh is not None and sharding is not None:
+        raise ValueError("mesh and sharding are both given; expected one of them")
     sharding_for = _sharding_function(sharding)
     find_files(loras)  # said before the weights are read
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
+        if mesh is not None:
+            sharding_for = _sharding_over_mesh(mesh, params.config, wanted)
         params = place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
@@ -81,6 +90,8 @@ def load(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
                 f"`python -m jitjax.convert`, or one of {bundled()}"
             )
+        if mesh is not None:
+            sharding_for = _sharding_over_mesh(mesh, read_metadata(folder)["config"], wanted)
         params = load_folder(folder, kind, wanted, sharding_for, check)
     return merge_loras(params, loras) if loras else params
 
@@ -133,6 +144,14 @@ def _sharding_function(sharding: Any) -> ShardingFor:
         return found
 
     return checked
+
+
+def _sharding_over_mesh(mesh: Mesh, config: FluxConfig, parts: Sequence[str]) -> ShardingFor:
+    """Return a function from the path and shape of a leaf to its sharding, by `RULES`."""
+    abstract = abstract_params(config)
+    trees: dict[str, Any] = {part: getattr(abstract, part) for part in parts}
+    check_mesh(mesh, {path: leaf.shape for path, leaf in flatten(trees).items()})
+    return sharding_function(mesh)
 
 
 def _default_device() -> Any:

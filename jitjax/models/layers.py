@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jitjax.models import linen
 from jitjax.models.param_shapes import SCALAR_WIDTH
+from jitjax.models.partitioning import over_batch
 from jitjax.models.precision import at_least_float32
 
 EPSILON = 1e-6
@@ -168,7 +169,7 @@ def modulation_vectors(
         `parts` arrays [b, h].
     """
     features = (parts, conditioning.shape[-1])
-    out = dense_general(features, dtype=dtype, name=name)(conditioning)
+    out = over_batch(dense_general(features, dtype=dtype, name=name)(conditioning))
     return [out[:, part] for part in range(parts)]
 
 
