@@ -270,12 +270,23 @@ def product_of_joined(product: Callable[..., Array], width: int) -> Callable[...
         return product
 
     def multiply(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-        spec = PartitionSpec(batch_axes(mesh, x.shape[0]), None, "model")
-        parts = []
-        for rows in (slice(0, width), slice(width, None)):
-            some = jax.lax.with_sharding_constraint(x[..., rows], spec)
-            weights = jax.lax.with_sharding_constraint(kernel[rows], PartitionSpec("model", None))
-            parts.append(product(some, weights, *args, **kwargs))
-        return over_batch(parts[0] + parts[1])
+        # Divided over columns first, or XLA would exchange rows, and then rows of rows.
+        columns = _constrain(kernel, None, "model")
+        parts = [columns[rows] for rows in (slice(0, width), slice(width, None))]
+        batch = batch_axes(mesh, x.shape[0])
+        inputs, weights = PartitionSpec(batch, None, "model"), PartitionSpec("model")
+
+        def of_device(x: Array, y: Array, for_x: Array, for_y: Array) -> Array:
+            out = product(x, for_x, *args, **kwargs) + product(y, for_y, *args, **kwargs)
+            return jax.lax.psum(out, "model")
+
+        run = jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(inputs, inputs, weights, weights),
+            out_specs=PartitionSpec(batch),
+            check_vma=False,
+        )
+        return run(x[..., :width], x[..., width:], *(_constrain(p, None, "model") for p in parts))
 
     return multiply
