@@ -47,6 +47,10 @@ def load(
             path (such as "transformer/single_blocks/out/kernel") and shape. The default is
             `jax.default_device` or, if it is not set, the first device of this process; the arrays
             are committed to it. Each device reads its own shards.
+        mesh: devices to divide the parameters over, instead of `sharding`: a `jax.sharding.Mesh`
+            with axes of "data" (divides the batch), "fsdp" (divides the batch and the parameters)
+            and "model" (divides heads and features). See docs/devices.md. The arrays have auto
+            axes, whatever those of the mesh are.
         check: compare every array, and the configuration, with the digest stored when it was
             written. This copies each array from its device to the host. Arrays sharded across
             processes are not compared.
@@ -59,10 +63,11 @@ def load(
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        TypeError: `path` or `sharding` has another type.
+        TypeError: `path`, `sharding` or `mesh` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
             damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
-            is missing; or an update does not fit the parameters.
+            is missing; an update does not fit the parameters; or an axis of `mesh` is unknown or
+            does not divide the heads or features (raised before any array is read).
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
@@ -78,6 +83,11 @@ def load(
         raise ValueError("mesh and sharding are both given; expected one of them")
     sharding_for = _sharding_function(sharding)
     find_files(loras)  # said before the weights are read
+    if loras and isinstance(mesh, Mesh) and mesh.is_multi_process:
+        raise ValueError(
+            "loras are given with a mesh of several processes; expected one process, or a "
+            "checkpoint into which they are merged (load and save it in one process)"
+        )
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
         if mesh is not None:

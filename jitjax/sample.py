@@ -18,6 +18,7 @@ from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.attention import check_implementation
 from jitjax.models.partitioning import over_batch
+from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
@@ -56,7 +57,9 @@ def sample(
         progress: show a progress bar of the steps on standard error.
 
     Returns:
-        Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN.
+        Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
+        parameters on a mesh (`load(mesh=...)`) they are divided over its batch axes if these divide
+        the batch; if the mesh spans processes, every process has all images.
 
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
@@ -84,9 +87,14 @@ def sample(
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     check_guidance(guidance, batch)
+    check_same_call(
+        params, prompt=prompt, key=key, plan=plan, height=height, width=width, guidance=guidance
+    )
     noise, denoise_keys = _start(grid, config.transformer.in_channels, batch_keys(key, batch))
     conditioning = prompt if isinstance(prompt, Conditioning) else encode_prompt(params, prompts)
-    with tqdm(total=plan.steps, unit="step", disable=not progress or sys.stderr is None) as bar:
+    # Of several processes all run the steps one by one, and the first one shows them.
+    hidden = not progress or sys.stderr is None or jax.process_index() > 0
+    with tqdm(total=plan.steps, unit="step", disable=hidden) as bar:
         reports = StepReports(bar.update)
         tokens = denoise(
             params,
@@ -144,7 +152,8 @@ def decode(
             f"tokens has shape {list(tokens.shape)}; expected [batch, {expected[0]}, "
             f"{expected[1]}] for a grid of {grid[0]} x {grid[1]} tokens"
         )
-    return _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
+    images = _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
+    return on_every_process(images)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

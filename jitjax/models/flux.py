@@ -209,13 +209,13 @@ class FluxTransformer(nn.Module):
         text_stream = Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
         block_args = (config, dtype, self.attention)
-        double = scan_blocks(
-            DoubleBlock, config.num_layers, 3, "transformer/double_blocks"
-        )(*block_args, name="double_blocks")
+        double = scan_blocks(DoubleBlock, config.num_layers, 3, "transformer/double_blocks")(
+            *block_args, name="double_blocks"
+        )
         streams, _ = double((text_stream, image_stream), conditioning, rotation, mask)
-        single = scan_blocks(
-            SingleBlock, config.num_single_layers, 3, "transformer/single_blocks"
-        )(*block_args, name="single_blocks")
+        single = scan_blocks(SingleBlock, config.num_single_layers, 3, "transformer/single_blocks")(
+            *block_args, name="single_blocks"
+        )
         x, _ = single(jnp.concatenate(streams, axis=1), conditioning, rotation, mask)
 
         image_stream = x[:, text_length:]

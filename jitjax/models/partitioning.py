@@ -150,7 +150,11 @@ def partition_spec(
         axes: tuple[str, ...] = ()
         for axis in MESH_AXES[kind]:
             skipped = gathered and axis == "fsdp" and kind != "vector"
-            if axis in sizes and not skipped and length % math.prod(sizes[a] for a in (*axes, axis)) == 0:
+            if (
+                axis in sizes
+                and not skipped
+                and length % math.prod(sizes[a] for a in (*axes, axis)) == 0
+            ):
                 axes = (*axes, axis)
         entries.append(axes or None)
     return PartitionSpec(*entries)
