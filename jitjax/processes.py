@@ -9,6 +9,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
@@ -53,7 +54,7 @@ def _digest(value: Any) -> np.ndarray:
         return np.zeros(8, np.uint32)
     parts = []
     for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if isinstance(leaf, (jax.Array, np.ndarray)):
             known = getattr(leaf, "is_fully_addressable", True)

@@ -37,7 +37,7 @@ from jitjax.models.layers import (
     sinusoidal_embedding,
 )
 from jitjax.models.linen import Dense, scan_blocks
-from jitjax.models.partitioning import over_batch, product_of_joined, whole
+from jitjax.models.partitioning import product_of_joined, whole
 from jitjax.models.precision import at_least_float32
 
 

@@ -17,7 +17,7 @@ Source of "model": Shoeybi et al., 2019 (arXiv 1909.08053); of "fsdp": Rajbhanda
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -147,16 +147,10 @@ def partition_spec(
     kinds = (*(None,) * (len(shape) - len(kinds)), *kinds)
     entries = []
     for kind, length in zip(kinds, shape, strict=True):
-        axes: tuple[str, ...] = ()
-        for axis in MESH_AXES[kind]:
-            skipped = gathered and axis == "fsdp" and kind != "vector"
-            if (
-                axis in sizes
-                and not skipped
-                and length % math.prod(sizes[a] for a in (*axes, axis)) == 0
-            ):
-                axes = (*axes, axis)
-        entries.append(axes or None)
+        wanted = [axis for axis in MESH_AXES[kind] if axis in sizes]
+        if gathered and kind != "vector":
+            wanted = [axis for axis in wanted if axis != "fsdp"]
+        entries.append(_dividing(wanted, length, sizes))
     return PartitionSpec(*entries)
 
 
@@ -179,12 +173,18 @@ def current_mesh() -> AbstractMesh | None:
 
 def batch_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
     """Return the axes that divide a batch of this size; None if there are none."""
-    axes: tuple[str, ...] = ()
-    for axis in BATCH_AXES:
-        size = math.prod(mesh.shape[name] for name in (*axes, axis) if name in mesh.shape)
-        if axis in mesh.shape and batch % size == 0:
-            axes = (*axes, axis)
-    return axes or None
+    return _dividing([axis for axis in BATCH_AXES if axis in mesh.shape], batch, mesh.shape)
+
+
+def _dividing(
+    axes: Sequence[str], length: int, sizes: Mapping[str, int]
+) -> tuple[str, ...] | None:
+    """Return those of the axes that together divide a length; None if there are none."""
+    chosen: tuple[str, ...] = ()
+    for axis in axes:
+        if length % math.prod(sizes[name] for name in (*chosen, axis)) == 0:
+            chosen = (*chosen, axis)
+    return chosen or None
 
 
 def over_batch(x: Array) -> Array:

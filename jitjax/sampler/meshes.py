@@ -97,10 +97,10 @@ def _mesh_of(arrays: list[Any]) -> contextlib.AbstractContextManager[Any]:
     if not meshes or not get_abstract_mesh().empty:
         return contextlib.nullcontext()
     concrete = [getattr(x, "sharding", None) for x in arrays if not isinstance(x, Tracer)]
-    for sharding in concrete:
-        if isinstance(sharding, NamedSharding) and sharding.mesh.abstract_mesh == meshes[0]:
+    for mesh in (getattr(sharding, "mesh", None) for sharding in concrete):
+        if isinstance(mesh, Mesh) and mesh.abstract_mesh == meshes[0]:
             with contextlib.suppress(ValueError):  # inside a transformation
-                return jax.set_mesh(sharding.mesh)
+                return jax.set_mesh(mesh)
     return use_abstract_mesh(meshes[0])
 
 
