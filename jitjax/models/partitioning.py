@@ -22,6 +22,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -202,6 +203,11 @@ def whole(x: Array) -> Array:
 
 
 def _constrain(x: Array, *entries: Any) -> Array:
+    if not isinstance(x, Tracer):
+        try:
+            jax.sharding.get_mesh()
+        except ValueError:  # inside a transformation, where only the mesh's shape is known
+            return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
