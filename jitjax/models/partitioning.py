@@ -48,7 +48,7 @@ vector per sample: its weights stay divided, because it is cheaper to gather the
 DIVISIBLE = ("channels", "heads", "features")
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    ("transformer/*/*modulation/kernel", (None, None, "vector")),
+    ("transformer/*modulation/kernel", (None, None, "vector")),
     ("transformer/*attention/qkv/kernel", ("channels", None, "heads", None)),
     ("transformer/*attention/qkv/bias", (None, "heads", None)),
     ("transformer/*_attention_out/kernel", ("heads", "channels")),
