@@ -90,7 +90,7 @@ def check_mesh(mesh: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
             features.
     """
     if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh is a {type(mesh).__name__}; expected a jax.sharding.Mesh")
+        raise TypeError(f"mesh has the type {type(mesh).__name__}; expected a jax.sharding.Mesh")
     unknown = [name for name in mesh.axis_names if name not in AXES]
     if unknown:
         raise ValueError(f"mesh has the axis {unknown[0]!r}; expected axes of {', '.join(AXES)}")
@@ -177,9 +177,7 @@ def batch_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
     return _dividing([axis for axis in BATCH_AXES if axis in mesh.shape], batch, mesh.shape)
 
 
-def _dividing(
-    axes: Sequence[str], length: int, sizes: Mapping[str, int]
-) -> tuple[str, ...] | None:
+def _dividing(axes: Sequence[str], length: int, sizes: Mapping[str, int]) -> tuple[str, ...] | None:
     """Return those of the axes that together divide a length; None if there are none."""
     chosen: tuple[str, ...] = ()
     for axis in axes:
