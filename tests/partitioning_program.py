@@ -23,7 +23,6 @@ from golden import build
 import jitjax
 from jitjax.checkpoint import FluxParams, abstract_params
 from jitjax.denoise import FluxVelocity
-from jitjax.models.partitioning import batch_axes
 from jitjax.sampler.meshes import with_auto_axes
 
 CONFIG = dataclasses.replace(
@@ -169,25 +168,20 @@ def check_all_axes(folder: Path, params: FluxParams, expected: np.ndarray) -> No
             assert got.sharding.is_fully_replicated
 
 
-def velocity_program(folder: Path, *sizes: int) -> list[Collective]:
-    """Compile one evaluation of the transformer, for a batch that the mesh divides."""
-    mesh = make_mesh(*sizes)
-    params = jitjax.load(folder, mesh=mesh, parts=("transformer",))
+def velocity_program(folder: Path, *sizes: int, batch: int = BATCH) -> list[Collective]:
+    """Compile one evaluation of the transformer; its inputs are not divided yet."""
+    params = jitjax.load(folder, mesh=make_mesh(*sizes), parts=("transformer",))
     velocity = FluxVelocity(CONFIG.transformer)
-    over = jax.sharding.NamedSharding(
-        jax.tree.leaves(params)[0].sharding.mesh,
-        jax.sharding.PartitionSpec(batch_axes(mesh.abstract_mesh, BATCH)),
-    )
-    tokens = jax.device_put(jnp.zeros((BATCH, 16, 64)), over)
-    text = jnp.zeros((BATCH, CONFIG.text_length, CONFIG.t5.d_model))
-    conditioning = jitjax.Conditioning(text, jnp.zeros((BATCH, CONFIG.clip.hidden_size)))
+    text = jnp.zeros((batch, CONFIG.text_length, CONFIG.t5.d_model))
+    conditioning = jitjax.Conditioning(text, jnp.zeros((batch, CONFIG.clip.hidden_size)))
 
     @with_auto_axes()
     def run(params, tokens, conditioning):
-        positions = jnp.zeros((BATCH, 16, 3), jnp.int32)
-        args = (params.transformer, conditioning, jnp.ones(BATCH))
+        positions = jnp.zeros((batch, 16, 3), jnp.int32)
+        args = (params.transformer, conditioning, jnp.ones(batch))
         return velocity(tokens, positions, jnp.float32(0.5), None, args)
 
+    tokens = jnp.zeros((batch, 16, 64))
     compiled = jax.jit(run).lower(params, tokens, conditioning).compile()
     return collectives(compiled.as_text())
 
@@ -195,34 +189,34 @@ def velocity_program(folder: Path, *sizes: int) -> list[Collective]:
 def check_programs(folder: Path) -> None:
     """Which exchanges there are, and how large their results are on one device."""
     h, tokens = HIDDEN, 16 + CONFIG.text_length
-    kernels, rows = 2 * (3 + 1 + 4 + 4) * h**2 + (3 + 4 + 5) * h**2, (2 * 6 + 3) * h
+    kernels = 2 * (3 + 1 + 4 + 4) * h**2 + (3 + 4 + 5) * h**2  # of a block of each kind
+    vectors = (2 * 6 + 3) * h  # per sample
     out = 5 * h**2
 
-    found = velocity_program(folder, 1, 8, 1)
-    # The kernels of one block of each kind, and the vectors of all samples; nothing else.
-    assert {c.kind for c in found} == {"all-gather"}, found
-    assert all(c.in_loop for c in found if c.elements > BATCH * 2 * h), found
-    in_loop = [c for c in found if c.in_loop]
-    assert total(in_loop, "all-gather") == kernels + BATCH * rows, in_loop
-    assert max(c.elements for c in in_loop) <= kernels
+    for batch in (BATCH, 1):
+        found = velocity_program(folder, 1, 8, 1, batch=batch)
+        in_loop = [c for c in found if c.in_loop]
+        assert {c.kind for c in in_loop} == {"all-gather"}, in_loop
+        assert total(in_loop, "all-gather") == kernels + batch * vectors, in_loop
+        assert max(c.elements for c in in_loop) == out, in_loop  # the largest kernel of one block
+        assert all(c.elements <= BATCH * 2 * h for c in found if not c.in_loop), found
 
     found = velocity_program(folder, 1, 1, 8)
     in_loop = [c for c in found if c.in_loop]
     # The sums after the output projections: attention and MLP of either stream, and the single one.
     assert total(in_loop, "all-reduce") == (2 + 1) * BATCH * tokens * h, in_loop
-    assert total(in_loop, "all-gather") == BATCH * rows, in_loop  # vectors
-    assert total(in_loop, "all-to-all") == out // 8, in_loop  # rows for columns: a device's share
-    assert not [c for c in found if not c.in_loop and c.elements > BATCH * 2 * h], found
-    assert {c.kind for c in found} == {"all-reduce", "all-gather", "all-to-all"}, found
+    assert total(in_loop, "all-gather") == BATCH * vectors, in_loop
+    assert total(in_loop, "all-to-all") == out // 8, in_loop  # columns for rows: a device's share
+    assert {c.kind for c in in_loop} == {"all-reduce", "all-gather", "all-to-all"}, in_loop
+    assert all(c.elements <= BATCH * 2 * h for c in found if not c.in_loop), found
 
     found = velocity_program(folder, 2, 2, 2)
     in_loop = [c for c in found if c.in_loop]
     assert total(in_loop, "all-reduce") == (2 + 1) * (BATCH // 4) * tokens * h, in_loop
-    assert total(in_loop, "all-gather") == kernels // 2 + BATCH * rows, in_loop
+    assert total(in_loop, "all-gather") == kernels // 2 + BATCH * vectors, in_loop
     assert total(in_loop, "all-to-all") == out // 2, in_loop
 
-    found = velocity_program(folder, 8, 1, 1)
-    assert not [c for c in found if c.in_loop], found
+    assert not [c for c in velocity_program(folder, 8, 1, 1) if c.in_loop]
 
 
 def check_gradients(folder: Path, params: FluxParams) -> None:

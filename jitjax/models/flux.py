@@ -37,7 +37,7 @@ from jitjax.models.layers import (
     sinusoidal_embedding,
 )
 from jitjax.models.linen import Dense, scan_blocks
-from jitjax.models.partitioning import over_batch, product_of_joined, whole
+from jitjax.models.partitioning import over_batch, product_of_joined
 from jitjax.models.precision import at_least_float32
 
 
@@ -199,7 +199,7 @@ class FluxTransformer(nn.Module):
         conditioning = embed_scalar("sigma_in", sigma) + embed_vector("pooled_in", pooled)
         if config.guidance_embeds:
             conditioning = conditioning + embed_scalar("guidance_in", guidance)
-        conditioning = whole(nn.silu(conditioning).astype(dtype))
+        conditioning = nn.silu(conditioning).astype(dtype)
 
         text_positions = jnp.zeros((batch, text_length, 3), jnp.float32)
         positions = jnp.concatenate([text_positions, positions.astype(jnp.float32)], axis=1)
