@@ -37,7 +37,7 @@ from jitjax.models.layers import (
     sinusoidal_embedding,
 )
 from jitjax.models.linen import Dense, scan_blocks
-from jitjax.models.partitioning import over_batch, product_of_joined
+from jitjax.models.partitioning import product_of_joined
 from jitjax.models.precision import at_least_float32
 
 
@@ -205,8 +205,8 @@ class FluxTransformer(nn.Module):
         positions = jnp.concatenate([text_positions, positions.astype(jnp.float32)], axis=1)
         rotation = rotary_embedding(positions, config.axes_dims_rope)
 
-        image_stream = over_batch(Dense(config.hidden, dtype=dtype, name="image_in")(tokens))
-        text_stream = over_batch(Dense(config.hidden, dtype=dtype, name="text_in")(text))
+        image_stream = Dense(config.hidden, dtype=dtype, name="image_in")(tokens)
+        text_stream = Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
         block_args = (config, dtype, self.attention)
         double = scan_blocks(DoubleBlock, config.num_layers, 3, "transformer/double_blocks")(

@@ -212,7 +212,9 @@ def _constrain(x: Array, *entries: Any) -> Array:
 def gather_block(prefix: str) -> Callable[[Any, Any], Any] | None:
     """Return what gathers the parameters of one block over "fsdp", for `nn.scan`.
 
-    Without it XLA may divide the activations over their channels instead, or gather the stack.
+    If "fsdp" does not divide the batch, XLA would divide the channels of the activations instead,
+    and sum all products, which at 1024 x 1024 pixels are more bytes than the weights. Quantised
+    weights are gathered as they are stored.
 
     Args:
         prefix: path of the stack, such as "transformer/single_blocks".
