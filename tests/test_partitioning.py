@@ -34,8 +34,10 @@ def full_size_shapes(*parts: str) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-@pytest.mark.parametrize("check", ["pictures", "all axes", "programs", "gradients"])
-def test_over_eight_devices(check):
+@pytest.mark.parametrize(
+    "checks", [("pictures",), ("all axes",), ("programs", "quantised"), ("gradients",)]
+)
+def test_over_eight_devices(checks):
     """In a process of its own, because the number of devices is fixed when JAX starts."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -43,7 +45,7 @@ def test_over_eight_devices(check):
     }
     program = Path(__file__).with_name("partitioning_program.py")
     process = subprocess.run(
-        [sys.executable, program, check], capture_output=True, text=True, env=environment
+        [sys.executable, program, *checks], capture_output=True, text=True, env=environment
     )
     assert process.stdout.strip() == "all equal", process.stdout + process.stderr[-3000:]
 

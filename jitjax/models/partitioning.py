@@ -227,8 +227,9 @@ def gather_block(prefix: str) -> Callable[[Any, Any], Any] | None:
         return None
 
     def gather(path: Any, leaf: Array) -> Array:
-        keys = [str(key.key) for key in path if hasattr(key, "key")]
-        name = "/".join(keys[keys.index("params") + 1 :])
+        # Keys of dictionaries, and attributes of quantised kernels.
+        keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        name = "/".join(str(key) for key in keys[keys.index("params") + 1 :])
         spec = partition_spec(f"{prefix}/{name}", leaf.shape, mesh.shape, gathered=True)
         return jax.lax.with_sharding_constraint(leaf, spec)
 
@@ -272,31 +273,57 @@ def product_of_joined(product: Callable[..., Array], width: int) -> Callable[...
     are divided over their columns, for others; it never holds more of a block's than its share.
 
     Args:
-        product: a function with the arguments of `lax.dot_general`.
+        product: a function with the arguments of `lax.dot_general`; its kernel may be a pytree of
+            a quantised kernel's values and scales, whose rows follow the inputs.
         width: channels of the first array.
     """
     mesh = current_mesh()
     if mesh is None or "model" not in mesh.shape:
         return product
+    devices = mesh.shape["model"]
 
-    def multiply(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+    def multiply(x: Array, kernel: Any, *args: Any, **kwargs: Any) -> Array:
+        leaves, structure = jax.tree.flatten(kernel)
+        cuts = [_cut(leaf, width, x.shape[-1], devices) for leaf in leaves]
+        # More than values and scales are a low-rank update, whose rows are not all inputs.
+        if None in cuts or len(leaves) > 2:
+            return product(x, kernel, *args, **kwargs)  # XLA gathers `x`
         # Divided over columns first, or XLA would exchange rows, and then rows of rows.
-        columns = _constrain(kernel, None, "model")
-        parts = [columns[rows] for rows in (slice(0, width), slice(width, None))]
+        leaves = [_constrain(leaf, None, "model") for leaf in leaves]
+        pairs = list(zip(leaves, cuts, strict=True))
+        halves = (
+            [leaf[:cut] if cut else leaf for leaf, cut in pairs],
+            [leaf[cut:] if cut else leaf for leaf, cut in pairs],
+        )
+        weights = [[_constrain(part, None, "model") for part in half] for half in halves]
+        spec = structure.unflatten([PartitionSpec("model" if cut else None) for cut in cuts])
         batch = batch_axes(mesh, x.shape[0])
-        inputs, weights = PartitionSpec(batch, None, "model"), PartitionSpec("model")
+        inputs = PartitionSpec(batch, None, "model")
 
-        def of_device(x: Array, y: Array, for_x: Array, for_y: Array) -> Array:
+        def of_device(x: Array, y: Array, for_x: Any, for_y: Any) -> Array:
             out = product(x, for_x, *args, **kwargs) + product(y, for_y, *args, **kwargs)
             return jax.lax.psum(out, "model")
 
         run = jax.shard_map(
             of_device,
             mesh=mesh,
-            in_specs=(inputs, inputs, weights, weights),
+            in_specs=(inputs, inputs, spec, spec),
             out_specs=PartitionSpec(batch),
             check_vma=False,
         )
-        return run(x[..., :width], x[..., width:], *(_constrain(p, None, "model") for p in parts))
+        return run(x[..., :width], x[..., width:], *map(structure.unflatten, weights))
 
     return multiply
+
+
+def _cut(leaf: Array, width: int, inputs: int, devices: int) -> int | None:
+    """Return how many rows of a kernel's array belong to the first `width` of the inputs.
+
+    It is 0 for a single row, such as the scales of output channels, which belongs to all inputs;
+    and None if the array cannot be cut there, or the devices do not divide the two parts.
+    """
+    rows = leaf.shape[0]
+    if rows == 1:
+        return 0
+    cut, rest = divmod(rows * width, inputs)
+    return None if rest or leaf.ndim != 2 or cut % devices or (rows - cut) % devices else cut
