@@ -17,6 +17,7 @@ from jitjax.latents import token_grid
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options
 from jitjax.offload import in_host_memory
+from jitjax.processes import check_same_call, on_every_process
 from jitjax.sample import sample
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.text import as_prompts, check_params, encode_ids, tokenize
@@ -74,7 +75,9 @@ class CompiledSampler:
         check_params(params)
         t5_ids, clip_ids = tokenize(params.tokenizer, prompts, params.config)
         guidance = check_guidance(guidance, self.batch)
-        return self.executable(params, t5_ids, clip_ids, batch_keys(key, self.batch), guidance)
+        check_same_call(params, prompt=prompts, key=key, guidance=guidance)
+        keys = batch_keys(key, self.batch)
+        return on_every_process(self.executable(params, t5_ids, clip_ids, keys, guidance))
 
 
 def compile(

@@ -19,6 +19,7 @@ from jitjax.config import EMBEDDING_SCALE, FluxConfig, TransformerConfig
 from jitjax.latents import draw_noise
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
+from jitjax.models.partitioning import over_batch
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
@@ -260,6 +261,7 @@ def denoise(
             f"noise has {n} tokens; expected {grid[0]} x {grid[1]} (pass `grid` if the image is "
             "not square)"
         )
+    noise = over_batch(noise)
     conditioning.check(params.config, batch=b)
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)

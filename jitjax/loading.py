@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint import PARTS, FluxParams
+from jitjax.checkpoint import PARTS, FluxParams, abstract_params, read_metadata
 from jitjax.checkpoint.restoring import (
     Sharding,
     ShardingFor,
@@ -20,6 +21,9 @@ from jitjax.checkpoint.restoring import (
     on_cpu,
     place_on_devices,
 )
+from jitjax.config import FluxConfig
+from jitjax.models.partitioning import check_mesh, sharding_function
+from jitjax.nested import flatten
 from jitjax.offload import move_to_host
 from jitjax.validation import shown
 
@@ -32,6 +36,7 @@ def load(
     dtype: DTypeLike | None = None,
     parts: Iterable[str] = PARTS,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    mesh: Mesh | None = None,
     check: bool = True,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
     low_memory: bool = False,
@@ -50,6 +55,10 @@ def load(
             path (such as "transformer/single_blocks/out/kernel") and shape. The default is
             `jax.default_device` or, if it is not set, the first device of this process; the arrays
             are committed to it. Each device reads its own shards.
+        mesh: devices to divide the parameters over, instead of `sharding`: a `jax.sharding.Mesh`
+            with axes of "data" (divides the batch), "fsdp" (divides the batch and the parameters)
+            and "model" (divides heads and features). See docs/devices.md. The arrays have auto
+            axes, whatever those of the mesh are.
         check: compare every array, and the configuration, with the digest stored when it was
             written. This copies each array from its device to the host. Arrays sharded across
             processes are not compared.
@@ -66,10 +75,11 @@ def load(
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        TypeError: `path` or `sharding` has another type.
+        TypeError: `path`, `sharding` or `mesh` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
             damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
-            is missing; or an update does not fit the parameters.
+            is missing; an update does not fit the parameters; or an axis of `mesh` is unknown or
+            does not divide the heads or features (raised before any array is read).
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
@@ -81,11 +91,19 @@ def load(
         raise ValueError(f"path is empty; expected a checkpoint folder, or one of {bundled()}")
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
+    if mesh is not None and sharding is not None:
+        raise ValueError("mesh and sharding are both given; expected one of them")
     sharding_for = _sharding_function(sharding)
-    read_to = on_cpu if low_memory else sharding_for
     find_files(loras)  # said before the weights are read
+    if loras and isinstance(mesh, Mesh) and mesh.is_multi_process:
+        raise ValueError(
+            "loras are given with a mesh of several processes; expected one process, or a "
+            "checkpoint into which they are merged (load and save it in one process)"
+        )
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
+        if mesh is not None:
+            sharding_for = _sharding_over_mesh(mesh, params.config, wanted)
         params = params if low_memory else place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
@@ -94,7 +112,9 @@ def load(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
                 f"`python -m jitjax.convert`, or one of {bundled()}"
             )
-        params = load_folder(folder, kind, wanted, read_to, check)
+        if mesh is not None:
+            sharding_for = _sharding_over_mesh(mesh, read_metadata(folder)["config"], wanted)
+        params = load_folder(folder, kind, wanted, on_cpu if low_memory else sharding_for, check)
     params = merge_loras(params, loras) if loras else params
     if low_memory:
         for part in PARTS:
@@ -150,6 +170,14 @@ def _sharding_function(sharding: Any) -> ShardingFor:
         return found
 
     return checked
+
+
+def _sharding_over_mesh(mesh: Mesh, config: FluxConfig, parts: Sequence[str]) -> ShardingFor:
+    """Return a function from the path and shape of a leaf to its sharding, by `RULES`."""
+    abstract = abstract_params(config)
+    trees: dict[str, Any] = {part: getattr(abstract, part) for part in parts}
+    check_mesh(mesh, {path: leaf.shape for path, leaf in flatten(trees).items()})
+    return sharding_function(mesh)
 
 
 def _default_device() -> Any:

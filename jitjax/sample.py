@@ -20,7 +20,9 @@ from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
+from jitjax.models.partitioning import over_batch
 from jitjax.offload import with_parts_on_device
+from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.checks import check_finite
 from jitjax.sampler.grid import Grid, as_grid, as_integer
 from jitjax.sampler.keys import split
@@ -70,6 +72,8 @@ def sample(
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
         more images than `chunk` they are a NumPy array, in the host's memory; but under `jit` and
         other transformations a JAX array, because there nothing can leave the device.
+        With parameters on a mesh (`load(mesh=...)`) they are divided over its batch axes if these
+        divide the batch; if the mesh spans processes, every process has all images.
 
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
@@ -102,6 +106,16 @@ def sample(
     chunks = 1 if chunk is None else -(-batch // int(chunk))
     chunk = -(-batch // chunks)
     guidance = check_guidance(guidance, batch)
+    check_same_call(
+        params,
+        prompt=prompt,
+        key=key,
+        plan=plan,
+        height=height,
+        width=width,
+        guidance=guidance,
+        chunk=chunk,
+    )
     check_fits(params, grid, chunk, plan, encode=bool(prompts))
     keys = batch_keys(key, batch)
     if isinstance(prompt, Conditioning):
@@ -111,11 +125,9 @@ def sample(
             check_finite("Conditioning.pooled", prompt.pooled)
     else:
         text = tokenize(params.tokenizer, prompts, config)
-    with tqdm(
-        total=chunks * plan.steps,
-        unit="step",
-        disable=progress is not True or sys.stderr is None,
-    ) as bar:
+    # Of several processes all run the steps one by one, and the first one shows them.
+    hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
+    with tqdm(total=chunks * plan.steps, unit="step", disable=hidden) as bar:
         reports = StepReports(progress if callable(progress) else bar.update)
         make = partial(
             _make_batch,
@@ -211,7 +223,8 @@ def decode(
             f"tokens has shape {list(tokens.shape)}; expected [batch, {expected[0]}, "
             f"{expected[1]}] for a grid of {grid[0]} x {grid[1]} tokens"
         )
-    return _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
+    images = _decode(params.config.autoencoder, grid, params.part("autoencoder"), tokens)
+    return on_every_process(images)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -219,7 +232,7 @@ def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) 
     from jitjax.models.autoencoder import from_latents
     from jitjax.models.strips import decode_latents
 
-    latents = from_latents(unpack(tokens, grid), config)
+    latents = from_latents(unpack(over_batch(tokens), grid), config)
     images = decode_latents(config, params, latents, jax.tree.leaves(params)[0].dtype)
     images = images.astype(jnp.float32)
     # Clipped, an infinity would be a white or black pixel that nobody notices.

@@ -114,6 +114,7 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
+@with_auto_axes()
 @partial(jax.jit, static_argnames="config")
 def encode_ids(
     t5: Any,

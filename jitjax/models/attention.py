@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jitjax.models.partitioning import over_heads
 from jitjax.models.precision import at_least_float32
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
@@ -84,6 +85,12 @@ def attend(
         raise ValueError(
             f"value has dtype {value.dtype}; expected bfloat16 or float16 for attention 'cudnn'"
         )
+    return over_heads(partial(_attend, implementation))(query, key, value, mask)
+
+
+def _attend(
+    implementation: str, query: Array, key: Array, value: Array, mask: Array | None
+) -> Array:
     if implementation != "auto":
         return {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}[implementation](
             query, key, value, mask

@@ -130,7 +130,7 @@ class CLIPText(nn.Module):
             c.max_position_embeddings, c.hidden_size, dtype=self.dtype, name="position_embedding"
         )
         x = embed_token(ids) + embed_position(jnp.arange(length))[None]
-        blocks = scan_blocks(Block, c.num_hidden_layers)
+        blocks = scan_blocks(Block, c.num_hidden_layers, 0, "clip/blocks")
         x, _ = blocks(c, self.dtype, name="blocks")(x)
         hidden = layer_norm(c, self.dtype, "final_norm")(x)
         end = end_of_text(ids, c.eos_token_id)

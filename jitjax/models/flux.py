@@ -32,10 +32,12 @@ from jitjax.models.layers import (
     dense,
     modulate,
     modulation_vectors,
+    product,
     rotary_embedding,
     sinusoidal_embedding,
 )
 from jitjax.models.linen import Dense, scan_blocks
+from jitjax.models.partitioning import product_of_joined
 from jitjax.models.precision import at_least_float32
 
 
@@ -121,7 +123,8 @@ class SingleBlock(nn.Module):
         attended = _rotary_attention(*project(normed), rotation, mask, self.attention)
         mlp = nn.gelu(dense(4 * config.hidden, dtype=dtype, name="mlp_up")(normed), True)
         joined = jnp.concatenate([attended, mlp], axis=-1)
-        y = dense(config.hidden, dtype=dtype, name="out")(joined)
+        multiply = product_of_joined(product, config.hidden)
+        y = dense(config.hidden, dtype=dtype, dot_general=multiply, name="out")(joined)
         return clip_float16(x + gate[:, None, :] * y), None
 
 
@@ -206,9 +209,11 @@ class FluxTransformer(nn.Module):
         text_stream = Dense(config.hidden, dtype=dtype, name="text_in")(text)
 
         block_args = (config, dtype, self.attention)
-        double = scan_blocks(DoubleBlock, config.num_layers, 3)(*block_args, name="double_blocks")
+        double = scan_blocks(DoubleBlock, config.num_layers, 3, "transformer/double_blocks")(
+            *block_args, name="double_blocks"
+        )
         streams, _ = double((text_stream, image_stream), conditioning, rotation, mask)
-        single = scan_blocks(SingleBlock, config.num_single_layers, 3)(
+        single = scan_blocks(SingleBlock, config.num_single_layers, 3, "transformer/single_blocks")(
             *block_args, name="single_blocks"
         )
         x, _ = single(jnp.concatenate(streams, axis=1), conditioning, rotation, mask)

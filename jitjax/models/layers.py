@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jitjax.models import linen
 from jitjax.models.param_shapes import SCALAR_WIDTH
+from jitjax.models.partitioning import over_batch, whole
 from jitjax.models.precision import at_least_float32
 
 EPSILON = 1e-6
@@ -169,6 +170,7 @@ def modulation_vectors(
     """
     features = (parts, conditioning.shape[-1])
     out = dense_general(features, dtype=dtype, name=name)(conditioning)
+    out = over_batch(whole(out))  # the weights stay divided
     return [out[:, part] for part in range(parts)]
 
 

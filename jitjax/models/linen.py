@@ -6,6 +6,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from jitjax.models.partitioning import gather_block
+
 
 class GivenParams:
     """Makes a Flax module take parameters as they are given.
@@ -49,13 +51,14 @@ class RMSNorm(GivenParams, nn.RMSNorm):
     """`nn.RMSNorm` with given parameters."""
 
 
-def scan_blocks(block: type[nn.Module], length: int, constants: int = 0) -> Any:
+def scan_blocks(block: type[nn.Module], length: int, constants: int, path: str) -> Any:
     """Chain `length` blocks, with their parameters stacked along a leading axis.
 
     Args:
         block: a module whose call returns its new input and None, as `nn.scan` expects.
         length: number of blocks.
         constants: number of further arguments, which are the same for all blocks.
+        path: path of the stack in `FluxParams`, such as "t5/blocks".
     """
     in_axes: Any = (nn.broadcast,) * constants
     return nn.scan(
@@ -65,4 +68,5 @@ def scan_blocks(block: type[nn.Module], length: int, constants: int = 0) -> Any:
         in_axes=in_axes,
         length=length,
         check_constancy_invariants=False,  # would trace the block twice
+        data_transform=gather_block(path),
     )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jitjax.config import T5Config
 from jitjax.models.linen import Dense, DenseGeneral, Embed, GivenParams, scan_blocks
+from jitjax.models.partitioning import over_batch, whole
 
 
 class RMSNorm(GivenParams, nn.Module):
@@ -153,7 +154,8 @@ class T5Encoder(nn.Module):
             Hidden states after the final norm, [b, l, d_model] in `dtype`.
         """
         c = self.config
-        x = Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="token_embedding")(ids)
+        embed = Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="token_embedding")
+        x = over_batch(embed(whole(ids)))
         buckets = relative_buckets(
             ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
         )
@@ -162,6 +164,6 @@ class T5Encoder(nn.Module):
         )
         bias = relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
         key_mask = None if mask is None else mask[:, None, None, :]
-        blocks = scan_blocks(Block, c.num_layers, 2)
+        blocks = scan_blocks(Block, c.num_layers, 2, "t5/blocks")
         x, _ = blocks(c, self.dtype, name="blocks")(x, bias, key_mask)
         return RMSNorm(c.layer_norm_epsilon, self.dtype, name="final_norm")(x)

@@ -6,6 +6,7 @@ sharded. The models and the sampler leave that to XLA, which is what auto axes m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def with_auto_axes(*batched: str) -> Callable[[Callable[Args, Result]], Callable
             explicit = [x for x in arrays if _has_explicit_axes(_mesh(x))]
             context = get_abstract_mesh()
             if not explicit and not _has_explicit_axes(context):
-                return function(*args, **kwargs)
+                with _mesh_of(arrays):
+                    return function(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             batch, axis = _batch_axis([arguments.get(name) for name in batched])
 
@@ -65,9 +67,10 @@ def with_auto_axes(*batched: str) -> Callable[[Callable[Args, Result]], Callable
             # Without a context, operations outside `jit` run where their arrays are.
             args, kwargs = jax.tree.map(_put_on_auto_axes, (args, kwargs))
             sharding: Any = explicit[0].sharding
+            with _mesh_of(jax.tree.leaves((args, kwargs))):
+                result = function(*args, **kwargs)
             return _map_arrays(
-                lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))),
-                function(*args, **kwargs),
+                lambda leaf: jax.device_put(leaf, NamedSharding(sharding.mesh, spec(leaf))), result
             )
 
         return wrapped
@@ -88,12 +91,26 @@ def _run_in_context(
         return _map_arrays(lambda leaf: reshard(leaf, spec(leaf)), result)
 
 
+def _mesh_of(arrays: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Set the mesh of the first array that lies on several devices, unless one is set."""
+    meshes = [mesh for x in arrays if (mesh := _mesh(x)) is not None and mesh.size > 1]
+    if not meshes or not get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    concrete = [getattr(x, "sharding", None) for x in arrays if not isinstance(x, Tracer)]
+    for mesh in (getattr(sharding, "mesh", None) for sharding in concrete):
+        if isinstance(mesh, Mesh) and mesh.abstract_mesh == meshes[0]:
+            with contextlib.suppress(ValueError):  # inside a transformation
+                return jax.set_mesh(mesh)
+    return use_abstract_mesh(meshes[0])
+
+
 def _map_arrays(change: Callable[[Any], Any], tree: Any) -> Any:
     return jax.tree.map(lambda leaf: change(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
-def _mesh(array: jax.Array) -> AbstractMesh | None:
-    return getattr(jax.typeof(array).sharding, "mesh", None)
+def _mesh(array: Any) -> AbstractMesh | None:
+    known = isinstance(array, jax.Array)
+    return getattr(jax.typeof(array).sharding, "mesh", None) if known else None
 
 
 def _has_explicit_axes(mesh: AbstractMesh | None) -> bool:
