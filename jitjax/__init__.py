@@ -12,7 +12,7 @@ startup.begin()
 from typing import TYPE_CHECKING, Any
 
 from jitjax import sampler as _sampler
-from jitjax.checkpoint import FluxParams, save
+from jitjax.checkpoint import FluxParams, quantise_params, save
 from jitjax.compiled import CompiledSampler, compile
 from jitjax.config import FluxConfig
 from jitjax.denoise import denoise
@@ -41,6 +41,7 @@ __all__ = [
     "encode_prompt",
     "jit_solve",
     "load",
+    "quantise_params",
     "sample",
     "save",
 ]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint import PARTS, FluxParams
+from jitjax.checkpoint import PARTS, FluxParams, quantise_params
 from jitjax.checkpoint.restoring import Sharding, ShardingFor, load_folder, place_on_devices
+from jitjax.models.quantised import check_kind
 from jitjax.validation import shown
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -23,6 +24,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    quantise: str | None = None,
     parts: Iterable[str] = PARTS,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     check: bool = True,
@@ -35,7 +37,13 @@ def load(
             `python -m jitjax.convert`. `"./tiny"` and `Path("tiny")` are folders.
         dtype: dtype of the parameters and of the computation: bfloat16, float16, float32, or, with
             `jax_enable_x64`, float64. The default is the stored dtype; the bundled checkpoint is
-            stored in float16 and loaded as float32.
+            stored in float16 and loaded as float32. With quantised weights it is the dtype of all
+            other arrays and of the computation; a checkpoint that is stored quantised takes it only
+            together with `quantise`.
+        quantise: "int8" (a scale per output channel), "int4" (a scale per 64 inputs of it) or
+            "float8" (e4m3, a scale per output channel): quantises the projections in the blocks of
+            the transformer and of T5, block by block, so that no unquantised stack is ever held.
+            The default loads weights as they are stored.
         parts: names of the parts to load, of `PARTS`; the others stay empty. The default is all
             parts of the checkpoint.
         sharding: sharding of all arrays, or a function that returns the sharding of a leaf from its
@@ -56,8 +64,9 @@ def load(
         FileNotFoundError: the folder does not exist.
         TypeError: `path` or `sharding` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
-            damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
-            is missing; or an update does not fit the parameters.
+            damaged, or do not fit into `dtype`; `dtype` or `quantise` is not one of the above, or
+            does not go with how the checkpoint is quantised; a requested part is missing; or an
+            update does not fit the parameters.
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
@@ -69,10 +78,14 @@ def load(
         raise ValueError(f"path is empty; expected a checkpoint folder, or one of {bundled()}")
     wanted = _check_parts(parts)
     kind = None if dtype is None else _check_dtype(dtype)
+    if quantise is not None:
+        check_kind(quantise)
     sharding_for = _sharding_function(sharding)
     find_files(loras)  # said before the weights are read
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
+        if quantise is not None:
+            params = quantise_params(params, quantise)
         params = place_on_devices(params, sharding_for)
     else:
         folder = Path(path)
@@ -81,7 +94,7 @@ def load(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
                 f"`python -m jitjax.convert`, or one of {bundled()}"
             )
-        params = load_folder(folder, kind, wanted, sharding_for, check)
+        params = load_folder(folder, kind, wanted, sharding_for, check, quantise)
     return merge_loras(params, loras) if loras else params
 
 

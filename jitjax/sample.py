@@ -17,6 +17,7 @@ from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.models.attention import check_implementation
+from jitjax.models.quantised import float_dtype
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
@@ -152,7 +153,7 @@ def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) 
     from jitjax.models.strips import decode_latents
 
     latents = from_latents(unpack(tokens, grid), config)
-    images = decode_latents(config, params, latents, jax.tree.leaves(params)[0].dtype)
+    images = decode_latents(config, params, latents, float_dtype(params))
     images = images.astype(jnp.float32)
     # Clipped, an infinity would be a white or black pixel that nobody notices.
     return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)
