@@ -7,8 +7,6 @@ it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
@@ -16,21 +14,14 @@ from jitjax.checkpoint.array_layout import Digest
 from jitjax.checkpoint.array_reader import StoredLeaf
 from jitjax.models.quantised import Quantised, quantise_stack
 
-Edit = Callable[[str, np.ndarray, int], None]
-"""Changes blocks in place: path of their leaf, [blocks, ...], number of the first block."""
 
-
-def quantise_stored(
-    leaf: StoredLeaf, path: str, kind: str, digest: str | None, edit: Edit | None = None
-) -> tuple[Quantised, str]:
+def quantise_stored(leaf: StoredLeaf, kind: str, digest: str | None) -> tuple[Quantised, str]:
     """Read and quantise a stacked leaf.
 
     Args:
         leaf: the leaf on disk.
-        path: its path, such as "transformer/single_blocks/out/kernel"; for `edit`.
         kind: what it is quantised to.
         digest: the leaf's stored digest, or None to skip the comparison.
-        edit: changes each block before it is quantised.
 
     Returns:
         the quantised leaf in host memory, and a description of its damage, or "".
@@ -44,8 +35,6 @@ def quantise_stored(
         block = leaf[i][None]
         if digest is not None:
             stored.update(block)
-        if edit is not None:
-            edit(path, block, i)
         quantised = quantise_stack(block, kind)
         stack.values[i], stack.scales[i] = quantised.values[0], quantised.scales[0]
     is_damaged = digest is not None and stored.hexdigest() != digest

@@ -21,7 +21,7 @@ from jitjax.checkpoint.parameters import (
     FluxParams,
     abstract_params,
 )
-from jitjax.checkpoint.quantising import Edit, place, quantise_stored
+from jitjax.checkpoint.quantising import place, quantise_stored
 from jitjax.checkpoint.saving import METADATA_FILE, read_metadata
 from jitjax.models.quantised import (
     as_dicts,
@@ -45,7 +45,6 @@ def load_folder(
     sharding_for: ShardingFor,
     check: bool,
     quantise: str | None = None,
-    edit: Edit | None = None,
 ) -> FluxParams:
     """Load the parameters of a checkpoint.
 
@@ -53,7 +52,6 @@ def load_folder(
         folder: the checkpoint.
         dtype, parts, check, quantise: as for `jitjax.load`.
         sharding_for: returns the sharding of each leaf.
-        edit: changes the blocks of weights that are quantised now, before they are.
 
     Raises:
         ValueError: as `jitjax.load`.
@@ -70,7 +68,7 @@ def load_folder(
     if check and not metadata["config_is_intact"]:
         _check_shapes(folder, metadata, requested)  # a more precise message
         raise ValueError(f"{_CHANGED_CONFIG.format(folder / METADATA_FILE)}; {_REPAIR}")
-    return _load_parts(folder, metadata, requested, dtype, sharding_for, check, quantise, edit)
+    return _load_parts(folder, metadata, requested, dtype, sharding_for, check, quantise)
 
 
 def _check_quantisation(
@@ -131,7 +129,6 @@ def _load_parts(
     sharding_for: ShardingFor,
     check: bool,
     quantise: str | None,
-    edit: Edit | None,
 ) -> FluxParams:
     """Load some of the stored parts; the arguments are those of `load_folder`."""
     has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
@@ -168,7 +165,7 @@ def _load_parts(
             digest = None if digests is None else digests.get(name, "")
             try:
                 leaf = StoredLeaf(path, name)
-                host, problem = quantise_stored(leaf, f"{part}/{name}", quantise, digest, edit)
+                host, problem = quantise_stored(leaf, quantise, digest)
             except OSError as error:
                 problems.append(f"{part}/{name} {error}")
                 continue

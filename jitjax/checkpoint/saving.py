@@ -19,7 +19,7 @@ from jitjax.checkpoint.array_writer import Writer
 from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
 from jitjax.config import FluxConfig
-from jitjax.models.quantised import KINDS, QUANTISED_PARTS, kind_of
+from jitjax.models.quantised import KINDS, QUANTISED_PARTS, is_quantised, kind_of
 from jitjax.validation import check, read_json, shown
 
 FORMAT = 4
@@ -119,8 +119,10 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
             appears meanwhile; or another process is writing it.
         FileNotFoundError: the text encoders' tokenizer folder does not exist.
         OSError: a file cannot be written.
-        ValueError: all parts are empty, or a part is quantised in several ways.
+        ValueError: all parts are empty, a part is quantised in several ways, or quantised weights
+            have a low-rank update beside them.
     """
+    _check_no_updates(params)
     parts = [part for part in PARTS if getattr(params, part)]
     kinds = {part: kind for part in parts if (kind := kind_of(getattr(params, part)))}
     config, tokenizer = params.config, params.tokenizer
@@ -131,6 +133,16 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
             for key, leaf in jax.tree_util.tree_leaves_with_path(getattr(params, part)):
                 name = jax.tree_util.keystr(key, simple=True, separator="/")
                 write(part, name, np.asarray(leaf), 0, leaf.shape)
+
+
+def _check_no_updates(params: FluxParams) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_quantised)
+    if any(is_quantised(leaf) and leaf.down is not None for leaf in leaves):
+        raise ValueError(
+            "a LoRA is kept beside quantised weights, which a checkpoint does not store; save the "
+            "parameters without it, and pass it to load (loras=); or merge it for good, with "
+            "`python -m jitjax.convert SOURCE --lora FILE --quantise KIND`"
+        )
 
 
 @contextmanager

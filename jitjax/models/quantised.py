@@ -6,7 +6,7 @@
     float8    float8_e4m3fn, as uint8    1                  block and output channel
 
 Quantised are the kernels of all projections inside the scanned blocks of the transformer and of T5:
-95 % of FLUX.1-dev's weights. Everything else stays as it is, because it is small or sensitive:
+99 % of FLUX.1-dev's weights. Everything else stays as it is, because it is small or sensitive:
 biases, norms, embeddings, the layers outside the blocks (`image_in`, `text_in`, those that embed
 sigma, guidance and the pooled prompt, `final_modulation`, `image_out`), and CLIP and the
 autoencoder.
@@ -54,11 +54,16 @@ class Quantised:
         scales: [..., groups, *outputs], one per group of inputs; float32, and bfloat16 for int4.
             A weight is its value times its scale.
         kind: name of the quantisation, in `KINDS`.
+        down, up: [..., inputs, rank] and [..., rank, *outputs], a low-rank update (LoRA) whose
+            product is added to the weights; None without one. It is kept beside them, because most
+            of it is smaller than what rounding to the quantised values leaves.
     """
 
     values: Any
     scales: Any
     kind: str = dataclasses.field(metadata={"static": True})
+    down: Any = None
+    up: Any = None
 
     @property
     def size(self) -> int:
@@ -67,8 +72,8 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        arrays = (self.values, self.scales)
+        """Bytes of all arrays."""
+        arrays = jax.tree.leaves(self)
         return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
 
 
@@ -141,7 +146,7 @@ def _quantise_block(kernel: Float[Array, " inputs *outputs"], kind: str) -> Quan
 
 
 def dequantise(kernel: Quantised, dtype: DTypeLike) -> Float[Array, " inputs *outputs"]:
-    """Return the weights of one block of a quantised kernel."""
+    """Return the weights of one block of a quantised kernel, without its low-rank update."""
     wide = jnp.promote_types(dtype, jnp.float32)
     values = _values(kernel).astype(wide)
     groups = values.reshape(len(kernel.scales), -1, *values.shape[1:])
@@ -173,14 +178,22 @@ def multiply(x: Float[Array, "*batch inputs"], kernel: Quantised) -> Float[Array
     Returns:
         [*batch, *outputs].
     """
-    axes = (((x.ndim - 1,), (0,)), ((), ()))
     if kernel.kind == "int4":
-        return jax.lax.dot_general(x, dequantise(kernel, x.dtype), axes)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    values = _values(kernel).astype(x.dtype)
-    sums = jax.lax.dot_general(x, values, axes, preferred_element_type=wide)
-    scales = kernel.scales.astype(wide)
-    return (sums * scales.reshape((1,) * (x.ndim - 1) + scales.shape[1:])).astype(x.dtype)
+        product = _times(x, dequantise(kernel, x.dtype))
+    else:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        sums = _times(x, _values(kernel).astype(x.dtype), preferred_element_type=wide)
+        scales = kernel.scales.astype(wide)
+        scales = scales.reshape((1,) * (x.ndim - 1) + scales.shape[1:])
+        product = (sums * scales).astype(x.dtype)
+    if kernel.down is None:
+        return product
+    down, up = (factor.astype(x.dtype) for factor in (kernel.down, kernel.up))
+    return product + _times(_times(x, down), up)
+
+
+def _times(x: Array, matrix: Array, **options: Any) -> Array:
+    return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
 
 def quantise_tree(part: str, tree: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -235,17 +248,23 @@ def float_dtype(tree: Any) -> Any:
 
 
 def as_dicts(tree: Any) -> Any:
-    """Return a tree with {"values": ..., "scales": ...} for each quantised kernel."""
+    """Return a tree with {"values": ..., "scales": ...} for each quantised kernel.
+
+    Kernels with a low-rank update also have "down" and "up".
+    """
     if isinstance(tree, Mapping):
         return {name: as_dicts(node) for name, node in tree.items()}
-    return {"values": tree.values, "scales": tree.scales} if is_quantised(tree) else tree
+    if not is_quantised(tree):
+        return tree
+    arrays = {name: getattr(tree, name) for name in ("values", "scales", "down", "up")}
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def from_dicts(tree: Any, kind: str | None) -> Any:
-    """Return a tree with a `Quantised` of a kind for each {"values": ..., "scales": ...}."""
+    """Undo `as_dicts`: return a tree with a `Quantised` of a kind for each of its dictionaries."""
     if kind is None or not isinstance(tree, Mapping):
         return tree
-    if tree.keys() == {"values", "scales"}:
+    if {"values", "scales"} <= tree.keys():
         return Quantised(**tree, kind=kind)
     return {name: from_dicts(node, kind) for name, node in tree.items()}
 
