@@ -1,0 +1,171 @@
+"""Measures quantised weights: error of the velocity, bytes, speed, and pictures.
+
+    python -m benchmarks.quantisation                  errors, bytes and speed, of tiny and middle
+    python -m benchmarks.quantisation --pictures 24    and pictures of the bundled checkpoint
+
+The models are those of `benchmarks.speed_models`; the weights of "middle" are random. All is
+compared in one process with the same weights unquantised: errors on the same inputs, speed in
+turns, pictures from the same noise. Rows are JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jitjax
+from benchmarks.quality.__main__ import sample_batch
+from benchmarks.quality.judging import judge_image, similarity
+from benchmarks.quality.methods import parse_method
+from benchmarks.quality.prompts import prompts
+from benchmarks.quality.runner import Runner
+from benchmarks.quality.scores import interval
+from benchmarks.speed_models import MODELS, Bench
+from benchmarks.timing import compile_for, device_info, measure_in_turns, record_row
+from jitjax.checkpoint import quantise_params
+from jitjax.models.devices import compiler_options
+from jitjax.models.quantised import KINDS
+from jitjax.sampler.grid import positions
+
+SIGMAS = (1.0, 0.7, 0.4, 0.1)
+BATCH = 4
+
+
+def bench_of(model: str, kind: str | None, side: int, dtype: str = "float32") -> Bench:
+    """Return a model with weights of a kind; None leaves them unquantised."""
+    bench = Bench(model, side, None, dtype, "auto")
+    if kind is not None:
+        bench.params = quantise_params(bench.params, kind)
+        bench.args = (bench.params.transformer, *bench.args[1:])
+    return bench
+
+
+def errors(model: str, side: int) -> Iterator[dict[str, Any]]:
+    """Yield the relative error of the velocity, the root mean square over tokens and channels."""
+    reference = bench_of(model, None, side)
+    where = positions(jnp.arange(reference.tokens), reference.grid)[None]
+    prompt = reference.args[1]
+    if MODELS[model] is None:  # a trained model, and a real prompt
+        prompt = jitjax.encode_prompt(jitjax.load(model), "a large red circle, blue background")
+    evaluate = jax.jit(lambda y, sigma, args: reference.velocity(y, where, sigma, None, args))
+
+    def velocities(bench: Bench) -> np.ndarray:
+        args = (bench.args[0], prompt, bench.guidance)
+        return np.stack([evaluate(reference.noise, jnp.float32(s), args) for s in SIGMAS])
+
+    exact = velocities(reference)
+    for kind in (*KINDS, "bfloat16"):
+        is_dtype = kind == "bfloat16"
+        bench = bench_of(model, None if is_dtype else kind, side, kind if is_dtype else "float32")
+        difference = velocities(bench) - exact
+        row = [
+            float(np.linalg.norm(d / np.linalg.norm(e)))
+            for d, e in zip(difference, exact, strict=True)
+        ]
+        yield {"row": "error", "model": model, "kind": kind, "sigmas": SIGMAS, "errors": row}
+
+
+def sizes(model: str) -> Iterator[dict[str, Any]]:
+    """Yield the bytes of the transformer, all else in bfloat16, in memory and on disk."""
+    params = bench_of(model, None, 256, "bfloat16").params
+    for kind in (None, *KINDS):
+        some = params if kind is None else quantise_params(params, kind)
+        in_memory = sum(leaf.nbytes for leaf in jax.tree.leaves(some.transformer))
+        with tempfile.TemporaryDirectory() as folder:
+            jitjax.save(some, Path(folder) / "checkpoint")
+            files = (Path(folder) / "checkpoint" / "params").rglob("*")
+            on_disk = sum(file.stat().st_size for file in files if file.is_file())
+        yield {"row": "bytes", "model": model, "kind": kind, "memory": in_memory, "disk": on_disk}
+
+
+def speeds(model: str, side: int, dtype: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the time of an evaluation over that of unquantised weights, measured in turns."""
+    calls = []
+    for kind in (None, *KINDS):
+        bench = bench_of(model, kind, side, dtype)
+        inputs = bench._inputs(bench.tokens)
+        options = compiler_options()
+        call, _ = compile_for(bench._evaluate(bench.velocity), *inputs, options=options)
+        jax.block_until_ready(call())
+        calls.append(call)
+    seconds = measure_in_turns(calls, rounds)
+    for i, kind in enumerate((None, *KINDS)):
+        ratios = seconds[:, i] / seconds[:, 0]
+        row = {"row": "speed", "model": model, "side": side, "dtype": dtype, "kind": kind}
+        row |= {"seconds": float(np.median(seconds[:, i])), "ratio": float(np.median(ratios))}
+        yield row | {"lowest": float(ratios.min()), "highest": float(ratios.max())}
+
+
+def pictures(count: int, plan: str, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield what quantised weights draw of development prompts, and what unquantised ones draw.
+
+    Pictures are right as `benchmarks.checker` judges them. "change" is the difference to the share
+    of right ones of unquantised weights, with its 95 % bootstrap interval; "psnr" and "ssim" are
+    those to their pictures.
+    """
+    tasks = [(i, p, p.seeds[0]) for i, p in enumerate(prompts(-(-count // 6), "dev", seeds=1))]
+    tasks = tasks[:count]
+    params, method = jitjax.load("tiny"), parse_method(plan)
+    reference: np.ndarray | None = None
+    right_before = np.zeros(count)
+    for kind in (None, *kinds):
+        some = params if kind is None else quantise_params(params, kind)
+        side = params.config.image_size // params.config.pixels_per_token
+        runner = Runner(some, (side, side))
+        batches = [
+            sample_batch(runner, method, tasks[i : i + BATCH], BATCH)[0]
+            for i in range(0, count, BATCH)
+        ]
+        images = np.concatenate(batches)
+        checked = [judge_image(x, p) for x, (_, p, _) in zip(images, tasks, strict=True)]
+        right = np.array([all(verdict.values()) for verdict in checked], float)
+        row = {"row": "pictures", "plan": plan, "kind": kind, "pictures": count}
+        row |= {"right": float(right.mean())}
+        if reference is None:
+            reference, right_before = images, right
+        else:
+            change = right - right_before
+            alike = [similarity(x, y) for x, y in zip(images, reference, strict=True)]
+            row |= {"change": float(change.mean()), "interval": interval(change)}
+            row |= {name: float(np.mean([a[name] for a in alike])) for name in ("psnr", "ssim")}
+        yield row
+
+
+def main() -> None:
+    """Print a row per measurement."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
+    p.add_argument("--model", nargs="*", default=["tiny", "middle"], choices=list(MODELS))
+    p.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
+    p.add_argument("--dtype", help="for speed (default: bfloat16; float32 on a CPU)")
+    p.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
+    p.add_argument("--pictures", type=int, default=0, help="number of pictures (default: none)")
+    p.add_argument("--plan", default="multistep-12", help="plan of the pictures")
+    p.add_argument("--kinds", nargs="+", default=["int8", "int4"], choices=KINDS,
+                   help="kinds of the pictures (default: int8 int4)")  # fmt: skip
+    args = p.parse_args()
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    for model in args.model:
+        for rows in (
+            errors(model, args.side),
+            sizes(model),
+            speeds(model, args.side, dtype, args.rounds),
+        ):
+            for row in rows:
+                record_row(args.out, row | device_info())
+    if args.pictures:
+        for row in pictures(args.pictures, args.plan, tuple(args.kinds)):
+            record_row(args.out, row | device_info())
+
+
+if __name__ == "__main__":
+    main()
