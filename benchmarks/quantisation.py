@@ -27,54 +27,67 @@ from benchmarks.quality.methods import parse_method
 from benchmarks.quality.prompts import prompts
 from benchmarks.quality.runner import Runner
 from benchmarks.quality.scores import interval
-from benchmarks.speed_models import MODELS, Bench
+from benchmarks.speed_models import MODELS, Bench, load_params
 from benchmarks.timing import compile_for, device_info, measure_in_turns, record_row
 from jitjax.checkpoint import quantise_params
 from jitjax.models.devices import compiler_options
-from jitjax.models.quantised import KINDS
+from jitjax.models.quantised import KINDS, Quantised, dequantise, quantise_stack
 from jitjax.sampler.grid import positions
 
 SIGMAS = (1.0, 0.7, 0.4, 0.1)
 BATCH = 4
 
 
-def bench_of(model: str, kind: str | None, side: int, dtype: str = "float32") -> Bench:
-    """Return a model with weights of a kind; None leaves them unquantised."""
-    bench = Bench(model, side, None, dtype, "auto")
-    if kind is not None:
-        bench.params = quantise_params(bench.params, kind)
-        bench.args = (bench.params.transformer, *bench.args[1:])
-    return bench
-
-
 def errors(model: str, side: int) -> Iterator[dict[str, Any]]:
     """Yield the relative error of the velocity, the root mean square over tokens and channels."""
-    reference = bench_of(model, None, side)
+    reference = Bench(model, side, None, "float32", "auto")
     where = positions(jnp.arange(reference.tokens), reference.grid)[None]
     prompt = reference.args[1]
     if MODELS[model] is None:  # a trained model, and a real prompt
         prompt = jitjax.encode_prompt(jitjax.load(model), "a large red circle, blue background")
     evaluate = jax.jit(lambda y, sigma, args: reference.velocity(y, where, sigma, None, args))
 
-    def velocities(bench: Bench) -> np.ndarray:
-        args = (bench.args[0], prompt, bench.guidance)
+    def velocities(weights: Any) -> np.ndarray:
+        args = (weights, prompt, reference.guidance)
         return np.stack([evaluate(reference.noise, jnp.float32(s), args) for s in SIGMAS])
 
-    exact = velocities(reference)
-    for kind in (*KINDS, "bfloat16"):
-        is_dtype = kind == "bfloat16"
-        bench = bench_of(model, None if is_dtype else kind, side, kind if is_dtype else "float32")
-        difference = velocities(bench) - exact
-        row = [
-            float(np.linalg.norm(d / np.linalg.norm(e)))
-            for d, e in zip(difference, exact, strict=True)
-        ]
+    params = reference.params
+    exact = velocities(params.transformer)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params.transformer)
+    weights = {kind: quantise_params(params, kind).transformer for kind in KINDS}
+    for kind, tree in {"bfloat16": narrow, **weights}.items():
+        pairs = zip(velocities(tree), exact, strict=True)
+        row = [float(np.linalg.norm(got - e) / np.linalg.norm(e)) for got, e in pairs]
         yield {"row": "error", "model": model, "kind": kind, "sigmas": SIGMAS, "errors": row}
+
+
+def lora_losses(model: str) -> Iterator[dict[str, Any]]:
+    """Yield the part of a LoRA that is lost if it is merged and the sum rounded again.
+
+    The LoRA is random, of rank 16, and its entries are a share of the weights' (root mean squares).
+    """
+    kernel = load_params(model, None, "float32").transformer["single_blocks"]["out"]["kernel"][:1]
+    keys = jax.random.split(jax.random.key(0))
+    inputs, outputs = kernel.shape[1:]
+    change = jax.random.normal(keys[0], (inputs, 16)) @ jax.random.normal(keys[1], (16, outputs))
+    for kind in KINDS:
+        for share in (0.01, 0.03, 0.1):
+            added = share * change * jnp.std(kernel) / jnp.std(change)
+            weights = [restored(quantise_stack(kernel, kind))]
+            weights.append(restored(quantise_stack(weights[0] + added[None], kind)))
+            lost = weights[1] - weights[0] - added[None]
+            ratio = float(jnp.linalg.norm(lost) / jnp.linalg.norm(added))
+            yield {"row": "lora", "model": model, "kind": kind, "share": share, "lost": ratio}
+
+
+def restored(stack: Quantised) -> jax.Array:
+    """Return the weights of all blocks of a quantised kernel."""
+    return jax.vmap(lambda block: dequantise(block, jnp.float32))(stack)
 
 
 def sizes(model: str) -> Iterator[dict[str, Any]]:
     """Yield the bytes of the transformer, all else in bfloat16, in memory and on disk."""
-    params = bench_of(model, None, 256, "bfloat16").params
+    params = load_params(model, None, "bfloat16")
     for kind in (None, *KINDS):
         some = params if kind is None else quantise_params(params, kind)
         in_memory = sum(leaf.nbytes for leaf in jax.tree.leaves(some.transformer))
@@ -89,7 +102,7 @@ def speeds(model: str, side: int, dtype: str, rounds: int) -> Iterator[dict[str,
     """Yield the time of an evaluation over that of unquantised weights, measured in turns."""
     calls = []
     for kind in (None, *KINDS):
-        bench = bench_of(model, kind, side, dtype)
+        bench = Bench(model, side, None, dtype, "auto", kind)
         inputs = bench._inputs(bench.tokens)
         options = compiler_options()
         call, _ = compile_for(bench._evaluate(bench.velocity), *inputs, options=options)
@@ -158,6 +171,7 @@ def main() -> None:
         for rows in (
             errors(model, args.side),
             sizes(model),
+            lora_losses(model),
             speeds(model, args.side, dtype, args.rounds),
         ):
             for row in rows:
