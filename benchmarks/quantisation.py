@@ -117,11 +117,11 @@ def speeds(model: str, side: int, dtype: str, rounds: int) -> Iterator[dict[str,
 
 
 def pictures(count: int, plan: str, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield what quantised weights draw of development prompts, and what unquantised ones draw.
+    """Yield what weights of several kinds draw of development prompts, and those of float32 first.
 
-    Pictures are right as `benchmarks.checker` judges them. "change" is the difference to the share
-    of right ones of unquantised weights, with its 95 % bootstrap interval; "psnr" and "ssim" are
-    those to their pictures.
+    Pictures are right as `benchmarks.checker` judges them. "change" is the difference to float32's
+    share of right ones, with its 95 % bootstrap interval; "psnr" and "ssim" are those to float32's
+    pictures.
     """
     tasks = [(i, p, p.seeds[0]) for i, p in enumerate(prompts(-(-count // 6), "dev", seeds=1))]
     tasks = tasks[:count]
@@ -129,7 +129,10 @@ def pictures(count: int, plan: str, kinds: tuple[str, ...]) -> Iterator[dict[str
     reference: np.ndarray | None = None
     right_before = np.zeros(count)
     for kind in (None, *kinds):
-        some = params if kind is None else quantise_params(params, kind)
+        if kind == "bfloat16":
+            some = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+        else:
+            some = params if kind is None else quantise_params(params, kind)
         side = params.config.image_size // params.config.pixels_per_token
         runner = Runner(some, (side, side))
         batches = [
@@ -163,8 +166,8 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5, help="timed calls of each (default: 5)")
     p.add_argument("--pictures", type=int, default=0, help="number of pictures (default: none)")
     p.add_argument("--plan", default="multistep-12", help="plan of the pictures")
-    p.add_argument("--kinds", nargs="+", default=["int8", "int4"], choices=KINDS,
-                   help="kinds of the pictures (default: int8 int4)")  # fmt: skip
+    p.add_argument("--kinds", nargs="+", default=["bfloat16", *KINDS], choices=["bfloat16", *KINDS],
+                   help="of the pictures' weights; bfloat16 is unquantised")  # fmt: skip
     args = p.parse_args()
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     for model in args.model:

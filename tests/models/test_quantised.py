@@ -32,9 +32,10 @@ def random_kernel(*shape: int) -> np.ndarray:
     return (RNG.standard_normal(shape) * RNG.uniform(0.1, 3, shape[2:])).astype(np.float32)
 
 
-def restored(kernel: Quantised, dtype=jnp.float32) -> jax.Array:
+@jax.jit
+def restored(kernel: Quantised) -> jax.Array:
     """Return the weights of all blocks."""
-    return jax.vmap(lambda block: dequantise(block, dtype))(kernel)
+    return jax.vmap(lambda block: dequantise(block, "float32"))(kernel)
 
 
 def dequantised(tree):
