@@ -68,6 +68,7 @@ from benchmarks.timing import (
 )
 from jitjax.denoise import plan_for_device
 from jitjax.models.attention import IMPLEMENTATIONS
+from jitjax.models.quantised import KINDS
 
 PLANS = ("dense", "4x", "7x")
 LINEAR_ROUNDS = 20
@@ -253,6 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
                    help="sides in pixels (default: 1024; 512 and 1024 for tiny)")  # fmt: skip
     p.add_argument("--text", type=int, help="text tokens (default: 512; 48 for tiny)")
     p.add_argument("--dtype", help="of the weights (default: bfloat16; float32 on a CPU)")
+    p.add_argument("--quantise", choices=KINDS, help="quantise the weights (default: they are not)")
     p.add_argument("--attention", default="auto", choices=IMPLEMENTATIONS)
     p.add_argument("--plans", nargs="*", default=list(PLANS), choices=list(jitjax.PLANS),
                    metavar="PLAN", help="(default: dense 4x 7x) none: only the transformer"
@@ -274,6 +276,8 @@ def main() -> None:
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     models = args.model or ([CHECKPOINT, "middle"] if on_cpu else ["flux-dev"])
     info = {"dtype": args.dtype, "attention": args.attention, **device_info()}
+    if args.quantise:
+        info["quantise"] = args.quantise
     size = args.matmul or (2048 if on_cpu else 8192)
     matmul_speed = matmul_rate(args.dtype, size, calls=1 if on_cpu else 20)
     report = Report(args.out, args.json, info)
@@ -284,7 +288,7 @@ def main() -> None:
         for side in args.size or SIDES[model]:
             if not args.json:
                 print(f"{model} at {side} px")
-            bench = Bench(model, side, args.text, args.dtype, args.attention)
+            bench = Bench(model, side, args.text, args.dtype, args.attention, args.quantise)
             report = Report(args.out, args.json, {"model": model, "size": side, **info})
             for write_row in Measurement(args, bench, matmul_speed, report).rows():
                 if time.perf_counter() - start > 60 * args.minutes:

@@ -12,7 +12,7 @@ import numpy as np
 import jitjax
 from benchmarks.flop_count import xla_flops
 from benchmarks.timing import compile_for, random_params
-from jitjax.checkpoint import FluxParams
+from jitjax.checkpoint import FluxParams, quantise_params
 from jitjax.config import FluxConfig, T5Config, TransformerConfig
 from jitjax.denoise import FluxVelocity, flux_sigmas
 from jitjax.models import param_shapes
@@ -39,26 +39,30 @@ SIDES = {"flux-dev": [1024], "middle": [1024], CHECKPOINT: [512, 1024]}
 """Sides of the images in pixels, for each model."""
 
 
-def load_params(model: str, text: int | None, dtype: Any) -> FluxParams:
+def load_params(
+    model: str, text: int | None, dtype: Any, quantise: str | None = None
+) -> FluxParams:
     """Return parameters of which only the transformer's are set.
 
     Args:
         model: a name in `MODELS`. Random weights are made on the device.
         text: number of text tokens; None for 512, or those of the checkpoint.
         dtype: dtype of the weights.
+        quantise: what they are quantised to; None for no quantisation.
     """
     transformer = MODELS[model]
     if transformer is None:
-        return jitjax.load(model, dtype=dtype, parts=("transformer",))
+        return jitjax.load(model, dtype=dtype, parts=("transformer",), quantise=quantise)
     config = FluxConfig(
         transformer=transformer,
         t5=T5Config(d_model=transformer.joint_attention_dim),
         text_length=text or 512,
     )
     weights = random_params(param_shapes.transformer(transformer, dtype))
-    return FluxParams(
+    params = FluxParams(
         transformer=weights, t5={}, clip={}, autoencoder={}, config=config, tokenizer=""
     )
+    return params if quantise is None else quantise_params(params, quantise)
 
 
 def linear_velocity(
@@ -77,10 +81,19 @@ class Bench:
         text: number of text tokens; None for 512, or those of the checkpoint.
         dtype: dtype of the weights.
         attention: implementation of attention, see `jitjax.models.attention`.
+        quantise: what the weights are quantised to; None for no quantisation.
     """
 
-    def __init__(self, model: str, side: int, text: int | None, dtype: Any, attention: str):
-        self.params = load_params(model, text, dtype)
+    def __init__(
+        self,
+        model: str,
+        side: int,
+        text: int | None,
+        dtype: Any,
+        attention: str,
+        quantise: str | None = None,
+    ):
+        self.params = load_params(model, text, dtype, quantise)
         self.config = self.params.config.transformer
         self.text = text or self.params.config.text_length
         self.grid = (side // 16, side // 16)

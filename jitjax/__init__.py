@@ -12,7 +12,7 @@ startup.begin()
 from typing import TYPE_CHECKING, Any
 
 from jitjax import sampler as _sampler
-from jitjax.checkpoint import FluxParams, save
+from jitjax.checkpoint import FluxParams, quantise_params, save
 from jitjax.compiled import CompiledSampler, compile
 from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig
@@ -45,6 +45,7 @@ __all__ = [
     "estimate_memory",
     "jit_solve",
     "load",
+    "quantise_params",
     "sample",
     "save",
 ]

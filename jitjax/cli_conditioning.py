@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -95,7 +96,7 @@ def read(path: Path) -> tuple[Conditioning, str]:
 
 def save(args: argparse.Namespace, prompt: str) -> int:
     """Encode the prompt and write `--save-conditioning`; return the exit status."""
-    params = jitjax.load(args.checkpoint, parts=TEXT_ENCODERS)
+    params = jitjax.load(args.checkpoint, parts=TEXT_ENCODERS, quantise=args.quantise)
     path = args.save_conditioning
     jitjax.encode_prompt(params, prompt).save(path, prompts=[prompt], overwrite=args.overwrite)
     command.report(f"{path}: the encoded prompt")
@@ -110,13 +111,14 @@ def load(
     With `--low-memory` the text encoders are gone before the others are read, so that neither the
     host nor the device holds all of them.
     """
+    load_parts = partial(jitjax.load, args.checkpoint, quantise=args.quantise)
     if conditioning is not None:
-        return jitjax.load(args.checkpoint, parts=DRAWING, low_memory=args.low_memory), conditioning
+        return load_parts(parts=DRAWING, low_memory=args.low_memory), conditioning
     if not args.low_memory:
-        params = jitjax.load(args.checkpoint)
+        params = load_parts()
         return params, jitjax.encode_prompt(params, prompt)
-    encoders = jitjax.load(args.checkpoint, parts=TEXT_ENCODERS)
+    encoders = load_parts(parts=TEXT_ENCODERS)
     encoded = jitjax.encode_prompt(encoders, prompt)
     jax.block_until_ready(encoded)
     del encoders
-    return jitjax.load(args.checkpoint, parts=DRAWING, low_memory=True), encoded
+    return load_parts(parts=DRAWING, low_memory=True), encoded

@@ -20,6 +20,7 @@ from jitjax.latents import draw_noise
 from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.models.partitioning import over_batch
+from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
@@ -83,7 +84,7 @@ class FluxVelocity:
         from jitjax.models.flux import FluxTransformer
 
         params, conditioning, guidance = args
-        dtype = jax.tree.leaves(params)[0].dtype
+        dtype = float_dtype(params)
         model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
         velocities = model.apply(
             {"params": params},
@@ -268,7 +269,7 @@ def denoise(
     guidance = check_guidance(guidance, b)
 
     transformer = params.part("transformer")
-    plan = plan_for_device(plan, jax.tree.leaves(transformer)[0].dtype)
+    plan = plan_for_device(plan, float_dtype(transformer))
     budget = plan.budgets(n, conditioning.text.shape[1])[0]
     must_draw = {
         "first_anchors": first_anchors is None,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint import PARTS, FluxParams, abstract_params, read_metadata
+from jitjax.checkpoint import PARTS, FluxParams, abstract_params, quantise_params, read_metadata
 from jitjax.checkpoint.restoring import (
     Sharding,
     ShardingFor,
@@ -23,6 +23,7 @@ from jitjax.checkpoint.restoring import (
 )
 from jitjax.config import FluxConfig
 from jitjax.models.partitioning import check_mesh, sharding_function
+from jitjax.models.quantised import check_kind
 from jitjax.nested import flatten
 from jitjax.offload import move_to_host
 from jitjax.validation import shown
@@ -34,6 +35,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    quantise: str | None = None,
     parts: Iterable[str] = PARTS,
     sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
     mesh: Mesh | None = None,
@@ -48,7 +50,13 @@ def load(
             `python -m jitjax.convert`. `"./tiny"` and `Path("tiny")` are folders.
         dtype: dtype of the parameters and of the computation: bfloat16, float16, float32, or, with
             `jax_enable_x64`, float64. The default is the stored dtype; the bundled checkpoint is
-            stored in float16 and loaded as float32.
+            stored in float16 and loaded as float32. With quantised weights it is the dtype of all
+            other arrays and of the computation; a checkpoint that is stored quantised takes it only
+            together with `quantise`.
+        quantise: "int8" (a scale per output channel), "int4" (a scale per 64 inputs of it) or
+            "float8" (e4m3, a scale per output channel): quantises the projections in the blocks of
+            the transformer and of T5, block by block, so that no unquantised stack is ever held.
+            The default loads weights as they are stored.
         parts: names of the parts to load, of `PARTS`; the others stay empty. The default is all
             parts of the checkpoint.
         sharding: sharding of all arrays, or a function that returns the sharding of a leaf from its
@@ -77,9 +85,10 @@ def load(
         FileNotFoundError: the folder does not exist.
         TypeError: `path`, `sharding` or `mesh` has another type.
         ValueError: the folder is not a complete checkpoint of this format and version; arrays are
-            damaged, or do not fit into `dtype`; `dtype` is not one of the above; a requested part
-            is missing; an update does not fit the parameters; or an axis of `mesh` is unknown or
-            does not divide the heads or features (raised before any array is read).
+            damaged, or do not fit into `dtype`; `dtype` or `quantise` is not one of the above, or
+            does not go with how the checkpoint is quantised; a requested part is missing; an update
+            does not fit the parameters; or an axis of `mesh` is unknown or does not divide the
+            heads or features (raised before any array is read).
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
@@ -93,6 +102,8 @@ def load(
     kind = None if dtype is None else _check_dtype(dtype)
     if mesh is not None and sharding is not None:
         raise ValueError("mesh and sharding are both given; expected one of them")
+    if quantise is not None:
+        check_kind(quantise)
     sharding_for = _sharding_function(sharding)
     find_files(loras)  # said before the weights are read
     if loras and isinstance(mesh, Mesh) and mesh.is_multi_process:
@@ -102,6 +113,8 @@ def load(
         )
     if isinstance(path, str) and path in bundled():
         params = read_folder(BUNDLED / path, dtype=kind or jnp.float32, parts=wanted)
+        if quantise is not None:
+            params = quantise_params(params, quantise)
         if mesh is not None:
             sharding_for = _sharding_over_mesh(mesh, params.config, wanted)
         params = params if low_memory else place_on_devices(params, sharding_for)
@@ -114,7 +127,8 @@ def load(
             )
         if mesh is not None:
             sharding_for = _sharding_over_mesh(mesh, read_metadata(folder)["config"], wanted)
-        params = load_folder(folder, kind, wanted, on_cpu if low_memory else sharding_for, check)
+        read_to = on_cpu if low_memory else sharding_for
+        params = load_folder(folder, kind, wanted, read_to, check, quantise)
     params = merge_loras(params, loras) if loras else params
     if low_memory:
         for part in PARTS:

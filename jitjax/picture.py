@@ -26,6 +26,7 @@ class Picture:
         plan_name, plan: the plan's name, and the plan with the changes that were asked for.
         guidance: guidance scale.
         checkpoint: the checkpoint as it was named.
+        quantise: what its weights are quantised to when they are loaded; None for as stored.
     """
 
     prompt: str
@@ -36,11 +37,12 @@ class Picture:
     plan: Plan
     guidance: float
     checkpoint: str
+    quantise: str | None = None
 
     @property
     def settings(self) -> dict[str, object]:
         """All but the prompt, as stored in the PNG file."""
-        return {
+        settings = {
             "plan": self.plan_name,
             "steps": self.plan.steps,
             "solver": self.plan.solver,
@@ -51,6 +53,7 @@ class Picture:
             "height": self.height,
             "checkpoint": self.checkpoint,
         }
+        return settings if self.quantise is None else settings | {"quantise": self.quantise}
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:

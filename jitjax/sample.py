@@ -21,6 +21,7 @@ from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
 from jitjax.models.partitioning import over_batch
+from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.checks import check_finite
@@ -233,7 +234,7 @@ def _decode(config: AutoencoderConfig, grid: Grid, params: dict, tokens: Array) 
     from jitjax.models.strips import decode_latents
 
     latents = from_latents(unpack(over_batch(tokens), grid), config)
-    images = decode_latents(config, params, latents, jax.tree.leaves(params)[0].dtype)
+    images = decode_latents(config, params, latents, float_dtype(params))
     images = images.astype(jnp.float32)
     # Clipped, an infinity would be a white or black pixel that nobody notices.
     return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)

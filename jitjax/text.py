@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig, TokenLimit
+from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.validation import check, read_json, shown
@@ -145,7 +146,7 @@ def encode_ids(
 
 def _compute_dtype(params: Any) -> Any:
     """Return the dtype of the parameters; but float32 for float16, in which T5 overflows."""
-    dtype = jax.tree.leaves(params)[0].dtype
+    dtype = float_dtype(params)
     if dtype == jnp.float16:
         return jnp.float32
     return jnp.bfloat16 if dtype.itemsize < 2 else dtype

@@ -56,6 +56,17 @@ def test_the_papers_equation_is_one_option(tmp_path):
     assert not np.array_equal(hit, blend)
 
 
+def test_quantised_weights_are_one_option(tmp_path):
+    """`--quantise int8` is stored, and the picture is nearly the same."""
+    common = ("a blue star", "--size", 64, "--steps", 4)
+    run(*common, "-o", tmp_path / "plain.png")
+    run(*common, "-o", tmp_path / "int8.png", "--quantise", "int8")
+    with Image.open(tmp_path / "int8.png") as image:
+        assert json.loads(image.text["settings"])["quantise"] == "int8"
+    plain, int8 = (np.asarray(Image.open(tmp_path / f"{v}.png"), int) for v in ("plain", "int8"))
+    assert 0 < np.abs(plain - int8).mean() < 8  # of 255
+
+
 def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
     common = ("a blue star", "--size", 64, "--steps", 1, "--plan", "dense")
     run(*common, "-o", tmp_path / "batch.png", "--count", 2, "--seed", 8)
@@ -77,6 +88,7 @@ def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
         (("--microflow", "paper"), "--microflow is 'paper'; expected one of blend, hit, none"),
         (("--count", "0"), "--count is 0"),
         (("--seed", "-1"), "--seed is -1"),
+        (("--quantise", "int3"), "--quantise is 'int3'; expected one of int8, int4, float8"),
         (("--checkpoint", "nowhere"), "no checkpoint at 'nowhere'"),
         (("-o", "image.jpg"), "ends in .png"),
         (("-o", "nowhere/image.png"), "expected the folder 'nowhere' to exist"),

@@ -54,7 +54,7 @@ def account(lowered):
 def lower_encoders(config, batch):
     params = abstract_params(config)
     ids = [Shape((batch, length), jnp.int32) for length in (config.text_length, 77)]
-    return encode_ids.lower(params.t5, params.clip, *ids, config)
+    return encode_ids.__wrapped__.lower(params.t5, params.clip, *ids, config)
 
 
 def lower_stage(config, side, batch, plan, number):
@@ -168,7 +168,7 @@ def test_a_mesh_divides_kernels_and_batch():
     assert estimate_memory("flux-dev", batch=8, mesh={"data": 4}).parts == one.parts
     model = estimate_memory("flux-dev", batch=8, mesh={"model": 4})
     fsdp = estimate_memory("flux-dev", batch=8, mesh="1x4x1")
-    assert model.parts == fsdp.parts
+    assert model.parts == pytest.approx(fsdp.parts, rel=1e-3)  # heads of the bias
     assert model.parts["transformer"] == pytest.approx(one.parts["transformer"] / 4, rel=0.02)
     assert model.parts["clip"] == one.parts["clip"]
     assert fsdp.settings.batch == 2
@@ -232,7 +232,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_compiling(small, monkeypatch,
     def stop(*_, **__):
         raise Refused
 
-    monkeypatch.setattr(sys.modules["jitjax.sample"], "encode_prompt", stop)
+    monkeypatch.setattr(sys.modules["jitjax.sample"], "tokenize", stop)
     statistics["bytes_limit"] = 10**9 + round(factor * check.UNAVOIDABLE * extra)
     expected = pytest.raises(Refused)
     if factor < 1:

@@ -86,7 +86,7 @@ def test_the_word_is_a_prompt_after_two_dashes(capsys, monkeypatch):
         prompts.append(prompt)
         raise ValueError("stopped")
 
-    monkeypatch.setattr(cli, "_read_prompt", stop)
+    monkeypatch.setattr(cli, "read_prompt", stop)
     for arguments in (("--", "memory"), ("a memory",), ("--seed", "1", "memory")):
         assert run(capsys, *arguments) == (2, "", "jitjax: error: stopped\n")
     assert prompts == ["memory", "a memory", "memory"]

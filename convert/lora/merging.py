@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 
 from jitjax.checkpoint import FluxParams
+from jitjax.models.quantised import Quantised, float_dtype
 from jitjax.nested import flatten, unflatten
 
 from ..components import COMPONENTS, component_of
-from ..tables.engine import TRANSFORMS, Rule
+from ..tables.engine import TRANSFORMS, ConversionError, Rule
 from .paths import Loras
 from .reading import read_loras
 
@@ -27,12 +29,15 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
             applied in this order.
 
     Returns:
-        The merged parameters. Changed leaves keep their dtype and sharding.
+        The merged parameters. Changed leaves keep their dtype and sharding. Beside quantised
+        weights a LoRA is kept as two matrices, and the values and scales are shared with `params`:
+        most of it would vanish if the sum were rounded again.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ConversionError: a file is not a LoRA of FLUX.1, its keys, shapes, dtypes or values are
-            not right, two places in it state different strengths, or a merged leaf is not finite.
+            not right, two places in it state different strengths, a merged leaf is not finite, or
+            the update of a quantised leaf is of another kind than LoRA.
         ValueError: `loras` is not a list of (file, scale) pairs, or a scale is not finite.
 
     Warns:
@@ -47,11 +52,18 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
     for model in updates.models():
         rules = component_of(model).rules(getattr(params.config, model))
         flat: dict[str, Any] = flatten(params.part(model))
+        shapes = flatten(component_of(model).abstract_params(getattr(params.config, model)))
+        dtype = float_dtype(params.part(model))
         changed = dict(flat)
         read = _Reader(rules, flat)
         for rule in rules:
             if updates.affects(model, rule):
                 old = flat[rule.target]
+                if isinstance(old, Quantised):
+                    shape = shapes[rule.target].shape
+                    factors = updates.factors(model, rule, shape)
+                    changed[rule.target] = _beside(old, factors, dtype, f"{model}/{rule.target}")
+                    continue
                 leaf = np.array(old)
                 updates.add_to(model, rule, leaf, 0, read)
                 on_device = isinstance(old, jax.Array)
@@ -62,6 +74,25 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
         config=params.config,
         tokenizer=params.tokenizer,
     )
+
+
+def _beside(
+    kernel: Quantised, factors: tuple[np.ndarray, np.ndarray], dtype: Any, path: str
+) -> Quantised:
+    """Add a low-rank update to those beside a quantised kernel, in `dtype`."""
+    down, up = factors
+    if kernel.down is not None:
+        down = np.concatenate([np.asarray(kernel.down, np.float32), down], axis=2)
+        up = np.concatenate([np.asarray(kernel.up, np.float32), up], axis=1)
+    with np.errstate(over="ignore"):
+        down, up = down.astype(dtype), up.astype(dtype)
+    if not (np.isfinite(down).all() and np.isfinite(up).all()):
+        raise ConversionError(f"{path}: the LoRA has values that are not finite in {dtype}")
+    sharding = kernel.values.sharding if isinstance(kernel.values, jax.Array) else None
+    if isinstance(sharding, jax.sharding.NamedSharding):  # the rank may not be divisible
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    placed = jax.device_put((down, up), sharding)
+    return dataclasses.replace(kernel, down=placed[0], up=placed[1])
 
 
 class _Reader:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..tables.engine import TRANSFORMS, ConversionError, Rule
-from .adapters import Magnitude, Update
+from ..tables.engine import TRANSFORMS, ConversionError, Rule, Shape
+from .adapters import LowRank, Magnitude, Update, select
 
 Read = Callable[[str], np.ndarray]
 """Returns a weight of the base model by its diffusers name."""
@@ -84,6 +84,49 @@ class Updates:
                     f"{model}/{rule.target} has values that are not finite in {piece.dtype} after "
                     "the LoRA is added; use a smaller scale, or bfloat16"
                 )
+
+    def factors(self, model: str, rule: Rule, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sum of a stacked leaf's updates as a product of two matrices per block.
+
+        Args:
+            model: name of the leaf's model.
+            rule: rule of the leaf, a kernel.
+            shape: shape of the leaf, [blocks, inputs, *outputs].
+
+        Returns:
+            down, up: [blocks, inputs, rank] and [blocks, rank, *outputs], float32; blocks of a
+                lower rank are filled with zeros.
+
+        Raises:
+            ConversionError: an update is not of low rank (DoRA, LoHa, LoKr, a difference).
+        """
+        updates = self._updates.get(model, {})
+        blocks, inputs, *outputs = shape
+        pairs: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        for names in rule.source_names():
+            pairs.append([])
+            for i, name in enumerate(names):
+                for update in updates.get(name, ()):
+                    if not (update.is_sum and isinstance(update.change, LowRank)):
+                        raise ConversionError(
+                            f"{model}/{rule.target} is quantised and {name} has an update that is "
+                            "no plain LoRA; merge it before the weights are quantised, with "
+                            "`python -m jitjax.convert SOURCE --lora FILE --quantise KIND`"
+                        )
+                    rows = select(update.change.up, update.rows)
+                    up = np.zeros((rows.shape[1], len(names), rows.shape[0]), np.float32)
+                    up[:, i] = np.float32(update.scale * update.factor) * rows.T
+                    pairs[-1].append((update.change.down.T, up.reshape(-1, *outputs)))
+        rank = max(sum(len(up) for _, up in block) for block in pairs)
+        downs = np.zeros((blocks, inputs, rank), np.float32)
+        ups = np.zeros((blocks, rank, *outputs), np.float32)
+        for block, its_pairs in enumerate(pairs):
+            start = 0
+            for down, up in its_pairs:
+                downs[block, :, start : start + len(up)] = down
+                ups[block, start : start + len(up)] = up
+                start += len(up)
+        return downs, ups
 
     def _norms(self, model: str, update: Update, read: Read, dtype: np.dtype) -> np.ndarray | None:
         """Return the norms of columns over all weights of the update's layer, if it has several."""

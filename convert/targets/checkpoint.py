@@ -22,16 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jitjax import checkpoint
 from jitjax.checkpoint.direct_io import aligned_buffer
+from jitjax.models.quantised import (
+    QUANTISED_PARTS,
+    as_dicts,
+    is_quantisable,
+    quantise_stack,
+    quantise_tree,
+)
+from jitjax.nested import unflatten
 from jitjax.validation import check
 
 from ..components import byte_bar
 from ..lora import read_loras
-from ..sources.diffusers_folder import Source
-from ..tables.engine import Shape
+from ..sources.diffusers_folder import ModelSource, Source
+from ..tables.engine import ConversionError, Shape
 
 
 class ArrayPool:
@@ -72,6 +81,7 @@ def write_checkpoint(
     *,
     loras: Sequence[tuple[str | os.PathLike[str], float]] = (),
     overwrite: bool = False,
+    quantise: str | None = None,
     progress: bool = False,
 ) -> None:
     """Convert a source to a checkpoint that `jitjax.load` reads.
@@ -83,6 +93,8 @@ def write_checkpoint(
         target: the folder to write.
         loras: (file, scale) of each low-rank update to add; see `lora/`.
         overwrite: replace an existing checkpoint.
+        quantise: quantise the weights to this kind, after the updates are added; see
+            `jitjax.models.quantised`.
         progress: show a progress bar.
 
     Raises:
@@ -91,6 +103,9 @@ def write_checkpoint(
         OSError: writing fails (for example, the disk is full).
     """
     parts = [model.name for model in source.models]
+    kinds = {part: quantise for part in parts if quantise and part in QUANTISED_PARTS}
+    for model in source.models:
+        _check_quantisable(model, kinds.get(model.name))
     updates = read_loras(loras, source.config, parts)
     files = [*source.files, *updates.files]
     sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
@@ -104,6 +119,7 @@ def write_checkpoint(
             source.tokenizer,
             overwrite=overwrite,
             sources=sources_metadata,
+            quantisation=kinds,
         ) as add,
         byte_bar(source.bytes, "converting", progress) as bar,
     ):
@@ -111,7 +127,14 @@ def write_checkpoint(
         try:
             for model, rule, start, piece in source.pieces(ArrayPool()):
                 updates.add_to(model.name, rule, piece, start, model.read)
-                add(model.name, rule.target, piece, start, model.shapes[rule.target])
+                shape = model.shapes[rule.target]
+                kind = kinds.get(model.name)
+                if kind is not None and is_quantisable(model.name, rule.target):
+                    for key, array in as_dicts(quantise_stack(piece, kind)).items():
+                        whole = (shape[0], *array.shape[1:])
+                        add(model.name, f"{rule.target}/{key}", np.asarray(array), start, whole)
+                else:
+                    add(model.name, rule.target, piece, start, shape)
                 bar.update(piece.nbytes)
             sources_metadata["files"] = [dataclasses.asdict(file) for file in records.result()]
         finally:
@@ -119,6 +142,20 @@ def write_checkpoint(
         sources_metadata["loras"] = [
             {"path": str(Path(file).resolve()), "scale": scale} for file, scale in loras
         ]
+
+
+def _check_quantisable(model: ModelSource, kind: str | None) -> None:
+    """Raise `ConversionError` if a kernel cannot be quantised to `kind`, before long work."""
+    if kind is None:
+        return
+    shapes = {
+        path: jax.ShapeDtypeStruct(shape, model.dtypes[path])
+        for path, shape in model.shapes.items()
+    }
+    try:
+        quantise_tree(model.name, unflatten(shapes), kind)
+    except ValueError as error:
+        raise ConversionError(f"{model.name}: {error}") from None
 
 
 @dataclass(frozen=True)

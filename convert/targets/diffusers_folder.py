@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jitjax.checkpoint import METADATA_FILE, PARTS, TOKENIZERS, FluxParams, read_metadata
 from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.config import FluxConfig
+from jitjax.models.quantised import kind_of
 from jitjax.validation import listed, read_json, shown
 
 from ..components import (
@@ -60,10 +61,11 @@ def write_folder(
         FileExistsError: `folder` exists and may not be replaced, or another process writes it.
         FileNotFoundError: the tokenizers are missing.
         ConversionError: the parameters do not match their config.
-        ValueError: a part is missing, or a diffusers folder cannot express the config.
+        ValueError: a part is missing or quantised, or a diffusers folder cannot express the config.
     """
     check_new_folder(folder, overwrite=overwrite)
     _check_parts([part for part in PARTS if getattr(params, part)], "params")
+    _check_unquantised({part: kind_of(getattr(params, part)) for part in PARTS}, "params")
     _check_trees(params)
     tokenizers = [Path(params.tokenizer) / name for name in TOKENIZERS]
     for path in tokenizers:
@@ -93,15 +95,28 @@ def check_new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None
 
 
 def check_complete(checkpoint: Path) -> None:
-    """Raise `ValueError` if a checkpoint lacks models that a diffusers folder needs."""
+    """Raise `ValueError` if a diffusers folder needs models that a checkpoint does not have.
+
+    It has no place for quantised weights either.
+    """
     if (checkpoint / METADATA_FILE).is_file():
-        _check_parts(read_metadata(checkpoint)["parts"], str(checkpoint))
+        metadata = read_metadata(checkpoint)
+        _check_parts(metadata["parts"], str(checkpoint))
+        _check_unquantised(metadata["quantisation"], str(checkpoint))
 
 
 def _check_parts(parts: Sequence[str], label: str) -> None:
     if missing := [part for part in PARTS if part not in parts]:
         raise ValueError(
             f"{label} has no {', '.join(missing)}; a diffusers folder needs {', '.join(PARTS)}"
+        )
+
+
+def _check_unquantised(kinds: Mapping[str, str | None], label: str) -> None:
+    if quantised := [f"{part} ({kind})" for part, kind in kinds.items() if kind]:
+        raise ValueError(
+            f"{label} is quantised: {', '.join(quantised)}; a diffusers folder needs the weights "
+            "that it was made from"
         )
 
 

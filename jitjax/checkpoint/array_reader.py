@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +95,10 @@ def _damaged_file(path: Path, name: str) -> str:
 
 
 def read_arrays(
-    path: Path, targets: Mapping[str, jax.ShapeDtypeStruct], digests: Mapping[str, str] | None
+    path: Path,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    digests: Mapping[str, str] | None,
+    skip: Container[str] = (),
 ) -> Iterator[tuple[str, jax.Array | None, str]]:
     """Read the arrays of a part, in groups of at most `MAX_GROUP_BYTES`.
 
@@ -104,18 +107,51 @@ def read_arrays(
         targets: all leaves of the part by name, with the stored dtype and a sharding each.
         digests: expected digest of each leaf, or None to skip the comparison. Arrays sharded
             across processes are not compared.
+        skip: names of leaves that are not read.
 
     Yields:
         name of a leaf, its array (None if unreadable), and a description of its damage, or "".
     """
     intact = {}
     for name, leaf in targets.items():
+        if name in skip:
+            continue
         if problem := _damaged_file(path, name):
             yield name, None, f"cannot be read: {problem}"
         else:
             intact[name] = leaf
     for group in _group_by_size(intact):
         yield from _read_group(path, targets, group, digests)
+
+
+class StoredLeaf:
+    """A stacked leaf on disk, of which blocks are read one at a time into host memory.
+
+    Raises:
+        OSError: a file of the leaf is missing or incomplete.
+    """
+
+    def __init__(self, path: Path, name: str):
+        import tensorstore
+
+        if problem := _damaged_file(path, name):
+            raise OSError(f"cannot be read: {problem}")
+        (state,) = (file.parent for file in path.glob("*/_METADATA"))
+        folder = state.absolute() / array_layout.leaf_folder(name)
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+        self._array = tensorstore.open(spec, read=True, open=True).result()
+        self.shape: tuple[int, ...] = tuple(self._array.shape)
+        self.dtype = self._array.dtype.numpy_dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, block: int) -> np.ndarray:
+        """Read one block."""
+        try:
+            return self._array[block].read().result()
+        except Exception as error:
+            raise OSError(f"cannot be read: {array_layout.root_cause(error)}") from error
 
 
 def _read_group(

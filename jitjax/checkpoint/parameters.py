@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jitjax.config import FluxConfig
 from jitjax.models import param_shapes
+from jitjax.models.quantised import is_quantised, quantise_tree
 
 PARTS = ("transformer", "t5", "clip", "autoencoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -29,7 +30,8 @@ class FluxParams:
 
     Attributes:
         transformer, t5, clip, autoencoder: nested dictionaries of arrays, with the blocks stacked
-            along the first axis; empty if the part is not loaded.
+            along the first axis; empty if the part is not loaded. Quantised kernels are
+            `jitjax.models.quantised.Quantised`, a pytree of two arrays.
         config: configuration of all parts, including those that are not loaded.
         tokenizer: path of the folder with `tokenizer/` (CLIP) and `tokenizer_2/` (T5); "" if there
             is none.
@@ -72,14 +74,19 @@ class FluxParams:
 
 def _summary(tree: Any) -> str:
     """Describe a tree of arrays by dtypes, sizes and bytes; only shapes and dtypes are read."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-    leaves = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
-    counts = [math.prod(leaf.shape) for leaf in leaves]
-    if not leaves:
+    count = size = 0
+    dtypes = set()
+    for leaf in jax.tree.leaves(tree, is_leaf=is_quantised):
+        if is_quantised(leaf):
+            count, size = count + leaf.size, size + leaf.nbytes
+            dtypes.add(leaf.kind)
+        elif hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            n = math.prod(leaf.shape)
+            count, size = count + n, size + n * leaf.dtype.itemsize
+            dtypes.add(str(leaf.dtype))
+    if not dtypes:
         return "no arrays"
-    size = sum(n * leaf.dtype.itemsize for n, leaf in zip(counts, leaves, strict=True))
-    dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    return f"{_short(sum(counts))} {dtypes} ({_short(size)}B)"
+    return f"{_short(count)} {'/'.join(sorted(dtypes))} ({_short(size)}B)"
 
 
 def _short(number: int) -> str:
@@ -90,9 +97,20 @@ def _short(number: int) -> str:
     return f"{number} "
 
 
-def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxParams:
-    """Return the parameters of `config` as `jax.ShapeDtypeStruct`s, without allocating arrays."""
-    return FluxParams(
+def abstract_params(
+    config: FluxConfig, dtype: DTypeLike = jnp.float32, quantise: str | None = None
+) -> FluxParams:
+    """Return the parameters of `config` as `jax.ShapeDtypeStruct`s, without allocating arrays.
+
+    Args:
+        config: configuration of the pipeline.
+        dtype: dtype of all arrays that are not quantised.
+        quantise: what the weights are quantised to, as for `jitjax.load`; None for no quantisation.
+
+    Raises:
+        ValueError: `quantise` is unknown, or does not fit a layer.
+    """
+    params = FluxParams(
         transformer=param_shapes.transformer(config.transformer, dtype),
         t5=param_shapes.t5(config.t5, dtype),
         clip=param_shapes.clip(config.clip, dtype),
@@ -100,3 +118,24 @@ def abstract_params(config: FluxConfig, dtype: DTypeLike = jnp.float32) -> FluxP
         config=config,
         tokenizer="",
     )
+    return params if quantise is None else quantise_params(params, quantise)
+
+
+def quantise_params(params: FluxParams, kind: str) -> FluxParams:
+    """Quantise the projections in the blocks of the transformer and of T5.
+
+    `jitjax.load(..., quantise=kind)` does the same while it reads, in less memory.
+
+    Args:
+        params: parameters of arrays, or of `jax.ShapeDtypeStruct`s; not changed.
+        kind: "int8", "int4" or "float8"; see `jitjax.models.quantised`.
+
+    Returns:
+        Parameters with a `Quantised` for each of these kernels. Those that already are of this kind
+        stay as they are, as do all other arrays.
+
+    Raises:
+        ValueError: `kind` is unknown, does not fit a layer, or weights are quantised to another.
+    """
+    trees = {part: quantise_tree(part, getattr(params, part), kind) for part in PARTS}
+    return dataclasses.replace(params, **trees)

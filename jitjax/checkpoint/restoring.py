@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jitjax.checkpoint.array_reader import read_arrays, read_leaf_metadata
+from jitjax.checkpoint.array_reader import StoredLeaf, read_arrays, read_leaf_metadata
 from jitjax.checkpoint.parameters import (
     PARTS,
     TEXT_ENCODERS,
@@ -21,8 +21,15 @@ from jitjax.checkpoint.parameters import (
     FluxParams,
     abstract_params,
 )
+from jitjax.checkpoint.quantising import place, quantise_stored
 from jitjax.checkpoint.saving import METADATA_FILE, read_metadata
-from jitjax.config import FluxConfig
+from jitjax.models.quantised import (
+    as_dicts,
+    from_dicts,
+    is_quantisable,
+    kind_of,
+    quantise_tree,
+)
 from jitjax.nested import flatten, unflatten
 from jitjax.validation import listed
 
@@ -37,12 +44,13 @@ def load_folder(
     parts: Sequence[str],
     sharding_for: ShardingFor,
     check: bool,
+    quantise: str | None = None,
 ) -> FluxParams:
     """Load the parameters of a checkpoint.
 
     Args:
         folder: the checkpoint.
-        dtype, parts, check: as for `jitjax.load`.
+        dtype, parts, check, quantise: as for `jitjax.load`.
         sharding_for: returns the sharding of each leaf.
 
     Raises:
@@ -56,19 +64,42 @@ def load_folder(
         raise ValueError(
             f"{str(folder)!r} has no {', '.join(missing)}, only {', '.join(available)}"
         )
-    digests = {part: metadata["digests"][part] if check else None for part in requested}
+    _check_quantisation(folder, metadata["quantisation"], requested, dtype, quantise)
     if check and not metadata["config_is_intact"]:
-        _check_shapes(folder, metadata["config"], requested)  # a more precise message
+        _check_shapes(folder, metadata, requested)  # a more precise message
         raise ValueError(f"{_CHANGED_CONFIG.format(folder / METADATA_FILE)}; {_REPAIR}")
-    return _load_parts(folder, metadata["config"], digests, dtype, sharding_for)
+    return _load_parts(folder, metadata, requested, dtype, sharding_for, check, quantise)
+
+
+def _check_quantisation(
+    folder: Path,
+    stored: Mapping[str, str],
+    parts: Sequence[str],
+    dtype: DTypeLike | None,
+    quantise: str | None,
+) -> None:
+    """Raise `ValueError` if `dtype` or `quantise` does not go with what is stored."""
+    for part, kind in stored.items():
+        if part not in parts:
+            continue
+        if quantise not in (None, kind):
+            raise ValueError(
+                f"{str(folder)!r}: {part} is quantised to {kind}; expected no quantise, or "
+                f"{kind!r}; to get {quantise!r}, quantise the checkpoint it was made from"
+            )
+        if dtype is not None and quantise is None:
+            raise ValueError(
+                f"{str(folder)!r}: {part} is quantised to {kind}, which dtype does not change; "
+                f"expected no dtype; or, with quantise={kind!r}, the dtype of all else"
+            )
 
 
 _CHANGED_CONFIG = "{}: the configuration differs from what was written"
 _REPAIR = "convert it again, or pass check=False to load the edited one"
 
 
-def _check_shapes(folder: Path, config: FluxConfig, parts: Sequence[str]) -> None:
-    abstract = _trees_by_part(abstract_params(config))
+def _check_shapes(folder: Path, metadata: Mapping[str, Any], parts: Sequence[str]) -> None:
+    abstract = _stored_shapes(metadata)
     for part in parts:
         _restore_targets(folder / "params" / part, part, abstract[part], on_cpu)
 
@@ -82,24 +113,25 @@ def place_on_devices(params: FluxParams, sharding_for: ShardingFor) -> FluxParam
     """Put each leaf on the devices of the sharding that `sharding_for` returns for it."""
     trees = {}
     for part, tree in _trees_by_part(params).items():
-        flat: dict[str, Any] = flatten(tree)
-        trees[part] = {
+        flat: dict[str, Any] = flatten(as_dicts(tree))
+        placed = {
             name: jax.device_put(leaf, sharding_for(f"{part}/{name}", leaf.shape))
             for name, leaf in flat.items()
         }
-    trees = {part: unflatten(flat) for part, flat in trees.items()}
+        trees[part] = from_dicts(unflatten(placed), kind_of(tree))
     return dataclasses.replace(params, **trees)
 
 
 def _load_parts(
     folder: Path,
-    config: FluxConfig,
-    digests: Mapping[str, Mapping[str, str] | None],
+    metadata: Mapping[str, Any],
+    parts: Sequence[str],
     dtype: DTypeLike | None,
     sharding_for: ShardingFor,
+    check: bool,
+    quantise: str | None,
 ) -> FluxParams:
-    """Load the parts that `digests` names; a part whose digests are None is not compared."""
-    parts = list(digests)
+    """Load some of the stored parts; the arguments are those of `load_folder`."""
     has_text_encoders = any(part in TEXT_ENCODERS for part in parts)
     subfolders = [
         *(TOKENIZERS if has_text_encoders else ()),
@@ -108,23 +140,45 @@ def _load_parts(
     missing = [name for name in subfolders if not (folder / name).is_dir()]
     if missing:
         raise ValueError(f"{str(folder)!r} has no {', '.join(missing)}: an incomplete checkpoint")
-    abstract = _trees_by_part(abstract_params(config))
+    abstract = _stored_shapes(metadata)
     trees: dict[str, Any] = {part: {} for part in PARTS}
     problems = []
     for part in parts:
         path = folder / "params" / part
+        stored = metadata["quantisation"].get(part)
+        digests = metadata["digests"][part] if check else None
         targets = _restore_targets(path, part, abstract[part], sharding_for)
-        flat = {}
-        for name, array, problem in read_arrays(path, targets, digests[part]):
-            if array is not None and not problem:
+        to_quantise = [
+            name
+            for name in targets
+            if quantise is not None and stored is None and is_quantisable(part, name)
+        ]
+        flat: dict[str, Any] = {}
+        for name, array, problem in read_arrays(path, targets, digests, to_quantise):
+            # The values and the scales of a kernel keep their dtypes.
+            is_float = not (stored and is_quantisable(part, name.rpartition("/")[0]))
+            if array is not None and not problem and is_float:
                 array, problem = _cast(array, dtype)
             flat[name] = array
             problems += [f"{part}/{name} {problem}"] if problem else []
-        trees[part] = unflatten(flat)
+        for name in to_quantise:
+            assert quantise is not None
+            digest = None if digests is None else digests.get(name, "")
+            try:
+                leaf = StoredLeaf(path, name)
+                host, problem = quantise_stored(leaf, quantise, digest)
+            except OSError as error:
+                problems.append(f"{part}/{name} {error}")
+                continue
+            for key, array in as_dicts(host).items():
+                sharding = sharding_for(f"{part}/{name}/{key}", array.shape)
+                flat[f"{name}/{key}"] = place(array, sharding)
+            problems += [f"{part}/{name} {problem}"] if problem else []
+        trees[part] = from_dicts(unflatten(flat), stored or quantise)
     if problems:
         raise _damage_error(folder, problems)
     tokenizer = str(folder.absolute()) if has_text_encoders else ""
-    return FluxParams(**trees, config=config, tokenizer=tokenizer)
+    return FluxParams(**trees, config=metadata["config"], tokenizer=tokenizer)
 
 
 def _cast(array: jax.Array, dtype: DTypeLike | None) -> tuple[jax.Array, str]:
@@ -199,7 +253,7 @@ def verify(
     if not folder.exists():
         raise FileNotFoundError(f"no checkpoint at {str(folder)!r}; expected a checkpoint folder")
     metadata = read_metadata(folder)
-    abstract, problems = _trees_by_part(abstract_params(metadata["config"])), []
+    abstract, problems = _stored_shapes(metadata), []
     for part in metadata["parts"]:
         part_folder = folder / "params" / part
         try:
@@ -215,6 +269,14 @@ def verify(
         raise _damage_error(folder, problems)
     if not metadata["config_is_intact"]:
         raise ValueError(f"{_CHANGED_CONFIG.format(folder / METADATA_FILE)}; convert it again")
+
+
+def _stored_shapes(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shapes of the stored leaves of each part, as nested dictionaries."""
+    trees = _trees_by_part(abstract_params(metadata["config"]))
+    for part, kind in metadata["quantisation"].items():
+        trees[part] = as_dicts(quantise_tree(part, trees[part], kind))
+    return trees
 
 
 def _trees_by_part(params: FluxParams) -> dict[str, Any]:

@@ -19,10 +19,13 @@ from jitjax.checkpoint.array_writer import Writer
 from jitjax.checkpoint.atomic import atomic_folder, check_target
 from jitjax.checkpoint.parameters import PARTS, TEXT_ENCODERS, TOKENIZERS, FluxParams
 from jitjax.config import FluxConfig
+from jitjax.models.quantised import KINDS, QUANTISED_PARTS, is_quantised, kind_of
 from jitjax.validation import check, read_json, shown
 
-FORMAT = 3
-"""Version of the checkpoint format; `read_metadata` accepts no other."""
+FORMAT = 4
+"""Version of the checkpoint format that is written."""
+READABLE_FORMATS = (3, FORMAT)
+"""Versions that `read_metadata` accepts; 3 has no quantised weights."""
 
 METADATA_FILE = "jitjax.json"
 
@@ -35,6 +38,7 @@ SCHEMA = {
     "sources": dict[str, Any],
     "digests": dict[str, dict[str, str]],
     "config_digest": str | None,  # older checkpoints have none
+    "quantisation": dict[str, str] | None,
 }
 """Key of `jitjax.json` -> type."""
 
@@ -44,8 +48,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         dictionary with "config" (a `FluxConfig`), "parts" (names of the stored parts), "sources"
-        (what the weights were converted from), "digests" (part -> leaf -> digest) and
-        "config_is_intact" (whether the configuration has its digest, or there is none).
+        (what the weights were converted from), "digests" (part -> leaf -> digest),
+        "config_is_intact" (whether the configuration has its digest, or there is none) and
+        "quantisation" (part -> kind, such as "int8", of the parts that are quantised).
 
     Raises:
         ValueError: `path` is not a checkpoint of this format and version.
@@ -68,8 +73,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = raw["format"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file} cannot be read ({error}); write it again") from None
-    if version != FORMAT:
-        raise ValueError(f"{str(folder)!r} has format {shown(version)}; expected format {FORMAT}")
+    if version not in READABLE_FORMATS:
+        expected = " or ".join(map(str, READABLE_FORMATS))
+        raise ValueError(f"{str(folder)!r} has format {shown(version)}; expected format {expected}")
     try:
         checked = {key: check(raw.get(key), hint, key) for key, hint in SCHEMA.items()}
         parts, digests = checked["parts"], checked["digests"]
@@ -77,11 +83,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"parts is {shown(parts)}; expected some of {', '.join(PARTS)}")
         if missing := [part for part in parts if part not in digests]:
             raise ValueError(f"digests has no {missing[0]}; expected the digests of every part")
+        quantisation = checked["quantisation"] or {}
+        for part, kind in quantisation.items():
+            if part not in QUANTISED_PARTS or kind not in KINDS:
+                raise ValueError(
+                    f"quantisation has {shown(part)}: {shown(kind)}; expected "
+                    f"{' or '.join(QUANTISED_PARTS)}, and {', '.join(KINDS)}"
+                )
     except ValueError as error:
         raise ValueError(f"{file}: not a FLUX configuration of this version ({error})") from None
     config_digest = checked["config_digest"]
     is_intact = config_digest in (None, digest_of_config(raw["config"]))
-    return checked | {"config_is_intact": is_intact}
+    return checked | {"config_is_intact": is_intact, "quantisation": quantisation}
 
 
 def digest_of_config(config: Mapping[str, Any]) -> str:
@@ -106,15 +119,30 @@ def save(params: FluxParams, path: str | os.PathLike[str], *, overwrite: bool = 
             appears meanwhile; or another process is writing it.
         FileNotFoundError: the text encoders' tokenizer folder does not exist.
         OSError: a file cannot be written.
-        ValueError: all parts are empty.
+        ValueError: all parts are empty, a part is quantised in several ways, or quantised weights
+            have a low-rank update beside them.
     """
+    _check_no_updates(params)
     parts = [part for part in PARTS if getattr(params, part)]
+    kinds = {part: kind for part in parts if (kind := kind_of(getattr(params, part)))}
     config, tokenizer = params.config, params.tokenizer
-    with checkpoint_writer(path, config, parts, tokenizer, overwrite=overwrite) as write:
+    with checkpoint_writer(
+        path, config, parts, tokenizer, overwrite=overwrite, quantisation=kinds
+    ) as write:
         for part in parts:
             for key, leaf in jax.tree_util.tree_leaves_with_path(getattr(params, part)):
                 name = jax.tree_util.keystr(key, simple=True, separator="/")
                 write(part, name, np.asarray(leaf), 0, leaf.shape)
+
+
+def _check_no_updates(params: FluxParams) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=is_quantised)
+    if any(is_quantised(leaf) and leaf.down is not None for leaf in leaves):
+        raise ValueError(
+            "a LoRA is kept beside quantised weights, which a checkpoint does not store; save the "
+            "parameters without it, and pass it to load (loras=); or merge it for good, with "
+            "`python -m jitjax.convert SOURCE --lora FILE --quantise KIND`"
+        )
 
 
 @contextmanager
@@ -126,6 +154,7 @@ def checkpoint_writer(
     *,
     overwrite: bool = False,
     sources: Mapping[str, Any] | None = None,
+    quantisation: Mapping[str, str] | None = None,
 ) -> Iterator[Callable[[str, str, np.ndarray, int, tuple[int, ...]], None]]:
     """Write a checkpoint piece by piece.
 
@@ -140,6 +169,8 @@ def checkpoint_writer(
             a text encoder.
         sources: description of the files that the weights come from, stored in `jitjax.json`. The
             block may still change it.
+        quantisation: part -> kind of the parts that are quantised; the leaves of a quantised kernel
+            are "<kernel>/values" and "<kernel>/scales".
 
     Yields:
         function that writes a piece of a leaf: it takes the name of the part, then the arguments of
@@ -175,6 +206,7 @@ def checkpoint_writer(
             "config": raw_config,
             "config_digest": digest_of_config(raw_config),
             "parts": list(parts),
+            "quantisation": dict(quantisation or {}),
             "sources": sources or {},
             "digests": digests,
         }

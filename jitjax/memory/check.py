@@ -12,6 +12,7 @@ from jitjax.checkpoint import PARTS, FluxParams
 from jitjax.memory import programs
 from jitjax.memory.programs import Settings
 from jitjax.memory.weights import Divisions
+from jitjax.models.quantised import float_dtype, kind_of
 from jitjax.offload import in_host_memory
 from jitjax.sampler.plan import Plan
 
@@ -89,9 +90,17 @@ def _needed(
     share: float,
 ) -> float:
     """Bytes that the device has to have free, with a share of the temporaries."""
-    dtype = jax.tree.leaves(params.transformer)[0].dtype
+    dtype = float_dtype(params.transformer)
     settings = Settings(
-        params.config, grid, batch, plan, dtype.name, None, Divisions(), "gpu", "cudnn"
+        params.config,
+        grid,
+        batch,
+        plan,
+        dtype.name,
+        kind_of(params.transformer),
+        Divisions(),
+        "gpu",
+        "cudnn",
     )
     needed = [*programs.stages(settings), programs.decoder(settings)]
     if encode:

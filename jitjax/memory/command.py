@@ -10,7 +10,7 @@ from jitjax.memory.estimate import DTYPES, estimate_memory
 from jitjax.memory.models import NAMED
 from jitjax.memory.programs import PLATFORMS
 from jitjax.memory.report import WITHOUT_ENCODERS, text_report, what_fits
-from jitjax.memory.weights import QUANTISED
+from jitjax.models.quantised import KINDS
 from jitjax.picture import parse_size
 from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
 
@@ -57,7 +57,7 @@ def build_parser() -> command.Parser:
         help="of what is not quantised (default: the checkpoint's, or bfloat16)",
     )
     parser.add_argument(
-        "--quantise", metavar="|".join(QUANTISED), help="kernels of the transformer and of T5"
+        "--quantise", metavar="|".join(KINDS), help="kernels of the transformer and of T5"
     )
     parser.add_argument(
         "--mesh",

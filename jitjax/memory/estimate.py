@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from jitjax.latents import token_grid
 from jitjax.memory import programs
 from jitjax.memory.models import find_model
 from jitjax.memory.programs import PLATFORMS, Program, Settings
-from jitjax.memory.weights import QUANTISED, Divisions, largest_leaf
+from jitjax.memory.weights import Divisions, largest_leaf, leaves
+from jitjax.models.partitioning import check_axes
+from jitjax.models.quantised import KINDS
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.validation import shown
 
@@ -122,7 +125,7 @@ def estimate_memory(
         dtype: dtype of the parameters that are not quantised: bfloat16, float16 or float32. The
             default is the checkpoint's; without one bfloat16, and float32 for "cpu".
         quantise: "int8", "int4" or "float8": quantisation of the kernels in the blocks of the
-            transformer and of T5.
+            transformer and of T5. The default is the checkpoint's.
         mesh: a mesh, the sizes of its axes by name (data, fsdp, model), or a string such as "2x4",
             data x model. Bytes are those of one device.
         parts: the parts that are loaded; without text encoders, a `Conditioning` is given.
@@ -135,7 +138,7 @@ def estimate_memory(
     """
     for name, value, allowed in (
         ("platform", platform, PLATFORMS),
-        ("quantise", quantise, (None, *QUANTISED)),
+        ("quantise", quantise, (None, *KINDS)),
         ("attention", attention, ("auto", "cudnn", "xla")),
     ):
         if value not in allowed:
@@ -146,9 +149,17 @@ def estimate_memory(
     if "transformer" not in chosen or set(parts) - set(PARTS):
         raise ValueError(f"parts is {shown(tuple(parts))}; expected some of {PARTS}, one of them "
                          "the transformer")  # fmt: skip
+    if found.quantise and quantise not in (None, found.quantise):
+        raise ValueError(
+            f"quantise is {quantise!r}, and {found.name!r} is stored as {found.quantise}; expected "
+            "the same or nothing"
+        )
+    quantise = quantise or found.quantise
     default = found.dtype or ("float32" if platform == "cpu" else "bfloat16")
     name = _dtype_name(default if dtype is None else dtype)
     config, plan, divisions = found.config, get_plan(plan), Divisions.of(mesh)
+    shapes = {path: leaf.shape for part in chosen for path, leaf in leaves(config, part).items()}
+    check_axes(dataclasses.asdict(divisions), shapes)
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
@@ -175,7 +186,7 @@ def estimate_memory(
         {part: settings.weights(part) for part in chosen},
         tuple(needed),
         disk,
-        max(READ_BYTES, largest_leaf(config, chosen, settings.itemsize, quantise)),
+        max(READ_BYTES, largest_leaf(config, chosen, name, quantise)),
     )
 
 

@@ -35,6 +35,7 @@ class Model(NamedTuple):
         parts: the parts that it has.
         dtype: dtype of its parameters as they are loaded; None if there is no checkpoint.
         disk: bytes of the checkpoint; 0 if there is none.
+        quantise: what its transformer and T5 are quantised to; None if they are not.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Model(NamedTuple):
     parts: tuple[str, ...] = PARTS
     dtype: str | None = None
     disk: int = 0
+    quantise: str | None = None
 
 
 def find_model(model: Any) -> Model:
@@ -64,7 +66,9 @@ def find_model(model: Any) -> Model:
     if name and folder.exists():
         metadata = read_metadata(folder)
         parts = tuple(part for part in PARTS if part in metadata["parts"])
-        return Model(name, metadata["config"], parts, _dtype(folder), folder_bytes(folder))
+        quantise = next(iter(metadata["quantisation"].values()), None)
+        size = folder_bytes(folder)
+        return Model(name, metadata["config"], parts, _dtype(folder), size, quantise)
     if name in NAMED:
         return Model(name, NAMED[name])
     raise FileNotFoundError(

@@ -97,8 +97,7 @@ class Settings:
 
     def weights(self, part: str, within: str = "") -> int:
         """Return the bytes of a part on one device; `within` as for `part_bytes`."""
-        quantise = self.quantise if part in ("transformer", "t5") else None
-        return part_bytes(self.config, part, self.itemsize, quantise, self.divisions, within)
+        return part_bytes(self.config, part, self.dtype, self.quantise, self.divisions, within)
 
     def widened(self, part: str, stack: str, blocks: int) -> int:
         """Bytes of a stack's kernels in float32, which XLA makes of 16-bit ones on a CPU."""

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import jax
 
 from jitjax.checkpoint import abstract_params
 from jitjax.config import FluxConfig
+from jitjax.models.partitioning import partition_spec
+from jitjax.models.quantised import as_dicts, quantise_tree
 from jitjax.nested import flatten
 from jitjax.validation import shown
-
-QUANTISED = ("int8", "int4", "float8")
-"""Names of the quantisations."""
-GROUP = 64
-"""Inputs of a kernel that share a scale in int4."""
-SCALE_BYTES = {"int8": 4, "float8": 4, "int4": 2}
-"""Quantisation -> bytes of a scale."""
-KERNEL = re.compile(r"(transformer|t5)/.*blocks/.*/kernel")
-"""Paths of the kernels that are quantised, and divided over a mesh: those inside the blocks of the
-transformer and of T5. Everything else is small, and whole on every device."""
-EMBEDDING = "t5/token_embedding/embedding"
-"""Is divided over a mesh too, but not quantised."""
 
 
 @dataclass(frozen=True)
@@ -78,70 +69,73 @@ class Divisions:
 _MESH = r"\d{1,6}(x\d{1,6}){1,2}"
 
 
-@functools.lru_cache(maxsize=16)
-def leaves(config: FluxConfig, part: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a part's parameters by path, such as "t5/final_norm/scale"."""
-    tree: dict[str, Any] = flatten(getattr(abstract_params(config), part))
-    return {f"{part}/{name}": tuple(leaf.shape) for name, leaf in tree.items()}
-
-
-def leaf_bytes(
-    path: str,
-    shape: tuple[int, ...],
-    itemsize: int,
-    quantise: str | None = None,
-    divisions: Divisions | None = None,
-) -> float:
-    """Return the bytes of a parameter on one device.
+@functools.lru_cache(maxsize=64)
+def leaves(
+    config: FluxConfig, part: str, dtype: str = "float32", quantise: str | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the arrays of a part by path, such as "t5/blocks/mlp/down/kernel/values".
 
     Args:
-        path: path of the parameter.
-        shape: its shape; [blocks, inputs, *outputs] if it is quantised.
-        itemsize: bytes of a number that is not quantised.
-        quantise: a name in `QUANTISED`, or None.
+        config: configuration of the pipeline.
+        part: name of the part.
+        dtype: dtype of the arrays that are not quantised.
+        quantise: a name in `KINDS`, or None.
+    """
+    tree: dict[str, Any] = getattr(abstract_params(config, dtype), part)
+    if quantise:
+        tree = as_dicts(quantise_tree(part, tree, quantise))
+    return {f"{part}/{name}": leaf for name, leaf in flatten(tree).items()}
+
+
+def leaf_bytes(path: str, leaf: jax.ShapeDtypeStruct, divisions: Divisions | None = None) -> int:
+    """Return the bytes of an array on one device.
+
+    Args:
+        path: path of the array.
+        leaf: its shape and dtype.
         divisions: the mesh, or None for one device.
     """
-    size, is_kernel = math.prod(shape), bool(KERNEL.fullmatch(path))
-    total = float(size * itemsize)
-    if quantise and is_kernel:
-        blocks, inputs, *outputs = shape
-        groups = -(-inputs // GROUP) if quantise == "int4" else 1
-        values = size / 2 if quantise == "int4" else float(size)
-        total = values + SCALE_BYTES[quantise] * blocks * groups * math.prod(outputs)
-    if divisions and (is_kernel or path == EMBEDDING):
-        total /= divisions.fsdp * divisions.model
-    return total
+    divided = 1
+    if divisions:
+        sizes = dataclasses.asdict(divisions)
+        for axes in partition_spec(path, leaf.shape, sizes):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            divided *= math.prod(sizes[name] for name in names)
+    return math.prod(leaf.shape) * leaf.dtype.itemsize // divided
 
 
 def part_bytes(
     config: FluxConfig,
     part: str,
-    itemsize: int,
+    dtype: str,
     quantise: str | None = None,
     divisions: Divisions | None = None,
     within: str = "",
 ) -> int:
-    """Return the bytes of a part on one device; arguments as for `leaf_bytes`.
+    """Return the bytes of a part on one device.
 
     Args:
+        config, part, dtype, quantise: as for `leaves`.
+        divisions: the mesh, or None for one device.
         within: a path below that of the part, such as "decoder", to which to restrict it.
     """
     prefix = f"{part}/{within}"
-    return round(
-        sum(
-            leaf_bytes(path, shape, itemsize, quantise, divisions)
-            for path, shape in leaves(config, part).items()
-            if path.startswith(prefix)
-        )
+    return sum(
+        leaf_bytes(path, leaf, divisions)
+        for path, leaf in leaves(config, part, dtype, quantise).items()
+        if path.startswith(prefix)
     )
 
 
 def largest_leaf(
-    config: FluxConfig, parts: tuple[str, ...], itemsize: int, quantise: str | None
+    config: FluxConfig, parts: tuple[str, ...], dtype: str, quantise: str | None
 ) -> int:
-    """Return the bytes of the largest parameter, undivided; arguments as for `leaf_bytes`."""
-    shapes = [item for part in parts for item in leaves(config, part).items()]
-    return round(max(leaf_bytes(path, shape, itemsize, quantise) for path, shape in shapes))
+    """Return the bytes of the largest array, undivided; arguments as for `leaves`."""
+    return max(
+        leaf_bytes(path, leaf)
+        for part in parts
+        for path, leaf in leaves(config, part, dtype, quantise).items()
+    )
 
 
 def block_kernels(config: FluxConfig, part: str, stack: str) -> dict[str, int]:
@@ -154,7 +148,7 @@ def block_kernels(config: FluxConfig, part: str, stack: str) -> dict[str, int]:
     """
     prefix = f"{part}/{stack}/"
     return {
-        path.removeprefix(prefix).removesuffix("/kernel"): int(np.prod(shape[1:]))
-        for path, shape in leaves(config, part).items()
+        path.removeprefix(prefix).removesuffix("/kernel"): math.prod(leaf.shape[1:])
+        for path, leaf in leaves(config, part).items()
         if path.startswith(prefix) and path.endswith("/kernel")
     }

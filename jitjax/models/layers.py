@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jitjax.models import linen
+from jitjax.models import linen, quantised
 from jitjax.models.param_shapes import SCALAR_WIDTH
 from jitjax.models.partitioning import over_batch, whole
 from jitjax.models.precision import at_least_float32
@@ -107,13 +107,14 @@ def clip_float16(x: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def product(*args: Any, **kwargs: Any) -> Array:
-    """`lax.dot_general`, to which XLA does not fuse the bias that follows on NVIDIA GPUs.
+    """The product of a layer, to which XLA does not fuse the bias that follows on NVIDIA GPUs.
 
     Blocks are scanned, so a product's weights are a slice of a stack. XLA passes a slice to cuBLAS
     in place, but copies it first if a bias is fused to the product (see docs/performance.md). The
-    bias is fused with what comes after it instead. Arguments and result are `lax.dot_general`'s.
+    bias is fused with what comes after it instead. Arguments and result are those of
+    `jitjax.models.quantised.product`.
     """
-    return _barrier_on_cuda(jax.lax.dot_general(*args, **kwargs))
+    return _barrier_on_cuda(quantised.product(*args, **kwargs))
 
 
 @partial(jax.jit, inline=True)  # traced once per shape

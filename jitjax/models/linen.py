@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from jitjax.models import quantised
 from jitjax.models.partitioning import gather_block
 
 
@@ -28,11 +29,17 @@ class Conv(GivenParams, nn.Conv):
 
 
 class Dense(GivenParams, nn.Dense):
-    """`nn.Dense` with given parameters."""
+    """`nn.Dense` with given parameters, of which the kernel may be quantised."""
+
+    promote_dtype: Any = quantised.promote
+    dot_general: Any = quantised.product
 
 
 class DenseGeneral(GivenParams, nn.DenseGeneral):
-    """`nn.DenseGeneral` with given parameters."""
+    """`nn.DenseGeneral` with given parameters, of which the kernel may be quantised."""
+
+    promote_dtype: Any = quantised.promote
+    dot_general: Any = quantised.product
 
 
 class Embed(GivenParams, nn.Embed):

@@ -91,10 +91,20 @@ def check_mesh(mesh: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh has the type {type(mesh).__name__}; expected a jax.sharding.Mesh")
-    unknown = [name for name in mesh.axis_names if name not in AXES]
+    check_axes(mesh.shape, shapes)
+
+
+def check_axes(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the axes of a mesh as `check_mesh` does.
+
+    Args:
+        sizes: size of each axis by name.
+        shapes: as for `check_mesh`.
+    """
+    unknown = [name for name in sizes if name not in AXES]
     if unknown:
         raise ValueError(f"mesh has the axis {unknown[0]!r}; expected axes of {', '.join(AXES)}")
-    for axis, size in mesh.shape.items():
+    for axis, size in sizes.items():
         numbers = _numbers_to_divide(axis, shapes)
         bad = [f"{n} {what}" for what, n in numbers.items() if n % size]
         if bad:

@@ -58,8 +58,8 @@ def kernel_metadata(folder: Path) -> Path:
         (lambda m: m.update(parts=["../t5"]), "parts is .*expected some of"),
         (lambda m: m.update(parts=[]), "parts is .*expected some of"),
         (lambda m: m.update(sources=[]), "sources is .*expected an object"),
-        (lambda m: m.update(format="3"), "has format '3'; expected format 3"),
-        (lambda m: m.update(format=[[[]]]), "expected format 3"),
+        (lambda m: m.update(format="3"), "has format '3'; expected format 3 or 4"),
+        (lambda m: m.update(format=[[[]]]), "expected format 3 or 4"),
     ],
 )
 def test_edited_metadata(copy, change, message):
