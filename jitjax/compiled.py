@@ -125,7 +125,7 @@ def compile(
 
     def run(
         params: FluxParams, t5_ids: Array, clip_ids: Array, keys: Array, guidance: Array
-    ) -> Array:
+    ) -> Any:
         t5, clip = params.part("t5"), params.part("clip")
         return sample(
             params,

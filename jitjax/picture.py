@@ -42,7 +42,7 @@ class Picture:
     @property
     def settings(self) -> dict[str, object]:
         """All but the prompt, as stored in the PNG file."""
-        settings = {
+        settings: dict[str, object] = {
             "plan": self.plan_name,
             "steps": self.plan.steps,
             "solver": self.plan.solver,
@@ -53,7 +53,9 @@ class Picture:
             "height": self.height,
             "checkpoint": self.checkpoint,
         }
-        return settings if self.quantise is None else settings | {"quantise": self.quantise}
+        if self.quantise is not None:
+            settings["quantise"] = self.quantise
+        return settings
 
 
 def seed_keys(seeds: Sequence[int]) -> jax.Array:

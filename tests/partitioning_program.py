@@ -260,6 +260,21 @@ def check_quantised() -> None:
         assert groups == 4 or total(found, "all-reduce") == 2 * 3 * 16, (groups, found)
 
 
+def check_quantised_pictures(folder: Path) -> None:
+    """Quantised weights over 2 x 2 x 2: the pictures of one device, and shares of its bytes."""
+    options = OPTIONS | {"plan": jitjax.Plan(1)}
+    for kind in ("int8", "int4"):
+        one = jitjax.load(folder, quantise=kind)
+        divided = jitjax.load(folder, quantise=kind, mesh=make_mesh(2, 2, 2))
+        expected = jitjax.sample(one, PROMPTS, key=KEY, **options)
+        images = jitjax.sample(divided, PROMPTS, key=KEY, **options)
+        np.testing.assert_allclose(images, expected, atol=TOLERANCE, err_msg=kind)
+        stacks = [
+            params.transformer["single_blocks"]["mlp_up"]["kernel"] for params in (one, divided)
+        ]
+        assert device_bytes(stacks[0].values) == 4 * device_bytes(stacks[1].values), kind
+
+
 def check_gradients(folder: Path, params: FluxParams) -> None:
     """Slopes of parameters and conditioning, under `jit` and outside it."""
     plan = jitjax.Plan(1)
@@ -292,6 +307,7 @@ def main() -> None:
             "all axes": lambda: check_all_axes(folder, params, expected),
             "programs": lambda: check_programs(folder),
             "quantised": check_quantised,
+            "quantised pictures": lambda: check_quantised_pictures(folder),
             "gradients": lambda: check_gradients(folder, params),
         }
         for name in sys.argv[1:] or checks:

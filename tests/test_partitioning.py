@@ -35,7 +35,14 @@ def full_size_shapes(*parts: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "checks", [("pictures",), ("all axes",), ("programs", "quantised"), ("gradients",)]
+    "checks",
+    [
+        ("pictures",),
+        ("all axes",),
+        ("programs", "quantised"),
+        ("quantised pictures",),
+        ("gradients",),
+    ],
 )
 def test_over_eight_devices(checks):
     """In a process of its own, because the number of devices is fixed when JAX starts."""
