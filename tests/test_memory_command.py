@@ -12,6 +12,7 @@ import jitjax
 from jitjax import cli
 from jitjax.memory import estimate_memory, report
 
+README = Path(__file__).parents[1] / "README.md"
 SCALING = Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
@@ -109,10 +110,11 @@ def test_no_model_is_imported():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_table_of_the_documentation(capsys):
+@pytest.mark.parametrize("page", [SCALING, README])
+def test_the_table_of_the_documentation(page, capsys):
     """If this fails: `jitjax memory --table` prints what belongs between the markers."""
-    page = SCALING.read_text()
-    assert report.with_table(page) == page
+    text = page.read_text()
+    assert report.with_table(text) == text
     assert run(capsys, "memory", "--table")[1] == report.what_fits()
     assert report.what_fits().count("\n") == 2 + len(report.ROWS)
 
