@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the benchmarks and tests that need a GPU, in about ten minutes, without a network.
+# Runs the benchmarks and tests that need a GPU, in a quarter of an hour, without a network.
 #
 #   benchmarks/gpu.sh OUT                         all parts; results go to the folder OUT
 #   WHEELS=FOLDER benchmarks/gpu.sh OUT           installs the wheels of FOLDER first
@@ -15,12 +15,14 @@
 #   torch      diffusers' transformer, compiled, at the same shapes   torch.jsonl
 #   tests      the tests marked gpu                                   tests.log
 #   quality    the quality benchmark on the bundled checkpoint        quality.jsonl
+#   memory     XLA's account of all programs against the estimate     memory.jsonl
+#   quantised  one evaluation with int8, int4 and float8 weights      quantised.jsonl
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(speed attention torch tests quality)
+[ ${#parts[@]} -gt 0 ] || parts=(speed attention torch tests quality memory quantised)
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -94,8 +96,22 @@ for which in "${parts[@]}"; do
     quality-rehearsed)
         part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 \
             --out "$out/quality.jsonl" ;;
+    memory)
+        part memory 60 "$python" -m benchmarks.memory --out "$out/memory.jsonl"
+        part memory 60 "$python" -m benchmarks.memory --quantise int8 --out "$out/memory.jsonl" ;;
+    memory-rehearsed)
+        part memory 150 "$python" -m benchmarks.memory --model middle --out "$out/memory.jsonl" ;;
+    quantised)
+        for kind in int8 int4 float8; do
+            part quantised 50 "$python" -m benchmarks.speed --quantise "$kind" --plans \
+                --out "$out/quantised.jsonl" --profile "$out/kernels-$kind.txt"
+        done ;;
+    quantised-rehearsed)
+        part quantised 100 "$python" -m benchmarks.speed --model middle --size 64 --text 32 \
+            --dtype float32 --matmul 256 --plans --quantise int4 --out "$out/quantised.jsonl" \
+            "${small[@]}" ;;
     *)
-        echo "unknown part $which; expected tests, attention, speed, torch or quality"
+        echo "unknown part $which; expected tests, attention, speed, torch, quality, memory or quantised"
         exit 2 ;;
     esac
 done

@@ -3,89 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jitjax
+from benchmarks.memory import (
+    FULL,
+    MIDDLE,
+    account,
+    lower_decoder,
+    lower_encoders,
+    lower_stage,
+)
 from jitjax import memory
-from jitjax.checkpoint import abstract_params
-from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
-from jitjax.denoise import FluxVelocity
-from jitjax.latents import token_grid
 from jitjax.memory import check, estimate_memory, programs, weights
 from jitjax.models import strips
-from jitjax.sample import _decode
-from jitjax.sampler import solve
 from jitjax.sampler.plan import get_plan
-from jitjax.sampler.solvers import named_solver, with_last_velocity
-from jitjax.sampler.static import split_arrays
-from jitjax.sampler.terms import SagArgs
-from jitjax.text import Conditioning, encode_ids
-
-FULL = FluxConfig()
-MIDDLE = FluxConfig(
-    transformer=TransformerConfig(
-        num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=12,
-        joint_attention_dim=512, pooled_projection_dim=256, axes_dims_rope=(8, 28, 28),
-    ),
-    t5=T5Config(vocab_size=1000, d_model=512, d_ff=1024, num_layers=2, num_heads=8),
-    clip=CLIPConfig(vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-                    num_attention_heads=4),
-    autoencoder=AutoencoderConfig(block_out_channels=(32, 64, 128, 128)),
-    text_length=128, image_size=512,
-)  # fmt: skip
-Shape = functools.partial(jax.ShapeDtypeStruct)
-
-
-def account(lowered):
-    """Arguments, temporaries and outputs by XLA."""
-    found = lowered.compile().memory_analysis()
-    return (
-        found.argument_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.output_size_in_bytes,
-    )
-
-
-def lower_encoders(config, batch):
-    params = abstract_params(config)
-    ids = [Shape((batch, length), jnp.int32) for length in (config.text_length, 77)]
-    return encode_ids.__wrapped__.lower(params.t5, params.clip, *ids, config)
-
-
-def lower_stage(config, side, batch, plan, number):
-    plan, grid = get_plan(plan), token_grid(side, side, config)
-    n, text = grid[0] * grid[1], config.text_length
-    budget = plan.budgets(n, text)[number]
-    lifter = None
-    if budget < n:
-        build = functools.partial(
-            solve._build_lifter, slots=plan.slots(budget, text), grid=grid, lift=plan.lift
-        )
-        lifter = jax.eval_shape(build, Shape((batch, budget), jnp.int32))
-    _, velocity = split_arrays("velocity", FluxVelocity(config.transformer))
-    _, solver = split_arrays("solver", with_last_velocity(named_solver(plan.solver)))
-    conditioning = jax.eval_shape(
-        Conditioning,
-        Shape((batch, text, config.t5.d_model), jnp.float32),
-        Shape((batch, config.clip.hidden_size), jnp.float32),
-    )
-    args = abstract_params(config).transformer, conditioning, Shape((batch,), jnp.float32)
-    y = Shape((batch, n, config.transformer.in_channels), jnp.float32)
-    return solve._programs(velocity, ()).integrate.lower(
-        solve._Stage(solver, grid, budget), False, solve._Arrays([], []), y,
-        Shape((3,), jnp.float32), SagArgs(lifter, args), None,
-    )  # fmt: skip
-
-
-def lower_decoder(config, side, batch):
-    grid = token_grid(side, side, config)
-    tokens = Shape((batch, grid[0] * grid[1], config.transformer.in_channels), jnp.float32)
-    return _decode.lower(config.autoencoder, grid, abstract_params(config).autoencoder, tokens)
 
 
 def compare(program, lowered, temporaries):
@@ -107,7 +42,7 @@ def transformer_programs(estimate):
 def test_full_size_transformer():
     """48 GB of weights; what is beside them is within 10 % too."""
     estimate = estimate_memory("flux-dev", batch=4, plan="4x", platform="cpu")
-    compare(transformer_programs(estimate)[1], lower_stage(FULL, 1024, 4, "4x", 1), 0.1)
+    compare(transformer_programs(estimate)[1], lower_stage(FULL, 1024, 4, "4x", 1, "float32"), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -118,19 +53,19 @@ def test_middle_size_transformer(side, batch, plan, number):
     """Of a model this small the activations are most of it."""
     estimate = estimate_memory(MIDDLE, height=side, width=side, batch=batch, plan=plan,
                                platform="cpu")  # fmt: skip
-    lowered = lower_stage(MIDDLE, side, batch, plan, number)
+    lowered = lower_stage(MIDDLE, side, batch, plan, number, "float32")
     compare(transformer_programs(estimate)[number], lowered, 0.15)
 
 
 @pytest.mark.parametrize("side", [512, 2048])
 def test_middle_size_decoder(side):
     estimate = estimate_memory(MIDDLE, height=side, width=side, platform="cpu")
-    compare(estimate.programs[-1], lower_decoder(MIDDLE, side, 1), 0.1)
+    compare(estimate.programs[-1], lower_decoder(MIDDLE, side, 1, "float32"), 0.1)
 
 
 def test_middle_size_text_encoders():
     estimate = estimate_memory(MIDDLE, batch=8, platform="cpu")
-    compare(estimate.programs[0], lower_encoders(MIDDLE, 8), 0.15)
+    compare(estimate.programs[0], lower_encoders(MIDDLE, 8, "float32"), 0.15)
 
 
 def test_the_constants_are_those_of_the_decoder():
