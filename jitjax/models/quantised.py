@@ -6,7 +6,7 @@
     float8    float8_e4m3fn, as uint8    1                  block and output channel
 
 Quantised are the kernels of all projections inside the scanned blocks of the transformer and of T5:
-99 % of FLUX.1-dev's weights. Everything else stays as it is, because it is small or sensitive:
+98 % of FLUX.1-dev's weights. Everything else stays as it is, because it is small or sensitive:
 biases, norms, embeddings, the layers outside the blocks (`image_in`, `text_in`, those that embed
 sigma, guidance and the pooled prompt, `final_modulation`, `image_out`), and CLIP and the
 autoencoder.
