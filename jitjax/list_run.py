@@ -86,7 +86,8 @@ def run(
             numbers = ", ".join(map(str, sorted(problems)[:5])) + ", ..." * (len(problems) > 5)
             command.note(f"jitjax: broken lines, left out and explained at the end: {numbers}")
         command.note(
-            f"jitjax: {state.total} pictures, {state.done} of them in {str(folder)!r} already"
+            f"jitjax: {state.total} picture{'s' * (state.total > 1)}, {state.done} of them in "
+            f"{str(folder)!r} already"
         )
         if missing:
             params = load()
@@ -218,6 +219,7 @@ def _sample(
             width=first.width,
             plan=first.plan,
             guidance=first.guidance,
-            progress=lambda steps: bar.update(share * steps),
+            # Sums of shares round; tqdm warns of more than all.
+            progress=lambda steps: bar.update(min(share * steps, bar.total - bar.n)),
         )
     return list(np.asarray(made)[: len(pictures)])
