@@ -194,7 +194,7 @@ def test_count_keeps_one_picture_at_a_time(tmp_path, monkeypatch):
         made.append(weakref.ref(images))
         return images
 
-    monkeypatch.setattr(jitjax, "load", lambda path: None)
+    monkeypatch.setattr(jitjax, "load", lambda path, **others: None)
     monkeypatch.setattr(jitjax, "encode_prompt", lambda params, prompt: None)
     monkeypatch.setattr(jitjax, "sample", sample)
     monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
