@@ -24,13 +24,18 @@ def test_decode_inverts_encode_on_a_picture_of_the_trained_model():
     """`tiny` has an autoencoder that is trained: its own pictures come back."""
     params = jitjax.load("tiny")
     pictures = jitjax.sample(
-        params, "a large red circle", key=jax.random.key(0), height=128, width=192, plan="7x"
+        params,
+        "a large red circle",
+        key=jax.random.key(0),
+        height=256,
+        width=256,
+        plan="multistep-7",
     )
     tokens = jitjax.encode(params, pictures)
-    assert tokens.shape == (1, 8 * 12, 64)
+    assert tokens.shape == (1, 256, 64)
     assert tokens.dtype == jnp.float32
-    again = jitjax.decode(params, tokens, grid=(8, 12))
-    # The root mean square of the picture itself around its mean is above 0.1.
+    again = jitjax.decode(params, tokens, grid=(16, 16))
+    # 0.014 was measured: the autoencoder is not exact. Another scale or shift gives above 0.05.
     assert float(jnp.sqrt(((again - pictures) ** 2).mean())) < 0.02
     assert float(pictures.std()) > 0.1
 

@@ -37,7 +37,7 @@ def first_step(steps: int, strength: float) -> int:
     """Return how many of the first steps a strength drops, below `steps`.
 
     About (1 - strength) of them, rounded down. The arithmetic is that of diffusers to the last bit:
-    at 100 steps and strength 0.07, 92 are dropped and not 93, since 100 * 0.07 is above 7.
+    at 100 steps and strength 0.55, 44 are dropped and not 45, since 100 * 0.55 is above 55.
     """
     return min(int(max(steps - min(steps * strength, steps), 0)), steps - 1)
 
@@ -70,5 +70,5 @@ def enter_plan(plan: Plan, sigmas: np.ndarray, strength: float) -> Plan:
         steps=steps,
         densities=plan.densities[-len(ends) :],
         stage_ends=tuple(end / steps for end in ends),
-        schedule=tuple(sigmas[start:-1]),
+        schedule=tuple(map(float, sigmas[start:-1])),
     )
