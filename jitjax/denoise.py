@@ -290,13 +290,14 @@ def denoise(
         )
     noise = over_batch(noise)
     if clean is not None:
-        clean = as_array("clean", clean)
-        if clean.shape != noise.shape:
+        clean_tokens = as_array("clean", clean)
+        if clean_tokens.shape != noise.shape:
             raise ValueError(
-                f"clean has shape {list(clean.shape)}; expected that of noise, {list(noise.shape)}"
+                f"clean has shape {list(clean_tokens.shape)}; expected that of noise, "
+                f"{list(noise.shape)}"
             )
-        check_finite_array("clean", clean)
-        clean = over_batch(clean)
+        check_finite_array("clean", clean_tokens)
+        clean = over_batch(clean_tokens)
     conditioning.check(params.config, batch=b)
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)

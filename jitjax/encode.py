@@ -70,10 +70,10 @@ def _encode(
 
     dtype = float_dtype(params)
     pixels = (2 * over_batch(images) - 1).astype(dtype)
-    moments = Autoencoder(config, dtype=dtype).apply({"params": params}, pixels, method="encode")
-    assert isinstance(moments, tuple)
+    model = Autoencoder(config, dtype=dtype)
+    moments: Any = model.apply({"params": params}, pixels, method="encode")
     # The transformer's latents are float32 (or float64) for every dtype of the autoencoder.
-    mean, logvar = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in moments)
+    mean, logvar = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in moments)
     if keys is not None:
         noise = draw_noise(keys, grid, PATCH**2 * config.latent_channels)
         mean = mean + jnp.exp(logvar / 2) * unpack(noise, grid).astype(mean.dtype)
