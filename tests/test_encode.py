@@ -14,6 +14,8 @@ from jitjax.denoise import batch_keys
 from jitjax.latents import pack
 from jitjax.models.autoencoder import Autoencoder
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
