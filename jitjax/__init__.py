@@ -16,7 +16,8 @@ from jitjax.checkpoint import FluxParams, quantise_params, save
 from jitjax.compiled import CompiledSampler, compile
 from jitjax.conditioning import Conditioning
 from jitjax.config import FluxConfig
-from jitjax.denoise import denoise
+from jitjax.denoise import denoise, plan_at_strength
+from jitjax.encode import encode
 from jitjax.loading import load
 from jitjax.memory import MemoryEstimate, estimate_memory
 from jitjax.sample import decode, sample
@@ -41,10 +42,12 @@ __all__ = [
     "compile",
     "decode",
     "denoise",
+    "encode",
     "encode_prompt",
     "estimate_memory",
     "jit_solve",
     "load",
+    "plan_at_strength",
     "quantise_params",
     "sample",
     "save",

@@ -15,7 +15,7 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import cli_conditioning, command, files, images, list_run, startup
+from jitjax import cli_conditioning, cli_image, command, files, images, list_run, startup
 from jitjax.checkpoint import FluxParams, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
@@ -36,6 +36,8 @@ examples:
   jitjax "a red star" --count 4 -o star.png          star-0.png to star-3.png, seeds 0 to 3
   jitjax - -o poem.png < poem.txt                    the prompt from standard input
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
+  jitjax "a red star" --image cat.png --strength 0.6    from a picture instead of noise
+  jitjax "a red star" --image cat.jpg --size 512x384    resized to it, since not multiples of 16
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
   jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
   jitjax -- memory                                   a picture of the word "memory"
@@ -159,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="quantise the weights while they are loaded: int8 and float8 take half the memory of "
         "bfloat16, int4 a quarter at a loss of quality (default: as they are stored)",
     )
+    cli_image.add_arguments(parser)
     cli_conditioning.add_arguments(parser)
     return parser
 
@@ -215,6 +218,7 @@ def _clean_up() -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    cli_image.check_arguments(args)
     cli_conditioning.check_arguments(args)
     config = _read_config(args.checkpoint, cli_conditioning.needed_parts(args))
     if args.prompts is not None:
@@ -226,7 +230,11 @@ def _run(args: argparse.Namespace) -> int:
     else:
         conditioning, prompt = cli_conditioning.read(args.conditioning)
         conditioning.check(config)
-    pictures = _pictures(args, config, Line(1, prompt))
+    start_image = size = None
+    if args.image is not None:
+        start_image = cli_image.read(args.image, args.size, config)
+        size = (start_image.shape[2], start_image.shape[1])
+    pictures = _pictures(args, config, Line(1, prompt, size=size))
     outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
     _prepare_jax()
     if args.save_conditioning is not None:
@@ -243,6 +251,8 @@ def _run(args: argparse.Namespace) -> int:
             width=picture.width,
             plan=picture.plan,
             guidance=picture.guidance,
+            image=start_image,
+            strength=args.strength,
             progress=True,
         )[0]
         pixels = images.to_pixels(np.asarray(image), picture.seed)
@@ -321,6 +331,8 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
             args.guidance,
             args.checkpoint,
             args.quantise,
+            None if args.image is None else str(args.image),
+            args.strength,
         )
         for seed in seeds
     ]

@@ -24,6 +24,7 @@ from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
+from jitjax.sampler.entry import enter_plan
 from jitjax.sampler.grid import Grid, as_grid
 from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
 from jitjax.sampler.meshes import with_auto_axes
@@ -122,6 +123,26 @@ def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
     return plan_sigmas(plan, tokens, shift)
 
 
+def plan_at_strength(plan: str | Plan, strength: float, *, grid: Grid, config: FluxConfig) -> Plan:
+    """Return the part of a plan that image to image runs at a strength.
+
+    The first steps are dropped, and with them the stages that end before the first step kept.
+    The schedule of the result is the list of the sigmas left, so its first sigma is below 1.
+
+    Args:
+        plan: a `Plan`, or a name in `PLANS`.
+        strength: share of the steps to keep, in (0, 1]; 1 returns the plan unchanged.
+        grid: rows and columns of tokens.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: the plan is unknown, or the strength is outside (0, 1].
+        TypeError: the strength is no number known outside of transformations.
+    """
+    plan, grid = get_plan(plan), as_grid(grid)
+    return enter_plan(plan, flux_sigmas(plan, grid[0] * grid[1], config), strength)
+
+
 def plan_for_device(plan: Plan, dtype: DTypeLike) -> Plan:
     """Return the plan with which `denoise` runs: with another `pad_to` on NVIDIA GPUs.
 
@@ -198,6 +219,7 @@ def denoise(
     grid: Grid | None = None,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     key: Array | None = None,
+    clean: Float[Array, "b n d"] | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: str | diffrax.AbstractSolver | None = None,
@@ -224,6 +246,10 @@ def denoise(
             embedding overflows); ignored by models without a guidance embedding.
         key: one `jax.random` key, or one per sample. It draws the first anchors, the micro-flow
             noise and the random scores if the plan needs them and they are not given.
+        clean: clean tokens of the pictures to start from, from `encode`: the first state is then
+            (1 - sigma) clean + sigma noise, with the plan's first sigma. That of the named plans is
+            1, at which `clean` does not matter; `plan_at_strength` returns plans that start lower.
+            By default the first state is `noise`.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default.
@@ -263,6 +289,15 @@ def denoise(
             "not square)"
         )
     noise = over_batch(noise)
+    if clean is not None:
+        clean_tokens = as_array("clean", clean)
+        if clean_tokens.shape != noise.shape:
+            raise ValueError(
+                f"clean has shape {list(clean_tokens.shape)}; expected that of noise, "
+                f"{list(noise.shape)}"
+            )
+        check_finite_array("clean", clean_tokens)
+        clean = over_batch(clean_tokens)
     conditioning.check(params.config, batch=b)
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)
@@ -294,11 +329,17 @@ def denoise(
     if first_anchors is not None:
         anchors = as_array("first_anchors", first_anchors)
         first_anchors = anchors[None].repeat(b, axis=0) if anchors.ndim == 1 else anchors
+    sigmas = flux_sigmas(plan, n, params.config)
+    start = noise
+    if clean is not None and sigmas[0] < 1:
+        start = _mix(clean, noise, jnp.asarray(sigmas[0], noise.dtype))
+        if microflow_noise is None:  # `jit_solve` would take the first state
+            microflow_noise = noise
 
     return jit_solve(
         velocity,
-        noise,
-        jnp.asarray(flux_sigmas(plan, n, params.config), noise.dtype),
+        start,
+        jnp.asarray(sigmas, noise.dtype),
         plan=plan,
         grid=grid,
         first_anchors=first_anchors,
@@ -312,6 +353,12 @@ def denoise(
         check_finite=check_finite,
         trace=trace,
     )
+
+
+@jax.jit
+def _mix(clean: Array, noise: Array, sigma: Array) -> Array:
+    """Return clean tokens with noise, at a sigma."""
+    return (1 - sigma) * clean.astype(noise.dtype) + sigma * noise
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

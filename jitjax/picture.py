@@ -27,6 +27,8 @@ class Picture:
         guidance: guidance scale.
         checkpoint: the checkpoint as it was named.
         quantise: what its weights are quantised to when they are loaded; None for as stored.
+        image: file of the picture to start from; None for noise.
+        strength: the strength of image to image; None without `image`.
     """
 
     prompt: str
@@ -38,6 +40,8 @@ class Picture:
     guidance: float
     checkpoint: str
     quantise: str | None = None
+    image: str | None = None
+    strength: float | None = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -55,6 +59,8 @@ class Picture:
         }
         if self.quantise is not None:
             settings["quantise"] = self.quantise
+        if self.image is not None:
+            settings |= {"image": self.image, "strength": self.strength}
         return settings
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
-from jitjax.denoise import batch_keys, check_guidance, denoise
+from jitjax.denoise import batch_keys, check_guidance, denoise, plan_at_strength
+from jitjax.encode import encode, image_size
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
@@ -25,6 +26,7 @@ from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.checks import check_finite
+from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid, as_grid, as_integer
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
@@ -32,8 +34,11 @@ from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
 from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
 
+DEFAULT_STRENGTH = 0.6
+"""The strength of image to image; that of diffusers' pipeline."""
 
-@with_auto_axes("prompt", "key")
+
+@with_auto_axes("prompt", "key", "image")
 def sample(
     params: FluxParams,
     prompt: str | Sequence[str] | Conditioning,
@@ -43,11 +48,13 @@ def sample(
     width: int | None = None,
     plan: str | Plan = DEFAULT_PLAN,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
+    image: Float[Array, "_ h w 3"] | Float[np.ndarray, "_ h w 3"] | None = None,
+    strength: float | None = None,
     attention: str = "auto",
     progress: bool | Callable[[int], Any] = False,
     chunk: int | None = None,
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
-    """Generate images from prompts.
+    """Generate images from prompts, or from prompts and pictures (image to image).
 
     Args:
         params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
@@ -56,10 +63,16 @@ def sample(
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
             programs of other batch sizes round differently, by 1e-5 of the range in float32.
-        height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
+        height, width: size in pixels, multiples of 16; by default that of `image`, or
+            `params.config.image_size`.
         plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
+        image: pictures to start from, [b or 1, height, width, 3], floating point numbers in [0, 1];
+            see `encode`, whose mean is taken.
+        strength: how far from `image` the result may be, in (0, 1]; 0.6 by default. That share of
+            the plan's steps is run, from the picture with noise of the first of them; see
+            `plan_at_strength`. At 1 the picture does not matter.
         attention: how the transformer computes attention: "auto" (the fastest on the platform),
             "xla", "cudnn" or "pallas"; see `jitjax.models.attention`.
         progress: show a progress bar of the steps on standard error; or a callback, called with 1
@@ -80,7 +93,9 @@ def sample(
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
             are no prompts, the guidance or the conditioning is not finite, the key or the
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
-            parameters for a model that is needed, or the batch (or chunk) cannot fit the device.
+            parameters for a model that is needed, the batch (or chunk) cannot fit the device,
+            `image` does not fit the batch, the height and width or `encode`, or `strength` is
+            outside (0, 1] or given without `image`.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -89,6 +104,11 @@ def sample(
     config = params.config
     plan = get_plan(plan)
     check_implementation(attention)
+    if image is not None:
+        strength = check_strength(DEFAULT_STRENGTH if strength is None else strength)
+        height, width = image_size(image, height, width, config)
+    elif strength is not None:
+        raise ValueError(f"strength is {strength!r}, but image is None; expected both or neither")
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     grid = token_grid(height, width, config)
@@ -102,6 +122,16 @@ def sample(
         params.part(part)
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
+    if image is not None:
+        assert strength is not None
+        if image.shape[0] not in (1, batch):
+            raise ValueError(
+                f"image has shape {list(image.shape)}; expected a batch of 1 or {batch}, one per "
+                "prompt"
+            )
+        plan = plan_at_strength(plan, strength, grid=grid, config=config)
+        if strength == 1:
+            image = None  # plain sampling
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
     chunks = 1 if chunk is None else -(-batch // int(chunk))
@@ -115,6 +145,7 @@ def sample(
         height=height,
         width=width,
         guidance=guidance,
+        image=image,
         chunk=chunk,
     )
     check_fits(params, grid, chunk, plan, encode=bool(prompts))
@@ -126,6 +157,10 @@ def sample(
             check_finite("Conditioning.pooled", prompt.pooled)
     else:
         text = tokenize(params.tokenizer, prompts, config)
+    if image is not None and image.shape[0] < batch:  # once, instead of in every chunk
+        image = jnp.broadcast_to(
+            encode(params, image), (batch, grid[0] * grid[1], config.transformer.in_channels)
+        )
     # Of several processes all run the steps one by one, and the first one shows them.
     hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
     with tqdm(total=chunks * plan.steps, unit="step", disable=hidden) as bar:
@@ -138,7 +173,7 @@ def sample(
             attention=attention,
             reports=reports if progress else None,
         )
-        inputs = text, keys, guidance
+        inputs = text, keys, guidance, image
         if chunks == 1:
             return make(inputs)
         rows = np.minimum(np.arange(chunks * chunk), batch - 1).reshape(chunks, chunk)
@@ -154,18 +189,29 @@ def sample(
 
 def _make_batch(
     params: FluxParams,
-    inputs: tuple[Conditioning | tuple[Array | np.ndarray, ...], Key[Array, " b"], Array],
+    inputs: tuple[
+        Conditioning | tuple[Array | np.ndarray, ...],
+        Key[Array, " b"],
+        Array,
+        Array | np.ndarray | None,
+    ],
     *,
     plan: Plan,
     grid: Grid,
     attention: str,
     reports: StepReports | None,
 ) -> Float[Array, "b height width 3"]:
-    """Make images from a conditioning, or the token ids of T5 and CLIP; their keys and guidance."""
-    text, keys, guidance = inputs
+    """Make images.
+
+    From a conditioning, or the token ids of T5 and CLIP; their keys; their guidance; and pictures
+    to start from, or the clean tokens of these, or None.
+    """
+    text, keys, guidance, clean = inputs
     noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
+    if clean is not None and clean.ndim == 4:
+        clean = encode(params, clean)
     tokens = denoise(
         params,
         text,
@@ -174,6 +220,7 @@ def _make_batch(
         grid=grid,
         guidance=guidance,
         key=denoise_keys,
+        clean=clean,
         attention=attention,
         progress=reports,
     )

@@ -98,6 +98,17 @@ def check_pictures(kind: AxisType) -> None:
             got = jax.jit(lambda c: jitjax.sample(params, c, **options))(over_batch)
             np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} jit")
             assert got.sharding.spec[0] == "d" or kind == AxisType.Auto
+        pictures = np.random.default_rng(0).uniform(0, 1, (4, 64, 64, 3)).astype(np.float32)
+        tokens = jitjax.encode(params, pictures, key=jax.random.key(1))
+        options["strength"] = 0.6
+        expected = jitjax.sample(params, conditioning, image=pictures, **options)
+        divided = jax.device_put(pictures, NamedSharding(mesh, P("d")))
+        got = jitjax.encode(params, divided, key=jax.random.key(1))
+        np.testing.assert_allclose(got, tokens, atol=1e-4, err_msg=f"{kind} encode")
+        assert got.sharding.spec[0] == "d" or kind == AxisType.Auto
+        with jax.set_mesh(mesh):
+            got = jitjax.sample(params, over_batch, image=divided, **options)
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} image")
 
 
 if __name__ == "__main__":

@@ -104,8 +104,11 @@ def test_each_function_alone(folder, on_host):
     assert trace.evaluations == 1
     images = jitjax.decode(on_host, tokens, grid=(4, 4))
     assert images.sharding.memory_kind == "device"
+    encoded = jitjax.encode(on_host, images)
+    np.testing.assert_array_equal(encoded, jitjax.encode(params, images))
+    assert encoded.sharding.memory_kind == "device"
     assert all(leaf.sharding.memory_kind == offload.HOST for leaf in jax.tree.leaves(on_host))
-    del conditioning, expected, noise, tokens, trace, images
+    del conditioning, expected, noise, tokens, trace, images, encoded
     gc.collect()
     assert len(jax.live_arrays()) <= count + 8  # constants of programs; a model has dozens
 
