@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from benchmarks import quantisation
 from jitjax.models.quantised import KINDS
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 def test_errors_grow_with_the_rounding():

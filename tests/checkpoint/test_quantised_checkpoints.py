@@ -20,6 +20,7 @@ from jitjax.models import quantised
 from jitjax.models.quantised import KINDS, as_dicts, is_quantisable
 from jitjax.nested import flatten
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 KERNEL = "single_blocks/out/kernel"
 
 

@@ -23,6 +23,7 @@ from jitjax.convert.tables.engine import ConversionError
 from jitjax.loading import BUNDLED
 from jitjax.models.quantised import KINDS, dequantise, is_quantised
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 TINY = str(BUNDLED / "tiny")
 
 
