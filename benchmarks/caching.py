@@ -53,11 +53,11 @@ from benchmarks.quality import flops
 from benchmarks.quality.judging import judge_image, similarity
 from benchmarks.quality.prompts import SPLITS, prompts
 from benchmarks.quality.scores import interval
-from jitjax.denoise import FluxVelocity
 from jitjax.latents import draw_noise, token_grid
 from jitjax.sampler.anchors import first_anchors
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.solvers import MeanVelocitySolver, Multistep
+from jitjax.velocity import FluxVelocity
 
 REFERENCE = jitjax.Plan(50, schedule="shifted")
 """The plan whose pictures PSNR compares with."""

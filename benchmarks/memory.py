@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jitjax.checkpoint import abstract_params
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
-from jitjax.denoise import FluxVelocity, plan_for_device
+from jitjax.denoise import plan_for_device
 from jitjax.latents import token_grid
 from jitjax.memory import Program, estimate_memory
 from jitjax.models.devices import compiler_options
@@ -34,6 +34,7 @@ from jitjax.sampler.solvers import named_solver, with_last_velocity
 from jitjax.sampler.static import split_arrays
 from jitjax.sampler.terms import SagArgs
 from jitjax.text import Conditioning, encode_ids
+from jitjax.velocity import FluxVelocity
 
 FULL = FluxConfig()
 MIDDLE = FluxConfig(

@@ -14,11 +14,12 @@ from benchmarks.flop_count import xla_flops
 from benchmarks.timing import compile_for, random_params
 from jitjax.checkpoint import FluxParams, quantise_params
 from jitjax.config import FluxConfig, T5Config, TransformerConfig
-from jitjax.denoise import FluxVelocity, flux_sigmas
+from jitjax.denoise import flux_sigmas
 from jitjax.models import param_shapes
 from jitjax.models.devices import compiler_options
 from jitjax.sampler.grid import positions
 from jitjax.sampler.solve import jit_solve
+from jitjax.velocity import FluxVelocity
 
 CHECKPOINT = "tiny"
 """The model that is loaded, from the bundled checkpoint; the weights of all others are random."""

@@ -37,10 +37,10 @@ from benchmarks.speed_models import CHECKPOINT, MODELS
 from benchmarks.timing import compile_for, device_info, measure_in_turns, record_row
 from jitjax.config import TransformerConfig
 from jitjax.convert.components import from_state  # pyright: ignore[reportMissingImports]
-from jitjax.denoise import FluxVelocity
 from jitjax.loading import BUNDLED
 from jitjax.sampler.grid import positions
 from jitjax.text import Conditioning
+from jitjax.velocity import FluxVelocity
 
 TOLERANCE = 1e-4
 """Largest accepted error: sums of float32 in another order differ by 1e-6 to 1e-5."""

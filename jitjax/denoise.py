@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,9 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
-from jitjax.config import EMBEDDING_SCALE, FluxConfig, TransformerConfig
+from jitjax.config import EMBEDDING_SCALE, FluxConfig
 from jitjax.latents import draw_noise
-from jitjax.models.attention import check_implementation
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.models.partitioning import over_batch
 from jitjax.models.quantised import float_dtype
@@ -32,6 +30,7 @@ from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
 from jitjax.sampler.schedule import Shift, plan_sigmas
 from jitjax.text import Conditioning
+from jitjax.velocity import FluxVelocity, VelocityInputs
 
 if TYPE_CHECKING:
     import diffrax
@@ -43,62 +42,6 @@ NVIDIA_TOKENS = 8
 
 XLA would pad the operands of every matrix product to it, which takes longer.
 """
-
-
-@dataclass(frozen=True)
-class FluxVelocity:
-    """The FLUX transformer as a velocity function for `jit_solve`.
-
-    The transformer runs in the dtype of its parameters.
-
-    Attributes:
-        config: configuration of the transformer.
-        attention: "auto" (the fastest on the platform), "xla", "cudnn" or "pallas"; see
-            `jitjax.models.attention`.
-    """
-
-    config: TransformerConfig
-    attention: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_implementation(self.attention)
-
-    def __call__(
-        self,
-        tokens: Float[Array, "b m d"],
-        positions: Int[Array, "b m 3"],
-        sigma: Array,
-        valid: Array | None,
-        args: tuple[Any, Conditioning, Array | None],
-    ) -> Float[Array, "b m d"]:
-        """Return the velocities of the tokens.
-
-        Args:
-            tokens: states of the tokens.
-            positions: (0, row, column) of each token.
-            sigma: sigma of the states, a scalar in [0, 1].
-            valid: False in padded slots, [b, m]; None if there are none. Unless `attention` is
-                "xla" or "pallas", they follow all others.
-            args: the transformer's parameters, the conditioning, and the guidance strength [b]
-                (None for models without a guidance embedding).
-        """
-        from jitjax.models.flux import FluxTransformer
-
-        params, conditioning, guidance = args
-        dtype = float_dtype(params)
-        model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
-        velocities = model.apply(
-            {"params": params},
-            tokens,
-            positions,
-            conditioning.text,
-            conditioning.pooled,
-            jnp.broadcast_to(sigma, tokens.shape[:1]),
-            guidance,
-            valid,
-        )
-        assert isinstance(velocities, jax.Array)
-        return velocities
 
 
 def flux_sigmas(plan: Plan, tokens: int, config: FluxConfig) -> np.ndarray:
@@ -345,7 +288,9 @@ def denoise(
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
         random_scores=random_scores,
-        args=(transformer, conditioning, guidance if config.guidance_embeds else None),
+        args=VelocityInputs(
+            transformer, conditioning, guidance if config.guidance_embeds else None
+        ),
         solver=solver,
         text_tokens=conditioning.text.shape[1],
         compiler_options=compiler_options(),

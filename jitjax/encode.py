@@ -128,27 +128,6 @@ def check_images(name: str, images: Any, config: FluxConfig) -> Grid:
     return token_grid(height, width, config)
 
 
-def image_size(
-    image: Any, height: int | None, width: int | None, config: FluxConfig
-) -> tuple[int, int]:
-    """Check the pictures of image to image; return their height and width.
-
-    Args:
-        image: the pictures.
-        height, width: the size asked for, if any.
-        config: the model's configuration.
-
-    Raises:
-        ValueError, TypeError: as `encode`; or the size asked for is another.
-    """
-    check_images("image", image, config)
-    size = image.shape[1:3]
-    for name, given, side in zip(("height", "width"), (height, width), size, strict=True):
-        if given is not None and given != side:
-            raise ValueError(f"{name} is {given!r}; expected {side}, that of image, or None")
-    return size
-
-
 def nearest_side(side: int, config: FluxConfig) -> int:
     """Return the height or width nearest to `side` that a picture may have."""
     multiple = config.pixels_per_token

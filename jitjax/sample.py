@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
-from jitjax.denoise import batch_keys, check_guidance, denoise, plan_at_strength
-from jitjax.encode import encode, image_size
+from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
@@ -26,19 +25,23 @@ from jitjax.models.quantised import float_dtype
 from jitjax.offload import with_parts_on_device
 from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.checks import check_finite
-from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid, as_grid, as_integer
 from jitjax.sampler.keys import split
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
+from jitjax.task import (
+    Task,
+    TaskInputs,
+    as_tokens,
+    check_task,
+    plan_and_inputs,
+    with_batch,
+)
 from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
 
-DEFAULT_STRENGTH = 0.6
-"""The strength of image to image; that of diffusers' pipeline."""
 
-
-@with_auto_axes("prompt", "key", "image")
+@with_auto_axes("prompt", "key", "task")
 def sample(
     params: FluxParams,
     prompt: str | Sequence[str] | Conditioning,
@@ -48,11 +51,10 @@ def sample(
     width: int | None = None,
     plan: str | Plan = DEFAULT_PLAN,
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
-    image: Float[Array, "_ h w 3"] | Float[np.ndarray, "_ h w 3"] | None = None,
-    strength: float | None = None,
     attention: str = "auto",
     progress: bool | Callable[[int], Any] = False,
     chunk: int | None = None,
+    **task: Unpack[Task],
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
     """Generate images from prompts, or from prompts and pictures (image to image).
 
@@ -68,11 +70,6 @@ def sample(
         plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
-        image: pictures to start from, [b or 1, height, width, 3], floating point numbers in [0, 1];
-            see `encode`, whose mean is taken.
-        strength: how far from `image` the result may be, in (0, 1]; 0.6 by default. That share of
-            the plan's steps is run, from the picture with noise of the first of them; see
-            `plan_at_strength`. At 1 the picture does not matter.
         attention: how the transformer computes attention: "auto" (the fastest on the platform),
             "xla", "cudnn" or "pallas"; see `jitjax.models.attention`.
         progress: show a progress bar of the steps on standard error; or a callback, called with 1
@@ -81,6 +78,8 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
+        **task: pictures to start from, and what belongs to them: the fields of `Task`, `image` and
+            `strength`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -94,7 +93,7 @@ def sample(
             are no prompts, the guidance or the conditioning is not finite, the key or the
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
-            `image` does not fit the batch, the height and width or `encode`, or `strength` is
+            a picture does not fit the batch, the height and width or `encode`, or `strength` is
             outside (0, 1] or given without `image`.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
@@ -104,13 +103,7 @@ def sample(
     config = params.config
     plan = get_plan(plan)
     check_implementation(attention)
-    if image is not None:
-        strength = check_strength(DEFAULT_STRENGTH if strength is None else strength)
-        height, width = image_size(image, height, width, config)
-    elif strength is not None:
-        raise ValueError(f"strength is {strength!r}, but image is None; expected both or neither")
-    height = config.image_size if height is None else height
-    width = config.image_size if width is None else width
+    task, (height, width) = check_task(task, height, width, config)
     grid = token_grid(height, width, config)
     if isinstance(prompt, Conditioning):
         prompt.check(config)
@@ -122,16 +115,7 @@ def sample(
         params.part(part)
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
-    if image is not None:
-        assert strength is not None
-        if image.shape[0] not in (1, batch):
-            raise ValueError(
-                f"image has shape {list(image.shape)}; expected a batch of 1 or {batch}, one per "
-                "prompt"
-            )
-        plan = plan_at_strength(plan, strength, grid=grid, config=config)
-        if strength == 1:
-            image = None  # plain sampling
+    plan, inputs = plan_and_inputs(task, plan, grid, batch, config)
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
     chunks = 1 if chunk is None else -(-batch // int(chunk))
@@ -145,7 +129,7 @@ def sample(
         height=height,
         width=width,
         guidance=guidance,
-        image=image,
+        task=inputs,
         chunk=chunk,
     )
     check_fits(params, grid, chunk, plan, encode=bool(prompts))
@@ -157,10 +141,7 @@ def sample(
             check_finite("Conditioning.pooled", prompt.pooled)
     else:
         text = tokenize(params.tokenizer, prompts, config)
-    if image is not None and image.shape[0] < batch:  # once, instead of in every chunk
-        image = jnp.broadcast_to(
-            encode(params, image), (batch, grid[0] * grid[1], config.transformer.in_channels)
-        )
+    rows = _Rows(text, keys, guidance, with_batch(params, inputs, batch))
     # Of several processes all run the steps one by one, and the first one shows them.
     hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
     with tqdm(total=chunks * plan.steps, unit="step", disable=hidden) as bar:
@@ -173,45 +154,49 @@ def sample(
             attention=attention,
             reports=reports if progress else None,
         )
-        inputs = text, keys, guidance, image
         if chunks == 1:
-            return make(inputs)
-        rows = np.minimum(np.arange(chunks * chunk), batch - 1).reshape(chunks, chunk)
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, inputs))):
-            images = jax.lax.map(make, jax.tree.map(lambda leaf: leaf[rows], inputs))
+            return make(rows)
+        indices = np.minimum(np.arange(chunks * chunk), batch - 1).reshape(chunks, chunk)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, rows))):
+            images = jax.lax.map(make, jax.tree.map(lambda leaf: leaf[indices], rows))
             return images.reshape(chunks * chunk, *images.shape[2:])[:batch]
         images = np.empty((batch, height, width, 3), np.float32)
-        for start, indices in zip(range(0, batch, chunk), rows, strict=True):
-            made = make(jax.tree.map(lambda leaf, rows=indices: leaf[rows], inputs))
+        for start, chosen in zip(range(0, batch, chunk), indices, strict=True):
+            made = make(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], rows))
             images[start : start + chunk] = np.asarray(made)[: batch - start]
     return images
 
 
+class _Rows(NamedTuple):
+    """What images are made from: one row of every array for each image.
+
+    Attributes:
+        text: a conditioning, or the token ids of T5 and CLIP.
+        keys: their keys.
+        guidance: their guidance.
+        task: the arrays of the task.
+    """
+
+    text: Conditioning | tuple[Array | np.ndarray, ...]
+    keys: Key[Array, " b"]
+    guidance: Array
+    task: TaskInputs
+
+
 def _make_batch(
     params: FluxParams,
-    inputs: tuple[
-        Conditioning | tuple[Array | np.ndarray, ...],
-        Key[Array, " b"],
-        Array,
-        Array | np.ndarray | None,
-    ],
+    rows: _Rows,
     *,
     plan: Plan,
     grid: Grid,
     attention: str,
     reports: StepReports | None,
 ) -> Float[Array, "b height width 3"]:
-    """Make images.
-
-    From a conditioning, or the token ids of T5 and CLIP; their keys; their guidance; and pictures
-    to start from, or the clean tokens of these, or None.
-    """
-    text, keys, guidance, clean = inputs
+    """Make images."""
+    text, keys, guidance, task = rows
     noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
-    if clean is not None and clean.ndim == 4:
-        clean = encode(params, clean)
     tokens = denoise(
         params,
         text,
@@ -220,7 +205,7 @@ def _make_batch(
         grid=grid,
         guidance=guidance,
         key=denoise_keys,
-        clean=clean,
+        clean=as_tokens(params, task.clean),
         attention=attention,
         progress=reports,
     )

@@ -22,9 +22,9 @@ from golden import build
 
 import jitjax
 from jitjax.checkpoint import FluxParams, abstract_params
-from jitjax.denoise import FluxVelocity
 from jitjax.models.partitioning import product_of_joined
 from jitjax.sampler.meshes import with_auto_axes
+from jitjax.velocity import FluxVelocity
 
 CONFIG = dataclasses.replace(
     build.SMALL,

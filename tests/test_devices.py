@@ -12,10 +12,11 @@ import pytest
 
 import jitjax
 from jitjax.config import FluxConfig, TransformerConfig
-from jitjax.denoise import FluxVelocity, plan_for_device
+from jitjax.denoise import plan_for_device
 from jitjax.models import devices, param_shapes
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
+from jitjax.velocity import FluxVelocity
 
 denoise_module = importlib.import_module("jitjax.denoise")  # `jitjax.denoise` is the function
 PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")

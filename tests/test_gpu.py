@@ -14,11 +14,11 @@ from golden import build
 import jitjax
 from benchmarks import replay
 from jitjax.config import TransformerConfig
-from jitjax.denoise import FluxVelocity
 from jitjax.models import param_shapes
 from jitjax.models.attention import attend
 from jitjax.models.devices import compiler_options
 from jitjax.models.flux import FluxTransformer
+from jitjax.velocity import FluxVelocity
 
 pytestmark = pytest.mark.gpu
 CONFIG = TransformerConfig(

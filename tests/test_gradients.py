@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from golden import build
 
-from jitjax.denoise import FluxVelocity, denoise, flux_sigmas
+from jitjax.denoise import denoise, flux_sigmas
 from jitjax.models import param_shapes
 from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
+from jitjax.velocity import FluxVelocity
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

@@ -216,6 +216,7 @@ def test_image_to_image_under_vmap_and_grad(small, images):
         ({"strength": float("nan")}, ValueError, "strength is nan"),
         ({"strength": "0.6"}, TypeError, "strength is str"),
         ({"strength": True}, TypeError, "strength is bool"),
+        ({"strenght": 0.5}, TypeError, "unexpected keyword argument 'strenght'"),
         ({"image": None, "strength": 0.6}, ValueError, "strength is 0.6, but image is None"),
         ({"height": 64}, ValueError, "height is 64; expected 32, that of image"),
         ({"width": 32}, ValueError, "width is 32; expected 64"),
@@ -229,8 +230,8 @@ def test_errors_before_any_model_runs(small, images, monkeypatch, change, error,
     def fail(*arguments, **options):
         raise AssertionError("a model runs")
 
-    for name in ("encode", "denoise", "encode_tokens"):
-        monkeypatch.setattr(sys.modules["jitjax.sample"], name, fail)
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+        monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"image": images, "key": jax.random.key(0)} | change
     with pytest.raises(error, match=message):
         jitjax.sample(small, [PROMPT] * 2, **arguments)

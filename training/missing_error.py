@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jitjax
-from jitjax.denoise import FluxVelocity
 from jitjax.sampler.grid import positions
+from jitjax.velocity import FluxVelocity
 from training.missing_tokens import DENSITIES, GRID, TOKENS, draw_subset, load_scenes
 
 GUIDANCE = 3.5

@@ -16,11 +16,12 @@ from benchmarks.quality import flops, peers
 from benchmarks.quality.methods import Method
 from benchmarks.quality.prompts import prompts
 from jitjax.config import EMBEDDING_SCALE
-from jitjax.denoise import FluxVelocity, flux_sigmas
+from jitjax.denoise import flux_sigmas
 from jitjax.latents import draw_noise
 from jitjax.models.layers import MLP, modulate, sinusoidal_embedding
 from jitjax.sampler.grid import Grid, positions
 from jitjax.sampler.plan import Plan
+from jitjax.velocity import FluxVelocity
 
 
 def modulated_input(

@@ -14,9 +14,9 @@ from benchmarks import solver_loop, speed, speed_models, timing
 from benchmarks.flop_count import xla_flops
 from benchmarks.quality import flops
 from jitjax.config import TransformerConfig
-from jitjax.denoise import FluxVelocity
 from jitjax.models import param_shapes
 from jitjax.sampler.solve import jit_solve
+from jitjax.velocity import FluxVelocity
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

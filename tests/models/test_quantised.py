@@ -15,11 +15,11 @@ from golden import build
 import jitjax
 from jitjax.checkpoint import abstract_params, quantise_params
 from jitjax.config import FluxConfig
-from jitjax.denoise import FluxVelocity
 from jitjax.models import quantised
 from jitjax.models.quantised import KINDS, Quantised, dequantise, multiply, quantise_stack
 from jitjax.nested import flatten
 from jitjax.sampler.grid import positions
+from jitjax.velocity import FluxVelocity
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

@@ -12,10 +12,10 @@ import pytest
 import jitjax
 from jitjax.checkpoint import abstract_params
 from jitjax.config import FluxConfig, T5Config, TransformerConfig
-from jitjax.denoise import FluxVelocity
 from jitjax.models import quantised
 from jitjax.nested import flatten
 from jitjax.sampler.grid import positions
+from jitjax.velocity import FluxVelocity
 
 GRID = (4, 4)
 # The numbers of blocks are primes that divide no width, so that only stacks have a stack's size.

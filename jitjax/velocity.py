@@ -1,0 +1,84 @@
+"""The FLUX transformer as a velocity function for `jit_solve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jitjax.conditioning import Conditioning
+from jitjax.config import TransformerConfig
+from jitjax.models.attention import check_implementation
+from jitjax.models.quantised import float_dtype
+
+
+class VelocityInputs(NamedTuple):
+    """What the velocity depends on besides the state: the run-time arguments of `FluxVelocity`.
+
+    Attributes:
+        params: the transformer's parameters.
+        conditioning: the encoded prompts.
+        guidance: guidance strength [b]; None for models without a guidance embedding.
+    """
+
+    params: Any
+    conditioning: Conditioning
+    guidance: Float[Array, " b"] | None
+
+
+@dataclass(frozen=True)
+class FluxVelocity:
+    """The FLUX transformer as a velocity function for `jit_solve`.
+
+    The transformer runs in the dtype of its parameters.
+
+    Attributes:
+        config: configuration of the transformer.
+        attention: "auto" (the fastest on the platform), "xla", "cudnn" or "pallas"; see
+            `jitjax.models.attention`.
+    """
+
+    config: TransformerConfig
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_implementation(self.attention)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b m d"],
+        positions: Int[Array, "b m 3"],
+        sigma: Array,
+        valid: Array | None,
+        args: VelocityInputs | tuple[Any, Conditioning, Array | None],
+    ) -> Float[Array, "b m d"]:
+        """Return the velocities of the tokens.
+
+        Args:
+            tokens: states of the tokens.
+            positions: (0, row, column) of each token.
+            sigma: sigma of the states, a scalar in [0, 1].
+            valid: False in padded slots, [b, m]; None if there are none. Unless `attention` is
+                "xla" or "pallas", they follow all others.
+            args: `VelocityInputs`, or a tuple of its first fields.
+        """
+        from jitjax.models.flux import FluxTransformer
+
+        params, conditioning, guidance = VelocityInputs(*args)
+        dtype = float_dtype(params)
+        model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
+        velocities = model.apply(
+            {"params": params},
+            tokens,
+            positions,
+            conditioning.text,
+            conditioning.pooled,
+            jnp.broadcast_to(sigma, tokens.shape[:1]),
+            guidance,
+            valid,
+        )
+        assert isinstance(velocities, jax.Array)
+        return velocities
