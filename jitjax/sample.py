@@ -103,7 +103,7 @@ def sample(
     config = params.config
     plan = get_plan(plan)
     check_implementation(attention)
-    task, (height, width) = check_task(task, height, width, config)
+    given, (height, width) = check_task(task, height, width, config)
     grid = token_grid(height, width, config)
     if isinstance(prompt, Conditioning):
         prompt.check(config)
@@ -115,7 +115,7 @@ def sample(
         params.part(part)
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
-    plan, inputs = plan_and_inputs(task, plan, grid, batch, config)
+    plan, inputs = plan_and_inputs(given, plan, grid, batch, config)
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
     chunks = 1 if chunk is None else -(-batch // int(chunk))
