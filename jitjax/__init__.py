@@ -9,6 +9,7 @@ from jitjax import startup
 
 startup.begin()
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jitjax import sampler as _sampler
@@ -25,6 +26,7 @@ from jitjax.sampler.plan import PLANS, Plan
 from jitjax.text import encode_prompt
 
 if TYPE_CHECKING:
+    from jitjax import viz
     from jitjax.sampler.solve import jit_solve
     from jitjax.sampler.solvers import AdamsBashforth2
     from jitjax.sampler.trace import Trace
@@ -51,6 +53,7 @@ __all__ = [
     "quantise_params",
     "sample",
     "save",
+    "viz",
 ]
 
 
@@ -58,6 +61,8 @@ def __getattr__(name: str) -> Any:
     # At their first use, since diffrax takes half a second to import.
     if name in ("AdamsBashforth2", "Trace", "jit_solve"):
         return getattr(_sampler, name)
+    if name == "viz":
+        return importlib.import_module("jitjax.viz")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -181,7 +181,7 @@ def jit_solve(
     levels: Any = (sigmas if known is None else known).astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start, solver_state = noise, first_anchors, 0, None
-    recorder = Recorder() if trace else None
+    recorder = Recorder(noise, jnp.asarray(levels)) if trace else None
     reports = progress if isinstance(progress, StepReports) else StepReports(progress)
     for k, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
         lifter = None

@@ -41,6 +41,9 @@ class Trace(NamedTuple):
         slots: number of slots that the network ran on in each step, padding included, text
             excluded.
         evaluations: number of network evaluations; None if it is unknown for the solver.
+        start: state before the first step.
+        sigmas: sigmas at the step boundaries; `states[i]` is at `sigmas[i + 1]`.
+        stage_steps: number of steps of each stage.
     """
 
     states: Float[Array, "steps b n d"]
@@ -49,12 +52,37 @@ class Trace(NamedTuple):
     transitions: tuple[Transition | None, ...]
     slots: tuple[int, ...]
     evaluations: int | None
+    start: Float[Array, "b n d"]
+    sigmas: Float[Array, " levels"]
+    stage_steps: tuple[int, ...]
+
+    def predictions(self) -> Float[Array, "steps b n d"]:
+        """Return the clean prediction of each step: where its straight line meets sigma 0.
+
+        For Euler's method it is x0 of the network. A multistep solver has extrapolated it.
+        """
+        before = jnp.concatenate([self.start[None], self.states[:-1]])
+        first = 0
+        for steps, transition in zip(self.stage_steps[:-1], self.transitions, strict=True):
+            first += steps
+            if transition is not None:
+                before = before.at[first].set(transition.after)
+        sigma, end = (
+            jnp.asarray(x)[:, None, None, None] for x in (self.sigmas[:-1], self.sigmas[1:])
+        )
+        return before - sigma * (self.states - before) / (end - sigma)
 
 
 class Recorder:
-    """Collects a `Trace` stage by stage."""
+    """Collects a `Trace` stage by stage.
 
-    def __init__(self) -> None:
+    Args:
+        start: state before the first step.
+        sigmas: sigmas at the step boundaries.
+    """
+
+    def __init__(self, start: Array, sigmas: Array) -> None:
+        self.start, self.sigmas = start, sigmas
         self.states: list[Array] = []
         self.anchors: list[Array] = []
         self.clean: list[Array] = []
@@ -93,4 +121,7 @@ class Recorder:
             tuple(self.transitions),
             tuple(self.slots),
             evaluations,
+            self.start,
+            self.sigmas,
+            tuple(states.shape[0] for states in self.states),
         )
