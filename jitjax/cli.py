@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -40,6 +41,7 @@ examples:
   jitjax "a red star" --image cat.jpg --size 512x384    resized to it, since not multiples of 16
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
   jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
+  jitjax info flux-dev                               what a checkpoint holds
   jitjax -- memory                                   a picture of the word "memory"
 
 encoded prompts, for a card without room for the text encoders:
@@ -70,6 +72,8 @@ error.
 """
 
 ERROR = "jitjax: error: "
+COMMANDS = {"memory": "jitjax.memory.command", "info": "jitjax.info"}
+"""First argument that selects another command -> the module of the command."""
 LARGEST_LIST = 1_000_000
 """Most pictures of a list; they are kept in memory by name."""
 
@@ -176,10 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with the exit status, unless it is 0; see `jitjax.command`.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["memory"]:
-        from jitjax.memory import command as memory_command
-
-        if status := memory_command.main(arguments[1:]):
+    if arguments[:1] and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]])
+        if status := module.main(arguments[1:]):
             sys.exit(status)
         return
     status = command.run(
