@@ -61,6 +61,8 @@ def __getattr__(name: str) -> Any:
     # At their first use, since diffrax takes half a second to import.
     if name in ("AdamsBashforth2", "Trace", "jit_solve"):
         return getattr(_sampler, name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jitjax")
     if name == "viz":
         return importlib.import_module("jitjax.viz")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
