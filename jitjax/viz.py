@@ -115,7 +115,7 @@ def compare(
 
     Args:
         images: name -> picture, [height, width, 3] in [0, 1], or a batch of one.
-        reference: name of the picture to which the others' PSNR is given; None for no PSNR.
+        reference: name of the picture to which the others' PSNR is given, in dB; None for none.
         columns: most pictures in a row.
 
     Returns:
@@ -138,8 +138,10 @@ def compare(
     for axis, (name, picture) in zip(axes.flat, pictures.items(), strict=False):
         axis.imshow(picture)
         title = name
-        if reference is not None and name != reference:
-            title += f"\n{psnr(picture, pictures[reference]):.1f} dB from {reference}"
+        if name == reference:
+            title += "\nreference"
+        elif reference is not None:
+            title += f"\n{psnr(picture, pictures[reference]):.1f} dB"
         axis.set_title(title, fontsize=9)
     return figure
 

@@ -114,7 +114,7 @@ def test_compare_shows_the_distance_to_the_reference():
     )
     titles = [axis.get_title() for axis in figure.axes]
     # 10 log10(1 / 0.1^2) = 20.
-    assert titles == ["dense", "4x\n20.0 dB from dense", "same\ninf dB from dense"]
+    assert titles == ["dense\nreference", "4x\n20.0 dB", "same\ninf dB"]
 
 
 @pytest.mark.usefixtures("unchecked")
