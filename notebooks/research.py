@@ -87,8 +87,8 @@ for axis, (name, field) in zip(axes, fields.items(), strict=True):
 # %% [markdown]
 # ## `vmap` over seeds
 #
-# All seeds in one program. At 256 pixels, which is fast, `tiny` draws a quarter of its picture: it has
-# learned positions of 512 pixels.
+# All seeds in one program. At 256 pixels, which is fast, `tiny` draws a quarter of its picture: it
+# has learned the positions of 512 pixels.
 
 # %%
 params = jitjax.load("tiny")
