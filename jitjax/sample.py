@@ -159,7 +159,7 @@ def sample(
         text = tokenize(params.tokenizer, prompts, config)
     if image is not None and image.shape[0] < batch:  # once, instead of in every chunk
         image = jnp.broadcast_to(
-            encode(params, image), (batch, grid[0] * grid[1], config.transformer.in_channels)
+            encode(params, image), (batch, grid[0] * grid[1], config.transformer.out_channels)
         )
     # Of several processes all run the steps one by one, and the first one shows them.
     hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
@@ -207,7 +207,7 @@ def _make_batch(
     to start from, or the clean tokens of these, or None.
     """
     text, keys, guidance, clean = inputs
-    noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
+    noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
     if clean is not None and clean.ndim == 4:
@@ -265,7 +265,7 @@ def decode(
     if not isinstance(tokens, (jax.Array, np.ndarray)):
         raise TypeError(f"tokens is {type(tokens).__name__}; expected an array, from denoise")
     grid = as_grid(grid)
-    expected = (grid[0] * grid[1], params.config.transformer.in_channels)
+    expected = (grid[0] * grid[1], params.config.transformer.out_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
         raise ValueError(
             f"tokens has shape {list(tokens.shape)}; expected [batch, {expected[0]}, "
