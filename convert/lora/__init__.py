@@ -4,6 +4,7 @@
     strengths.py      alpha / rank, from tensors, PEFT's settings and the header
     adapters.py       how an update changes a weight
     layer_updates.py  makes the update of a layer from its tensors
+    widening.py       control LoRAs, which add input channels to the model
     reading.py        makes all updates of a file
     updates.py        applies them to leaves of the parameter tree, in pieces
     merging.py        applies them to loaded parameters

@@ -107,6 +107,8 @@ def write_checkpoint(
     for model in source.models:
         _check_quantisable(model, kinds.get(model.name))
     updates = read_loras(loras, source.config, parts)
+    if updates.config != source.config:
+        source = source.widened(updates.config)
     files = [*source.files, *updates.files]
     sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
     stop = threading.Event()
