@@ -15,5 +15,6 @@ Unknown names, and whatever would be applied wrongly, are errors.
 from .merging import merge_loras
 from .paths import find_files
 from .reading import read_loras
+from .widening import widened_source
 
-__all__ = ["find_files", "merge_loras", "read_loras"]
+__all__ = ["find_files", "merge_loras", "read_loras", "widened_source"]

@@ -15,10 +15,14 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from jitjax.config import FluxConfig
 
-from ..sources.diffusers_folder import IMAGE_WEIGHT
-from ..tables.engine import ConversionError
+from ..components import component_of
+from ..sources.diffusers_folder import ModelSource, Source
+from ..tables.engine import ConversionError, leaf_shapes
+from ..tables.transformer import IMAGE_WEIGHT
 from .names import Layer, layers_by_name, match_layer, parse_key
 from .tensors import LoraTensors
 
@@ -37,7 +41,7 @@ def widened_config(files: Iterable[tuple[Path, LoraTensors]], config: FluxConfig
 
     Raises:
         ConversionError: a file is for a model with other input channels, or a control LoRA meets a
-            model that takes a control picture already.
+            model that takes more than latents already, or another control LoRA.
     """
     layers = {"transformer": layers_by_name("transformer", config)}
     transformer = config.transformer
@@ -57,16 +61,41 @@ def widened_config(files: Iterable[tuple[Path, LoraTensors]], config: FluxConfig
                 )
             continue
         if channels != latents:
-            raise ConversionError(f"{takes}; the model has {channels}, expected {latents} or that")
+            raise ConversionError(f"{takes}; expected {channels}, those of the model, or {latents}")
         if first is not None:
             raise ConversionError(f"{path} and {first} are both control LoRAs; expected one")
-        first = path
         try:
-            transformer = dataclasses.replace(transformer, in_channels=columns)
-            config = dataclasses.replace(config, transformer=transformer)
-        except ValueError as error:
-            raise ConversionError(f"{takes}: {error}") from None
+            wide = dataclasses.replace(transformer, in_channels=columns)
+            config = dataclasses.replace(config, transformer=wide)
+        except ValueError:  # of no FLUX model, so reading the layer's update refuses it
+            continue
+        first = path
     return config
+
+
+def widened_source(source: Source, config: FluxConfig) -> Source:
+    """Return the source of a transformer with more input channels.
+
+    Args:
+        source: the source of all models.
+        config: `source.config` with a larger `transformer.in_channels`. The weights of the added
+            channels, which are the last ones, are 0.
+
+    Source: diffusers `FluxLoraLoaderMixin._maybe_expand_transformer_param_shape_or_error_`.
+    """
+    shapes = leaf_shapes(component_of("transformer").abstract_params(config.transformer))
+
+    def widened(model: ModelSource) -> ModelSource:
+        def read(name: str) -> np.ndarray:
+            values = model.read(name)
+            if name != IMAGE_WEIGHT:
+                return values
+            return np.pad(values, ((0, 0), (0, config.transformer.in_channels - values.shape[1])))
+
+        return dataclasses.replace(model, shapes=shapes, read=read)
+
+    models = (widened(m) if m.name == "transformer" else m for m in source.models)
+    return dataclasses.replace(source, config=config, models=tuple(models))
 
 
 def _image_columns(

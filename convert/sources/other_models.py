@@ -12,7 +12,10 @@ from typing import Protocol
 
 from ..tables.engine import Shape
 
-ADVICE = "expected FLUX.1-dev, -schnell, -Fill, -Canny, -Depth or -Kontext, or a model finetuned from them"
+ADVICE = (
+    "expected FLUX.1-dev, -schnell, -Fill, -Canny, -Depth or -Kontext, or a model finetuned from "
+    "one of them"
+)
 OTHER_FORMAT = "expected a file in bfloat16, float16, float32, fp8 or GGUF"
 LORA_NAME = re.compile(
     r"\blora_[AB]\b|\blora_(up|down)\b|\blora\.(up|down)\b|\blokr_w|\bhada_w|\bdora_scale\b"

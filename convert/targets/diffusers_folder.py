@@ -258,7 +258,7 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     if config.transformer.control == "none":
-        index |= dict.fromkeys(("feature_extractor", "image_encoder"), [None, None])
+        index |= {key: [None, None] for key in ("feature_extractor", "image_encoder")}
     _write_json(folder / "model_index.json", index)
 
 
