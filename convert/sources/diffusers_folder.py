@@ -25,6 +25,7 @@ from jitjax.validation import check, listed, read_json, shown, type_hints
 
 from ..components import (
     COMPONENTS,
+    CONTROL_PIPELINES,
     KONTEXT_PIPELINES,
     PIPELINES,
     SCHEDULER,
@@ -126,7 +127,7 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
         what = explain_pipeline(pipeline)
         raise ValueError(
             f"{folder}/model_index.json: _class_name is {shown(pipeline)}; expected "
-            + ", ".join(PIPELINES)
+            + ", ".join((*CONTROL_PIPELINES.values(), KONTEXT_PIPELINES[0]))
             + (f" (this is {what})" if what else "")
         )
     models = {

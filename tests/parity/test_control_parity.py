@@ -173,8 +173,7 @@ def test_control_lora_equals_diffusers(tmp_path, monkeypatch, layout, channels):
     save_file(tensors, tmp_path / "diffusers/lora.safetensors")
 
     others = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    # `FluxControlPipeline` without an autoencoder cannot be made; it loads LoRA in the same way.
-    pipeline = diffusers.FluxPipeline(transformer=model, **dict.fromkeys(others))
+    pipeline = diffusers.FluxControlPipeline(transformer=model, **dict.fromkeys(others))
     pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="lora.safetensors")
     pipeline.fuse_lora()
     wide = pipeline.transformer
