@@ -31,7 +31,8 @@ DTYPES = {
 }
 
 DESCRIPTION = """\
-Convert FLUX's weights to a jitjax checkpoint, or a jitjax checkpoint to a diffusers folder. The
+Convert FLUX's weights to a jitjax checkpoint, or a jitjax checkpoint to a diffusers folder. Models
+are FLUX.1-dev, -schnell, -Fill, -Canny, -Depth and -Kontext, and what is finetuned from them. The
 layout is recognised by tensor names: diffusers folders, the original release's single files,
 ComfyUI files (with a prefix, in fp8 with or without scales, one model or several per file), and
 GGUF (needs the extra: pip install "jitjax[gguf]"). Every tensor must be known, used exactly once,
@@ -59,6 +60,9 @@ examples:
 
   merge two low-rank updates (LoRA), the second with scale 0.7:
     python -m jitjax.convert FLUX.1-dev --lora ink.safetensors grain.safetensors:0.7 --out inked
+
+  FLUX.1-dev with a control LoRA, which then takes a control picture as FLUX.1-Canny-dev does:
+    python -m jitjax.convert FLUX.1-dev --lora flux1-canny-dev-lora.safetensors --out flux-canny
 
   quantised, for a card of 16 or 24 GB; LoRA are merged before the weights are rounded:
     python -m jitjax.convert FLUX.1-dev --quantise int8 --out flux-dev-int8

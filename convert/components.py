@@ -1,6 +1,6 @@
 """The models of a FLUX pipeline, and where a diffusers folder keeps them.
 
-    model_index.json                         _class_name FluxPipeline
+    model_index.json                         _class_name, one of `PIPELINES`
     transformer/       config.json, diffusion_pytorch_model*.safetensors    transformer
     text_encoder/      config.json, model*.safetensors                      clip
     text_encoder_2/    config.json, model*.safetensors                      t5
@@ -21,7 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jitjax.config import AutoencoderConfig, CLIPConfig, T5Config, TransformerConfig
+from jitjax.config import (
+    AutoencoderConfig,
+    CLIPConfig,
+    FluxConfig,
+    T5Config,
+    TransformerConfig,
+)
 from jitjax.models import param_shapes
 from jitjax.validation import read_json
 
@@ -48,7 +54,17 @@ from .tables.text import (
 )
 from .tables.transformer import TRANSFORMER_ALIASES, TRANSFORMER_IGNORED, transformer_rules
 
-PIPELINE = "FluxPipeline"
+CONTROL_PIPELINES = {
+    "none": "FluxPipeline", "picture": "FluxControlPipeline", "fill": "FluxFillPipeline",
+}  # fmt: skip
+"""`TransformerConfig.control` -> diffusers' pipeline for it."""
+KONTEXT_PIPELINES = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
+"""Pipelines of a model that was trained with a reference picture: FLUX.1 Kontext."""
+PIPELINES = (
+    *CONTROL_PIPELINES.values(), *KONTEXT_PIPELINES, "FluxImg2ImgPipeline", "FluxInpaintPipeline",
+    "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline",
+)  # fmt: skip
+"""Pipelines whose folders are read. The others have more models, or other ones."""
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
@@ -136,6 +152,13 @@ COMPONENTS = (
 def component_of(model: str) -> Component:
     """Return the component for a field of `FluxParams`, for example "transformer"."""
     return next(component for component in COMPONENTS if component.name == model)
+
+
+def pipeline_of(config: FluxConfig) -> str:
+    """Return the class of diffusers' pipeline that runs a model."""
+    if config.uses_reference:
+        return KONTEXT_PIPELINES[0]
+    return CONTROL_PIPELINES[config.transformer.control]
 
 
 SHIFT_FIELDS = {

@@ -72,7 +72,8 @@ def load(
             processes are not compared.
         loras: low-rank updates (LoRA) to add, a (safetensors file, scale) pair each. A scale of 1
             is the strength used in training. Changed leaves are computed in host memory, one after
-            another.
+            another. A control LoRA (such as FLUX.1-Canny-dev-lora) makes a model that takes a
+            control picture.
         low_memory: keep the arrays in the (pinned) host memory of their devices. `encode_prompt`,
             `denoise`, `decode` and so `sample` then copy a model to its devices when it runs, and
             delete the copies afterwards: the devices hold one model at a time instead of all. The

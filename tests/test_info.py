@@ -24,7 +24,7 @@ def test_parts_of_a_checkpoint(small, tmp_path):
         assert part["dtypes"] == {"float32": part["parameters"]}
         assert part["quantised"] is None
     assert info["config"]["text_length"] == small.config.text_length
-    assert info["format"] == 4
+    assert info["format"] == 5
 
 
 def test_a_quantised_checkpoint_has_the_same_parameters_in_fewer_bytes(small, tmp_path):
@@ -60,7 +60,7 @@ def test_the_command_prints_parts_sources_and_loras(small, tmp_path, capsys):
     (folder / "jitjax.json").write_text(json.dumps(metadata))
     cli.main(["info", str(folder)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{folder}: a jitjax checkpoint, format 4, ")
+    assert lines[0].startswith(f"{folder}: a jitjax checkpoint, format 5, ")
     assert any(line.split()[0] == "transformer" and "float32" in line for line in lines if line)
     assert "  /weights/flux.safetensors (23.8 GB, SHA-256 abababababababab...)" in lines
     assert "  /loras/ink.safetensors, scale 0.7" in lines

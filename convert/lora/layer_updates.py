@@ -26,10 +26,6 @@ BIAS_KINDS = ("B bias", "bias difference", "bias")
 """Kinds of tensors that update a bias."""
 
 
-class NeedsImage(ValueError):
-    """The layer of the image has more channels than FLUX.1's: a control LoRA."""
-
-
 class LayerUpdates:
     """The updates of one layer of a file.
 
@@ -67,7 +63,6 @@ class LayerUpdates:
 
         Raises:
             Misfit: a tensor is missing, superfluous or wrong.
-            NeedsImage: see there.
         """
         keys = self._keys
         kinds = [k for k, tensors in KINDS.items() if any(tensor in keys for tensor in tensors)]
@@ -77,7 +72,9 @@ class LayerUpdates:
             both = " and ".join(keys[tensor] for tensor in tensors if tensor in keys)
             raise Misfit(f"is updated in two ways, by {both}", self._key)
         for kind in ("weight", "bias"):
-            if kind in keys and not self._strengths.replaces(self._model, self._name, kind):
+            if kind in keys and not (
+                self._is_norm or self._strengths.replaces(self._model, self._name, kind)
+            ):
                 raise Misfit(UNKNOWN, keys[kind])
         if not kinds and (not biases or "B bias" in keys or "magnitude" in keys):
             raise Misfit("has no A and no B", self._key)
@@ -106,7 +103,8 @@ class LayerUpdates:
         if kind in WHOLE:
             key = self._keys[KINDS[kind][0]]
             values = self._tensors.values(key)
-            self._check_channels(values.shape[-1] if values.ndim == 2 else 0)
+            if kind == "difference" and values.ndim == 2:
+                values = self._whole_width(values)
             check_shape(key, values.shape, self._layer.shape)
             return Difference(values), None
         if len(self._layer.shape) != 2:
@@ -133,7 +131,7 @@ class LayerUpdates:
         rank = len(down)
         if not rank:
             raise Misfit("has rank 0; expected at least 1", self._key)
-        self._check_channels(down.shape[1])
+        down = self._whole_width(down)
         if up.shape != (rows, rank) or down.shape[1] != columns:
             raise Misfit(
                 f"has A {list(down.shape)} and B {list(up.shape)}; expected "
@@ -142,11 +140,25 @@ class LayerUpdates:
             )
         return LowRank(up, down)
 
-    def _check_channels(self, columns: int) -> None:
-        """Raise `NeedsImage` if this is the layer of the image, with more channels than it has."""
-        expected = self._layer.shape[-1]
-        if self._layer.weights[0][0] == "x_embedder.weight" and columns > expected:
-            raise NeedsImage(f"{self._key} takes {columns} channels, FLUX.1's has {expected}")
+    @property
+    def _is_norm(self) -> bool:
+        """Whether the layer is a norm of queries or keys, which control LoRAs have whole.
+
+        Reference: diffusers `FluxLoraLoaderMixin._load_norm_into_transformer`.
+        """
+        return self._model == "transformer" and len(self._layer.shape) == 1
+
+    def _whole_width(self, matrix: np.ndarray) -> np.ndarray:
+        """Return a matrix [rows, in] with columns of 0 in the place of those that it may leave out.
+
+        Reference: diffusers `FluxLoraLoaderMixin._maybe_expand_lora_state_dict`.
+        """
+        narrow, missing = self._layer.narrow, self._layer.shape[-1] - matrix.shape[1]
+        if matrix.shape[1] != narrow or not missing:
+            return matrix
+        if "magnitude" in self._keys:  # it was trained for the norms of the narrow weight
+            raise Misfit(f"is DoRA for {narrow} of {self._layer.shape[-1]} channels", self._key)
+        return np.pad(matrix, ((0, 0), (0, missing)))
 
     def _kronecker(self) -> tuple[Kronecker, int | None]:
         factors, ranks = [], []
@@ -174,7 +186,6 @@ class LayerUpdates:
             ranks.append(len(right))
         outer, inner = factors
         shape = (len(outer) * len(inner), outer.shape[1] * inner.shape[1])
-        self._check_channels(shape[1])
         check_shape(self._key, shape, self._layer.shape)
         if len(set(ranks)) > 1:
             raise Misfit(

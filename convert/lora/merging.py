@@ -29,7 +29,8 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
             applied in this order.
 
     Returns:
-        The merged parameters. Changed leaves keep their dtype and sharding. Beside quantised
+        The merged parameters. Changed leaves keep their dtype and sharding. A control LoRA adds
+        input channels to the transformer, in the parameters and in `config`. Beside quantised
         weights a LoRA is kept as two matrices, and the values and scales are shared with `params`:
         most of it would vanish if the sum were rounded again.
 
@@ -48,11 +49,12 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
     """
     available = [component.name for component in COMPONENTS if getattr(params, component.name)]
     updates = read_loras(loras, params.config, available)
+    config = updates.config
     merged = {}
     for model in updates.models():
-        rules = component_of(model).rules(getattr(params.config, model))
+        rules = component_of(model).rules(getattr(config, model))
         flat: dict[str, Any] = flatten(params.part(model))
-        shapes = flatten(component_of(model).abstract_params(getattr(params.config, model)))
+        shapes = flatten(component_of(model).abstract_params(getattr(config, model)))
         dtype = float_dtype(params.part(model))
         changed = dict(flat)
         read = _Reader(rules, flat)
@@ -65,13 +67,16 @@ def merge_loras(params: FluxParams, loras: Loras) -> FluxParams:
                     changed[rule.target] = _beside(old, factors, dtype, f"{model}/{rule.target}")
                     continue
                 leaf = np.array(old)
+                if leaf.shape != (shape := shapes[rule.target].shape):  # more input channels
+                    ends = np.subtract(shape, leaf.shape)
+                    leaf = np.pad(leaf, [(0, end) for end in ends])
                 updates.add_to(model, rule, leaf, 0, read)
                 on_device = isinstance(old, jax.Array)
                 changed[rule.target] = jax.device_put(leaf, old.sharding) if on_device else leaf
         merged[model] = unflatten(changed)
     return FluxParams(
         **{c.name: merged.get(c.name, getattr(params, c.name)) for c in COMPONENTS},
-        config=params.config,
+        config=config,
         tokenizer=params.tokenizer,
     )
 

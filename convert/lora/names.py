@@ -24,6 +24,7 @@ from jitjax.config import FluxConfig
 from ..components import component_of
 from ..original import Rows, autoencoder_parts, transformer_parts
 from ..tables.engine import Shape
+from ..tables.transformer import IMAGE_WEIGHT
 
 ORIGINAL = {"transformer": transformer_parts, "autoencoder": autoencoder_parts}
 PREFIXES = (
@@ -70,7 +71,7 @@ SUFFIXES = tuple(
         )),
         (r"\.diff|\.w_norm", "difference"),
         (r"\.diff_b|\.b_norm", "bias difference"),
-        (rf"(?:\.base_layer|\.modules_to_save{_ADAPTER})?\.weight", "weight"),
+        (rf"(?:\.base_layer|\.modules_to_save{_ADAPTER})?\.weight|\.scale", "weight"),
         (rf"(?:\.base_layer|\.modules_to_save{_ADAPTER})?\.bias", "bias"),
     )
 )  # fmt: skip
@@ -109,11 +110,14 @@ class Layer:
         weights: (diffusers name, rows of the layer's weight) of each diffusers weight in it; the
             rows are None for all rows.
         biases: the same of its bias; empty if it has none.
+        narrow: number of columns, the first ones, that an update may have instead of all: one of a
+            model that takes latents alone leaves the weights of a control picture as they are.
     """
 
     shape: Shape
     weights: tuple[tuple[str, Rows | None], ...]
     biases: tuple[tuple[str, Rows | None], ...]
+    narrow: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,8 @@ def layers_by_name(model: str, config: FluxConfig) -> Mapping[str, Layer]:
             continue
         rows = sum(shapes[name][0] for name, _ in parts)
         shape = (rows, *shapes[parts[0][0]][1:])
-        layer = Layer(shape, tuple(parts), tuple(sources.get(f"{stem}.bias", ())))
+        narrow = model_config.out_channels if parts[0][0] == IMAGE_WEIGHT else None
+        layer = Layer(shape, tuple(parts), tuple(sources.get(f"{stem}.bias", ())), narrow)
         layers[stem] = layer
         if kind == "scale":  # ComfyUI appends its suffixes to the whole name of a scale
             layers[source] = layer

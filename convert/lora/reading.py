@@ -13,7 +13,7 @@ from jitjax.config import FluxConfig
 
 from ..tables.engine import ConversionError
 from .adapters import Update
-from .layer_updates import LayerUpdates, NeedsImage
+from .layer_updates import LayerUpdates
 from .names import (
     OTHER_KINDS,
     OTHER_MODELS,
@@ -29,6 +29,7 @@ from .problems import UNKNOWN, Misfit, Problems
 from .strengths import Strengths
 from .tensors import LoraTensors
 from .updates import Updates
+from .widening import widened_config
 
 
 def read_loras(loras: Loras, config: FluxConfig, models: Sequence[str]) -> Updates:
@@ -46,12 +47,13 @@ def read_loras(loras: Loras, config: FluxConfig, models: Sequence[str]) -> Updat
     Raises:
         FileNotFoundError, ConversionError, ValueError: as `merge_loras` does.
     """
-    updates = Updates()
-    pairs = find_files(loras)
-    layers = {m: layers_by_name(m, config) for m, _ in PREFIXES if m in models} if pairs else {}
-    for path, scale in pairs:
-        _LoraFile(path, scale, layers).add_to(updates)
-        updates.files.append(path)
+    files = [_LoraFile(path, scale) for path, scale in find_files(loras)]
+    if "transformer" in models:
+        config = widened_config(((file.path, file.tensors) for file in files), config)
+    updates = Updates(config)
+    layers = {m: layers_by_name(m, config) for m, _ in PREFIXES if m in models} if files else {}
+    for file in files:
+        file.add_to(updates, layers)
     return updates
 
 
@@ -61,18 +63,25 @@ class _LoraFile:
     Args:
         path: the safetensors file.
         scale: scale by the user.
-        layers: model -> layer name -> layer, of the loaded models.
     """
 
-    def __init__(self, path: Path, scale: float, layers: Mapping[str, Mapping[str, Layer]]):
-        self._path, self._scale, self._layers = path, scale, layers
-        self._tensors, self._strengths = LoraTensors(path), Strengths(path)
+    def __init__(self, path: Path, scale: float):
+        self.path, self._scale = path, scale
+        self.tensors, self._strengths = LoraTensors(path), Strengths(path)
+        self._layers: Mapping[str, Mapping[str, Layer]] = {}
         self._problems = Problems(path)
         self._updated: dict[tuple[str, str], str] = {}  # (model, weight) -> key of its update
         self._updates: list[Update] = []
 
-    def add_to(self, updates: Updates) -> None:
-        """Add all updates of the file."""
+    def add_to(self, updates: Updates, layers: Mapping[str, Mapping[str, Layer]]) -> None:
+        """Add all updates of the file, and the file.
+
+        Args:
+            updates: where to add them.
+            layers: model -> layer name -> layer, of the loaded models.
+        """
+        updates.files.append(self.path)
+        self._layers = layers
         passed_over: Counter[str] = Counter()
         groups = self._keys_by_layer()
         for key, keys in groups.items():
@@ -88,11 +97,11 @@ class _LoraFile:
         loaded = ", ".join(self._layers) or "none that a LoRA can update"
         skipped = ", ".join(f"{model} ({count} layers)" for model, count in passed_over.items())
         if not self._updated and not skipped:
-            raise ConversionError(f"{self._path} updates nothing; the loaded models are: {loaded}")
+            raise ConversionError(f"{self.path} updates nothing; the loaded models are: {loaded}")
         if skipped:
             nothing = "" if self._updated else "; nothing of it is merged"
             warnings.warn(
-                f"{self._path}: passed over what is not loaded or not used here: {skipped}; "
+                f"{self.path}: passed over what is not loaded or not used here: {skipped}; "
                 f"the loaded models are: {loaded}{nothing}",
                 stacklevel=2,
             )
@@ -100,18 +109,17 @@ class _LoraFile:
         if self._scale and self._updated and all(update.is_zero for update in self._updates):
             reason = "B or A" if any(update.factor for update in self._updates) else "alpha"
             warnings.warn(
-                f"{self._path}: changes nothing, because {reason} is 0 in all of its updates",
+                f"{self.path}: changes nothing, because {reason} is 0 in all of its updates",
                 stacklevel=2,
             )
         if remark := self._strengths.kohya_remark(self._alphas(groups.values())):
-            warnings.warn(f"{self._path}: {remark}", stacklevel=2)
+            warnings.warn(f"{self.path}: {remark}", stacklevel=2)
 
     def _keys_by_layer(self) -> dict[str, dict[str, str]]:
         """Return name of a layer -> kind of a tensor -> its key; checks what the file is."""
         groups: dict[str, dict[str, str]] = defaultdict(dict)
         adapters: dict[str, None] = {}  # an ordered set of names
-        norms: list[str] = []  # whole norms, which control LoRAs have
-        for key in self._tensors.keys:
+        for key in self.tensors.keys:
             if ".original_module." in key:  # PEFT with bias="all": the untrained value
                 continue
             other = next((kind for regex, kind in OTHER_KINDS if re.search(regex, key)), None)
@@ -120,10 +128,7 @@ class _LoraFile:
                 continue
             parsed = parse_key(key)
             if parsed is None:
-                if re.search(r"(query|key)_norm\.scale$", key):
-                    norms.append(key)
-                else:
-                    self._add_unknown([key])
+                self._add_unknown([key])
                 continue
             kinds = groups[WRAPPERS.sub("", parsed.layer)]
             if parsed.adapter:
@@ -137,7 +142,7 @@ class _LoraFile:
         if len(adapters) > 1:
             names = ", ".join(list(adapters)[:5])
             raise ConversionError(
-                f"{self._path} has {len(adapters)} PEFT adapters: {names}; expected one"
+                f"{self.path} has {len(adapters)} PEFT adapters: {names}; expected one"
             )
         keys = [key for kinds in groups.values() for key in kinds.values()]
         if (
@@ -147,17 +152,15 @@ class _LoraFile:
             and not any(re.search(r"lora|\.[ab]\.", key, re.IGNORECASE) for key in keys)
         ):
             raise ConversionError(
-                f"{self._path} has whole weights (such as {keys[0]}); expected a LoRA, not a model"
+                f"{self.path} has whole weights (such as {keys[0]}); expected a LoRA, not a model"
             )
-        if norms:
-            raise self._needs_image(f"it has {norms[0]}")
         return groups
 
     def _is_zero_difference(self, keys: Mapping[str, str]) -> bool:
         """Whether a layer's tensors are differences of 0, which FLUX's layers need not have."""
         kinds = keys.keys() - {"alpha"}
         return kinds <= {"difference", "bias difference"} and all(
-            self._tensors.is_zero(keys[kind]) for kind in kinds
+            self.tensors.is_zero(keys[kind]) for kind in kinds
         )
 
     def _add_unknown(self, keys: Iterable[str]) -> None:
@@ -166,15 +169,9 @@ class _LoraFile:
             for pattern, model in OTHER_MODELS:
                 if re.search(pattern, key):
                     raise ConversionError(
-                        f"{self._path} is a LoRA of {model} (it has {key}); expected FLUX.1"
+                        f"{self.path} is a LoRA of {model} (it has {key}); expected FLUX.1"
                     )
             self._problems.add(UNKNOWN, key)
-
-    def _needs_image(self, reason: object) -> ConversionError:
-        return ConversionError(
-            f"{self._path} is a control LoRA: it needs an image beside the prompt, which is not "
-            f"implemented ({reason})"
-        )
 
     def _add_layer(
         self,
@@ -187,7 +184,7 @@ class _LoraFile:
     ) -> None:
         """Add the updates of one layer, unless something is wrong with them."""
         reader = LayerUpdates(
-            model, name, key, layer, keys, self._tensors, self._strengths, self._scale
+            model, name, key, layer, keys, self.tensors, self._strengths, self._scale
         )
         try:
             for kind, tensor, update in reader.read():
@@ -197,12 +194,10 @@ class _LoraFile:
                     if other != tensor:
                         raise Misfit(f"updates the same {kind} as {other}", tensor)
                     updates.add(model, target, dataclasses.replace(update, rows=rows))
-        except NeedsImage as error:
-            raise self._needs_image(error) from None
         except Misfit as misfit:
             self._problems.add(misfit.message, misfit.key)
 
     def _alphas(self, groups: Iterable[Mapping[str, str]]) -> set[float]:
         """Return the values of the alpha tensors of matrices of low rank."""
         alphas = [keys["alpha"] for keys in groups if "alpha" in keys and "A" in keys]
-        return {self._tensors.number(key) for key in alphas}
+        return {self.tensors.number(key) for key in alphas}

@@ -40,6 +40,10 @@ class LoraTensors:
         self._weights = Weights(self._tensors)
         self.keys = tuple(self._weights.shapes)
 
+    def shape(self, key: str) -> Shape:
+        """Return the shape of a tensor."""
+        return self._weights.shapes[key]
+
     def values(self, key: str) -> np.ndarray:
         """Return a tensor as it is stored (memory-mapped); its values are finite in float32."""
         if self._weights.dtypes[key] is None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jitjax.config import FluxConfig
+
 from ..tables.engine import TRANSFORMS, ConversionError, Rule, Shape
 from .adapters import LowRank, Magnitude, Update, select
 
@@ -19,10 +21,13 @@ class Updates:
     """Updates by model and by the diffusers name of the weight that they change.
 
     Attributes:
+        config: configuration of the pipeline that has the updates. A control LoRA adds input
+            channels to the transformer.
         files: the files that they came from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: FluxConfig) -> None:
+        self.config = config
         self.files: list[Path] = []
         self._updates: dict[str, dict[str, list[Update]]] = {}
         self._column_norms: dict[Magnitude, np.ndarray] = {}

@@ -25,7 +25,9 @@ from jitjax.validation import check, listed, read_json, shown, type_hints
 
 from ..components import (
     COMPONENTS,
-    PIPELINE,
+    CONTROL_PIPELINES,
+    KONTEXT_PIPELINES,
+    PIPELINES,
     SCHEDULER,
     SHIFT_FIELDS,
     Component,
@@ -48,7 +50,6 @@ TEXT_LENGTH = 512
 """Largest number of T5 tokens that FLUX was trained with; the tokenizer may have a lower limit."""
 IMAGE_SIZE = 1024
 """Image side in pixels, if `vae/config.json` has no `sample_size`."""
-
 
 THREADS = min(4, os.cpu_count() or 1)
 SPLIT_BYTES = 32 * 2**20
@@ -101,8 +102,8 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
 
     Raises:
         FileNotFoundError: files are missing; the message lists them.
-        ValueError: the folder is a jitjax checkpoint, its pipeline is not `FluxPipeline`, or a
-            setting is not implemented.
+        ValueError: the folder is a jitjax checkpoint, its pipeline is not one of `PIPELINES`, or
+            a setting is not implemented.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -122,10 +123,11 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
             f"{folder} is not a complete diffusers folder of FLUX; missing: {', '.join(missing)}"
         )
     pipeline = read_json(folder / "model_index.json").get("_class_name")
-    if pipeline != PIPELINE:
+    if pipeline not in PIPELINES:
         what = explain_pipeline(pipeline)
         raise ValueError(
-            f"{folder}/model_index.json: _class_name is {shown(pipeline)}; expected {PIPELINE}"
+            f"{folder}/model_index.json: _class_name is {shown(pipeline)}; expected "
+            + ", ".join((*CONTROL_PIPELINES.values(), KONTEXT_PIPELINES[0]))
             + (f" (this is {what})" if what else "")
         )
     models = {
@@ -139,6 +141,7 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
             **models,
             **_read_shift(scheduler),
             text_length=int(min(TEXT_LENGTH, limit)),
+            uses_reference=pipeline in KONTEXT_PIPELINES,
             image_size=_optional(folder / "vae" / "config.json", "sample_size", size, IMAGE_SIZE),
         )
     except ValueError as error:

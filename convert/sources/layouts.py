@@ -84,14 +84,15 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
-def _transformer(shapes: Shapes, image: str, text: str, pooled: str, norm: str, guidance: str,
-                 double: str, single: str) -> TransformerConfig:  # fmt: skip
+def _transformer(shapes: Shapes, image: str, out: str, text: str, pooled: str, norm: str,
+                 guidance: str, double: str, single: str) -> TransformerConfig:  # fmt: skip
     hidden, channels = _axes(shapes, image, 2)
     (head_dim,) = _axes(shapes, norm, 1)
     if head_dim % 32:
         raise ValueError(f"{norm} has shape [{head_dim}]; expected a multiple of 32 (FLUX.1: 128)")
     return TransformerConfig(
         in_channels=channels,
+        out_channels=_axes(shapes, out, 2)[0],
         num_layers=_count(shapes, rf"{double}\.(\d+)\."),
         num_single_layers=_count(shapes, rf"{single}\.(\d+)\."),
         attention_head_dim=head_dim,
@@ -107,9 +108,9 @@ def _transformer(shapes: Shapes, image: str, text: str, pooled: str, norm: str, 
 def original_transformer(shapes: Shapes) -> TransformerConfig:
     """Infer the configuration from the shapes in a file of the original release."""
     return _transformer(
-        shapes, "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight",
-        "double_blocks.0.img_attn.norm.query_norm.scale", "guidance_in.in_layer.weight",
-        "double_blocks", "single_blocks",
+        shapes, "img_in.weight", "final_layer.linear.weight", "txt_in.weight",
+        "vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.query_norm.scale",
+        "guidance_in.in_layer.weight", "double_blocks", "single_blocks",
     )  # fmt: skip
 
 
@@ -117,9 +118,9 @@ def diffusers_transformer(shapes: Shapes) -> TransformerConfig:
     """Infer the configuration from the shapes in a diffusers file."""
     embed = "time_text_embed.{}_embedder.linear_1.weight"
     return _transformer(
-        shapes, "x_embedder.weight", "context_embedder.weight", embed.format("text"),
-        "transformer_blocks.0.attn.norm_q.weight", embed.format("guidance"),
-        "transformer_blocks", "single_transformer_blocks",
+        shapes, "x_embedder.weight", "proj_out.weight", "context_embedder.weight",
+        embed.format("text"), "transformer_blocks.0.attn.norm_q.weight",
+        embed.format("guidance"), "transformer_blocks", "single_transformer_blocks",
     )  # fmt: skip
 
 

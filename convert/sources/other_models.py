@@ -12,7 +12,10 @@ from typing import Protocol
 
 from ..tables.engine import Shape
 
-ADVICE = "expected FLUX.1-dev or -schnell, or a model finetuned from them"
+ADVICE = (
+    "expected FLUX.1-dev, -schnell, -Fill, -Canny, -Depth or -Kontext, or a model finetuned from "
+    "one of them"
+)
 OTHER_FORMAT = "expected a file in bfloat16, float16, float32, fp8 or GGUF"
 LORA_NAME = re.compile(
     r"\blora_[AB]\b|\blora_(up|down)\b|\blora\.(up|down)\b|\blokr_w|\bhada_w|\bdora_scale\b"
@@ -134,49 +137,16 @@ def explain_model(tensors: Mapping[str, StoredTensor]) -> str | None:
     """
     lora = [name for name in tensors if LORA_NAME.search(name)]
     if len(lora) > len(tensors) / 2:
-        return _explain_lora(tensors)
+        return (
+            "a low-rank update (LoRA), not a model; expected a model as SOURCE, and this file as "
+            "--lora FILE[:SCALE]"
+        )
     whole_clip = any("text_model." in n or "token_embedding" in n for n in tensors)
     for pattern, what in _OTHER_MODELS:
         if any(pattern.search(name) for name in tensors) and not (
             whole_clip and what.startswith("an image encoder")
         ):
             return what if "expected" in what or "needs" in what else f"{what}; {ADVICE}"
-    return _explain_input_width(tensors)
-
-
-def _explain_lora(tensors: Mapping[str, StoredTensor]) -> str:
-    image_in = re.compile(r"(img_in|x_embedder)\.(lora_A|lora_down)(\.default)?\.weight$")
-    widths = [tensor.shape[1] for name, tensor in tensors.items()
-              if image_in.search(name) and len(tensor.shape) == 2]  # fmt: skip
-    if any(width == 128 for width in widths):
-        return (
-            "a control LoRA (FLUX.1-Depth or -Canny), which needs an image besides the prompt and "
-            f"is not implemented; {ADVICE}"
-        )
-    return (
-        "a low-rank update (LoRA), not a model; expected a model as SOURCE, and this file as "
-        "--lora FILE[:SCALE]"
-    )
-
-
-def _explain_input_width(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Tell FLUX.1's variants that take an image from the widths of their first and last layer."""
-    for first, last in (("img_in", "final_layer.linear"), ("x_embedder", "proj_out")):
-        for name, tensor in tensors.items():
-            if not re.search(rf"(^|\.){first}\.weight$", name) or len(tensor.shape) != 2:
-                continue
-            output = tensors.get(name.removesuffix(f"{first}.weight") + f"{last}.weight")
-            if output is None or not output.shape or not output.shape[0]:
-                continue
-            columns, channels = tensor.shape[1], output.shape[0]
-            ratio = (columns // channels, columns % channels)
-            variant = {(6, 0): "FLUX.1-Fill", (2, 0): "FLUX.1-Depth or -Canny"}.get(ratio)
-            if columns > channels:
-                return (
-                    f"{variant or 'a variant of FLUX'}, which needs an image besides the prompt "
-                    f"({name} takes {columns} channels, and {channels} come out) and is not "
-                    f"implemented; {ADVICE}"
-                )
     return None
 
 
@@ -189,10 +159,7 @@ def explain_pipeline(class_name: object) -> str | None:
     if not isinstance(class_name, str):
         return None
     for prefix, what in (
-        ("FluxFill", "FLUX.1-Fill, which needs an image and a mask and is not implemented"),
-        ("FluxKontext", "FLUX.1-Kontext, which edits an image and is not implemented"),
         ("FluxControlNet", "FLUX with a ControlNet, which needs an image and is not implemented"),
-        ("FluxControl", "FLUX.1-Depth or -Canny, which needs an image and is not implemented"),
         ("FluxPriorRedux", "FLUX.1-Redux, an adapter for image prompts that is not implemented"),
         ("Flux2", "FLUX.2, which is not FLUX.1 and not implemented"),
         ("Flux3", "FLUX.3, which is not FLUX.1 and not implemented"),

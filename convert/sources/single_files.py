@@ -6,6 +6,7 @@ conditioning computed elsewhere.
 
 Single files do not say with which schedule a transformer was trained. `schedule` does; "auto" takes
 FLUX.1-dev's if the transformer has guidance, else FLUX.1-schnell's, and warns if that is a guess.
+Nor do they say whether it is FLUX.1 Kontext, whose shapes are FLUX.1-dev's.
 """
 
 from __future__ import annotations
@@ -199,6 +200,8 @@ def open_sources(
     if schedule == "auto" and "transformer" in replaced:
         _compare_guidance(source, config, single.config.transformer)
     configs = {part: getattr(single.config, part) for part in replaced}
+    if "transformer" in replaced:  # a single file does not say
+        configs["uses_reference"] = False
     return Source(
         dataclasses.replace(config, **configs),
         (*folder.models, *single.models),
@@ -325,7 +328,7 @@ def whole_config(models: Mapping[str, Any], schedule: str = "auto") -> FluxConfi
     if "clip" not in configs:
         hidden = transformer.pooled_projection_dim
         configs["clip"] = CLIPConfig(hidden_size=hidden, num_attention_heads=max(1, hidden // 64))
-    channels = transformer.in_channels // PATCH**2
+    channels = transformer.out_channels // PATCH**2
     configs.setdefault("autoencoder", AutoencoderConfig(latent_channels=channels))
     if schedule == "auto":
         schedule = "dev" if transformer.guidance_embeds else "schnell"

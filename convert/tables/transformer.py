@@ -11,6 +11,9 @@ from .engine import Rule
 
 Source = str | tuple[str, ...]
 
+IMAGE_WEIGHT = "x_embedder.weight"
+"""The weight that takes the tokens of the image."""
+
 TRANSFORMER_IGNORED: tuple[str, ...] = ()
 """Tensors of a transformer file that need no rule."""
 

@@ -38,7 +38,7 @@ from jitjax.nested import unflatten
 from jitjax.validation import check
 
 from ..components import byte_bar
-from ..lora import read_loras
+from ..lora import read_loras, widened_source
 from ..sources.diffusers_folder import ModelSource, Source
 from ..tables.engine import ConversionError, Shape
 
@@ -107,6 +107,8 @@ def write_checkpoint(
     for model in source.models:
         _check_quantisable(model, kinds.get(model.name))
     updates = read_loras(loras, source.config, parts)
+    if updates.config != source.config:
+        source = widened_source(source, updates.config)
     files = [*source.files, *updates.files]
     sources_metadata: dict[str, Any] = {}  # the writer saves it at the end
     stop = threading.Event()

@@ -22,16 +22,21 @@ from jitjax.validation import listed, read_json, shown
 
 from ..components import (
     COMPONENTS,
-    PIPELINE,
+    PIPELINES,
     SCHEDULER,
     SHIFT_FIELDS,
     Component,
     byte_bar,
+    pipeline_of,
 )
 from ..sources.diffusers_folder import read_config
 from ..tables.engine import ConversionError, Rule, invert_rule, leaf_shapes, leaves_by_path
 
 SHARD_BYTES = 5 * 10**9
+VERSIONS = {
+    "FluxControlPipeline": "0.32.0", "FluxFillPipeline": "0.32.0", "FluxKontextPipeline": "0.35.0",
+}  # fmt: skip
+"""The first versions of diffusers with a pipeline; 0.30.0 has `FluxPipeline`."""
 OWNED = ("model_index.json", "scheduler", *TOKENIZERS, *(c.folder for c in COMPONENTS))
 """All that `write_folder` writes into the folder."""
 
@@ -44,7 +49,7 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Write a diffusers folder that `diffusers.FluxPipeline.from_pretrained` loads.
+    """Write a diffusers folder that `from_pretrained` of diffusers' pipeline loads.
 
     The folder appears when it is complete. Weights keep their dtype.
 
@@ -126,10 +131,10 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir() or (any(folder.iterdir()) and not index.is_file()):
         raise FileExistsError(f"{folder} is not a diffusers folder; it is not replaced")
     try:
-        pipeline = read_json(index).get("_class_name", PIPELINE) if index.is_file() else PIPELINE
+        pipeline = read_json(index).get("_class_name") if index.is_file() else None
     except ValueError:
         return  # damaged, and about to be replaced
-    if pipeline != PIPELINE:
+    if pipeline not in (None, *PIPELINES):
         raise FileExistsError(
             f"{folder} is a diffusers folder of {shown(pipeline)}; it is not replaced"
         )
@@ -201,7 +206,6 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
         "transformer": {
             "_class_name": "FluxTransformer2DModel",
             "patch_size": 1,
-            "out_channels": None,
         },
         "clip": {
             "architectures": ["CLIPTextModel"],
@@ -238,11 +242,10 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
     shift = {key: getattr(config, name) for key, (name, _) in SHIFT_FIELDS.items()}
     scheduler = {"_class_name": SCHEDULER, "num_train_timesteps": 1000} | shift
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    pipeline = pipeline_of(config)
     index = {
-        "_class_name": PIPELINE,
-        "_diffusers_version": "0.30.0",  # the first version with FLUX
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
+        "_class_name": pipeline,
+        "_diffusers_version": VERSIONS.get(pipeline, "0.30.0"),
         "scheduler": ["diffusers", SCHEDULER],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "T5EncoderModel"],
@@ -254,6 +257,8 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
         "transformer": ["diffusers", "FluxTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if config.transformer.control == "none":
+        index |= {key: [None, None] for key in ("feature_extractor", "image_encoder")}
     _write_json(folder / "model_index.json", index)
 
 

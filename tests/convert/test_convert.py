@@ -395,7 +395,7 @@ def test_single_and_sharded_weights_are_ambiguous(folder: Path):
 @pytest.mark.parametrize(
     ("path", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "FluxFillPipeline"}, "expected FluxPipeline"),
+        ("model_index.json", {"_class_name": "FluxControlNetPipeline"}, "expected FluxPipeline"),
         ("transformer/config.json", {"patch_size": 2}, "only 1 is implemented"),
         ("vae/config.json", {"use_quant_conv": True}, "only False is implemented"),
         ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),

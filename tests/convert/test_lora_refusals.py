@@ -161,21 +161,13 @@ REFUSED = {
         pair("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj"),
         "LoRA of FLUX.2",
     ),
-    "control": (
-        pair(a=np.ones((4, 2 * COLUMNS))),
-        "is a control LoRA: it needs an image beside the",
-    ),
-    "control diff": (
-        {f"{X}.diff": np.ones((H, 2 * COLUMNS))},
-        "is a control LoRA: it needs an image beside the",
-    ),
     "IP-Adapter": (
         {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": SQUARE},
         "is of an IP-Adapter",
     ),
-    "control norms": (
+    "whole norm": (
         pair() | {"double_blocks.0.img_attn.norm.key_norm.scale": VECTOR},
-        "is a control LoRA: it needs an image",
+        "double_blocks.0.img_attn.norm.key_norm.scale has shape [64]; expected [32]",
     ),
 }
 

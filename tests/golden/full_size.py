@@ -44,6 +44,12 @@ def diffusers_files() -> dict[str, tuple[str, dict[str, list[int]]]]:
     with torch.device("meta"):
         models = {
             "dev diffusers transformer": FluxTransformer2DModel(**DEV),
+            "canny diffusers transformer": FluxTransformer2DModel(
+                **DEV | {"in_channels": 128, "out_channels": 64}
+            ),
+            "fill diffusers transformer": FluxTransformer2DModel(
+                **DEV | {"in_channels": 384, "out_channels": 64}
+            ),
             "schnell diffusers transformer": FluxTransformer2DModel(
                 **DEV | {"guidance_embeds": False}
             ),
@@ -69,13 +75,18 @@ def linear(name: str, out_features: int, in_features: int) -> dict[str, list[int
     return {f"{name}.weight": [out_features, in_features], f"{name}.bias": [out_features]}
 
 
-def original_transformer(guidance: bool) -> dict[str, list[int]]:
-    """Return the shapes in flux1-dev.safetensors (with guidance) or flux1-schnell.safetensors."""
+def original_transformer(guidance: bool, in_channels: int = 64) -> dict[str, list[int]]:
+    """Return the shapes in a file of the original release.
+
+    flux1-dev.safetensors and flux1-kontext-dev.safetensors have guidance, flux1-schnell.safetensors
+    has none; flux1-canny-dev.safetensors and flux1-depth-dev.safetensors take 128 channels, and
+    flux1-fill-dev.safetensors takes 384.
+    """
     h, shapes = 3072, {}
     for name, width in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
         if guidance or name != "guidance_in":
             shapes |= linear(f"{name}.in_layer", h, width) | linear(f"{name}.out_layer", h, h)
-    shapes |= linear("img_in", h, 64) | linear("txt_in", h, 4096)
+    shapes |= linear("img_in", h, in_channels) | linear("txt_in", h, 4096)
     for i in range(19):
         for stream in ("img", "txt"):
             block = f"double_blocks.{i}.{stream}"
@@ -95,6 +106,23 @@ def original_transformer(guidance: bool) -> dict[str, list[int]]:
         | linear("final_layer.adaLN_modulation.1", 2 * h, h)
         | linear("final_layer.linear", 64, h)
     )
+
+
+def control_lora() -> dict[str, list[int]]:
+    """Return the shapes in flux1-canny-dev-lora.safetensors and flux1-depth-dev-lora.safetensors.
+
+    Every linear layer has an update of rank 128 with a bias; the norms are whole.
+    """
+    shapes = {}
+    for name, shape in original_transformer(True, 128).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "scale":
+            shapes[name] = shape
+        elif kind == "weight":
+            shapes[f"{layer}.lora_A.weight"] = [128, shape[1]]
+            shapes[f"{layer}.lora_B.weight"] = [shape[0], 128]
+            shapes[f"{layer}.lora_B.bias"] = [shape[0]]
+    return shapes
 
 
 def original_autoencoder() -> dict[str, list[int]]:
@@ -168,6 +196,9 @@ def main() -> None:
     files = diffusers_files() | {
         "dev original transformer": ("BF16", original_transformer(True)),
         "schnell original transformer": ("BF16", original_transformer(False)),
+        "canny original transformer": ("BF16", original_transformer(True, 128)),
+        "fill original transformer": ("BF16", original_transformer(True, 384)),
+        "control LoRA": ("BF16", control_lora()),
         "original autoencoder": ("F32", original_autoencoder()),
     }
     content = {}

@@ -62,6 +62,10 @@ CONFIGS = {
         axes_dims_rope=(0, 4, 4),
     ),
 }
+CONFIGS |= {  # FLUX.1 Canny and Depth, and Fill
+    "picture": dataclasses.replace(CONFIGS["guidance"], in_channels=128, out_channels=64),
+    "fill": dataclasses.replace(CONFIGS["guidance"], in_channels=384, out_channels=64),
+}
 
 
 def reference(config: TransformerConfig, seed: int):
@@ -115,14 +119,18 @@ def run(config: TransformerConfig, params, inputs: dict, **more) -> np.ndarray:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("name", "grid", "words"),
-    [("guidance", (3, 5), 7), ("no guidance", (5, 3), 4), ("more double blocks", (2, 70), 1)],
-)
+    [
+        ("guidance", (3, 5), 7), ("no guidance", (5, 3), 4), ("more double blocks", (2, 70), 1),
+        ("picture", (3, 4), 5), ("fill", (4, 3), 5),
+    ],
+)  # fmt: skip
 def test_equals_diffusers(name: str, grid: tuple[int, int], words: int, batch: int):
     config = CONFIGS[name]
     model = reference(config, seed=1)
     inputs = random_inputs(config, batch, grid, words, seed=2)
     expected = run_reference(model, config, inputs)
     got = run(config, from_state("transformer", numpy_state(model), config), inputs)
+    assert got.shape == (batch, grid[0] * grid[1], config.out_channels)
     error = relative_error(got, expected)
     print(f"{name}, batch {batch}: relative error {error:.1e}")
     assert error < TOLERANCE
