@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8, help="of each line (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="of the times (default: 3)")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the masks")
     parser.add_argument("--out", type=Path, help="a file of JSON lines to append to")
     parser.add_argument("--sheet", type=Path, help="draw the pictures, and nothing else")
     args = parser.parse_args()
@@ -210,7 +211,7 @@ def main() -> None:
     )
     for name in args.methods:
         plan = METHODS[name]
-        for share in SHARES:
+        for share in args.shares:
             flux = operations(TransformerConfig(), text, plan, share, 1024)
             row = {
                 "plan": name,

@@ -131,6 +131,8 @@ def read_with_mask(
             f"--mask {mask_path} is black, so there is nothing to do; expected white where the "
             "result is new"
         )
+    if grey_share := ((values > 0) & (values < 1)).mean():
+        command.note(f"--mask: {grey_share:.1%} of it is grey, where given and new pixels mix")
     return _pixels(image), values
 
 

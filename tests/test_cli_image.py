@@ -81,7 +81,7 @@ def read_mask(image: Image.Image, path, size=None, picture=RGB) -> np.ndarray:
     return mask[0]
 
 
-def test_kinds_of_masks(tmp_path):
+def test_kinds_of_masks(tmp_path, capsys):
     path, mask = tmp_path / "x.png", Image.fromarray(MASK)
     expected = MASK.astype(np.float32) / 255
     for kind in ("L", "RGB", "P", "RGBA"):  # the last is opaque
@@ -89,6 +89,7 @@ def test_kinds_of_masks(tmp_path):
     np.testing.assert_array_equal(read_mask(Image.fromarray(MASK == 255), path), expected == 1)
     jpeg = read_mask(mask.convert("RGB"), tmp_path / "x.jpg")
     np.testing.assert_allclose(jpeg, expected, atol=0.2)
+    assert "--mask: 1.1% of it is grey" in capsys.readouterr().err  # 17 of 1536 pixels
 
 
 def test_a_mask_is_resized_with_its_picture(tmp_path):

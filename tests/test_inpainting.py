@@ -196,7 +196,12 @@ def by_numpy(known, start, anchors, midpoint=False) -> np.ndarray:
     return np.stack(states)
 
 
-@pytest.mark.parametrize("anchors", [None, ANCHORS], ids=["all tokens", "anchors"])
+ALL_OF_ONE = np.stack([np.append(ANCHORS[0], [N] * 16), np.arange(N)])
+
+
+@pytest.mark.parametrize(
+    "anchors", [None, ANCHORS, ALL_OF_ONE], ids=["all tokens", "anchors", "all of one sample"]
+)
 @pytest.mark.parametrize("midpoint", [False, True], ids=["Euler", "midpoint"])
 def test_the_state_is_imposed_before_and_after_every_step(anchors, midpoint):
     known, start = random_known()
@@ -210,7 +215,7 @@ def test_the_state_is_imposed_before_and_after_every_step(anchors, midpoint):
     # One stage, whose tokens the trace tells.
     assert len(trace.anchors) == 1
     assert trace.transitions == ()
-    assert trace.slots == (N if anchors is None else 8,) * 4
+    assert trace.slots == (8 if anchors is ANCHORS else N,) * 4
     if anchors is not None:
         np.testing.assert_array_equal(trace.anchors[0], anchors)
 

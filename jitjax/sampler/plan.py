@@ -96,7 +96,8 @@ class Plan:
             differential equations with one term.
         context: for inpainting, fraction of the tokens outside the mask and its surroundings that
             the network sees, in (0, 1]; None for the density of the first stage. They are chosen
-            by `first` and `fill`; see `jitjax.sampler.known`.
+            by `first` and `fill`; see `jitjax.sampler.known`. All other fields of stages, lift,
+            micro-flow and `spare` do not matter then.
 
     Raises:
         ValueError: a field has an invalid value.

@@ -172,9 +172,11 @@ def jit_solve(
         if first_anchors is not None:
             check_known_anchors(first_anchors, known)
             used = concrete(first_anchors)
-            # Unused slots are masked; unless there are none, which is only known of known values.
-            masked = used is None or used.max() == n
-            budgets = (0 if masked else first_anchors.shape[1],)
+            # Unused slots are masked, unless there are none, which is only known of known values.
+            # So masks that need as many slots share a program.
+            count = first_anchors.shape[1]
+            full = used is not None and used.max() < n and plan.slots(count, text_tokens) == count
+            budgets = (count if full else 0,)
     solver = with_last_velocity(named_solver(plan.solver if solver is None else solver))
     # diffrax's wrappers are instances of what they wrap, but their state is another.
     keeps_history = isinstance(solver, Multistep) and not isinstance(
