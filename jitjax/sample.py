@@ -18,6 +18,7 @@ from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
 from jitjax.latents import draw_noise, token_grid, unpack
+from jitjax.masks import composite, mask_tokens
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
 from jitjax.models.partitioning import over_batch
@@ -36,6 +37,7 @@ from jitjax.task import (
     as_tokens,
     check_task,
     plan_and_inputs,
+    with_anchors,
     with_batch,
 )
 from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
@@ -56,7 +58,7 @@ def sample(
     chunk: int | None = None,
     **task: Unpack[Task],
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
-    """Generate images from prompts, or from prompts and pictures (image to image).
+    """Generate images from prompts, or from prompts and pictures (image to image, inpainting).
 
     Args:
         params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
@@ -78,8 +80,8 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
-        **task: pictures to start from, and what belongs to them: the fields of `Task`, `image` and
-            `strength`.
+        **task: pictures to start from, and what belongs to them: the fields of `Task`, `image`,
+            `strength` and `mask`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -93,8 +95,9 @@ def sample(
             are no prompts, the guidance or the conditioning is not finite, the key or the
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
-            a picture does not fit the batch, the height and width or `encode`, or `strength` is
-            outside (0, 1] or given without `image`.
+            a picture does not fit the batch, the height and width or `encode`, `strength` is
+            outside (0, 1] or given without `image`, or a mask does not fit `image`, is 0
+            everywhere, or has values outside [0, 1].
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -141,7 +144,10 @@ def sample(
             check_finite("Conditioning.pooled", prompt.pooled)
     else:
         text = tokenize(params.tokenizer, prompts, config)
-    rows = _Rows(text, keys, guidance, with_batch(params, inputs, batch))
+    inputs = with_batch(params, inputs, batch)
+    if inputs.mask is not None:
+        inputs = with_anchors(inputs, plan, grid, split(keys)[1], config)
+    rows = _Rows(text, keys, guidance, inputs)
     # Of several processes all run the steps one by one, and the first one shows them.
     hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
     with tqdm(total=chunks * plan.steps, unit="step", disable=hidden) as bar:
@@ -197,6 +203,7 @@ def _make_batch(
     noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
+    mask = None if task.mask is None else mask_tokens(task.mask, params.config)
     tokens = denoise(
         params,
         text,
@@ -206,11 +213,15 @@ def _make_batch(
         guidance=guidance,
         key=denoise_keys,
         clean=as_tokens(params, task.clean),
+        mask=mask,
+        first_anchors=task.anchors,
         attention=attention,
         progress=reports,
     )
     # Before the last steps are finished, so that they run while Python traces the decoder.
     images = decode(params, tokens, grid=grid)
+    if task.mask is not None:
+        images = composite(task.mask, images, task.image)
     if reports is not None:
         reports.finish()
     return images
