@@ -257,7 +257,7 @@ class PictureJudge:
             conditioning = jitjax.encode_prompt(self.params, [prompt.text for prompt in part])
             keys = jnp.stack([jax.random.key(prompt.seeds[0]) for prompt in part])
             keys = jax.vmap(jax.random.split)(keys)
-            channels = self.params.config.transformer.in_channels
+            channels = self.params.config.transformer.out_channels
             noise = draw_noise(keys[:, 0], self.grid, channels)
             if isinstance(plan, CachingPlan):
                 tokens = solve(

@@ -126,7 +126,7 @@ def lower_stage(
     )
     transformer = abstract_params(config, dtype, quantise).transformer
     args = transformer, conditioning, Shape((batch,), jnp.float32)
-    y = Shape((batch, n, config.transformer.in_channels), jnp.float32)
+    y = Shape((batch, n, config.transformer.out_channels), jnp.float32)
     options = tuple(sorted((compiler_options() or {}).items()))
     return solve._programs(velocity, options).integrate.lower(
         solve._Stage(solver, grid, budget),
@@ -142,7 +142,7 @@ def lower_stage(
 def lower_decoder(config: FluxConfig, side: int, batch: int, dtype: str) -> Any:
     """Lower the decoder."""
     grid = token_grid(side, side, config)
-    tokens = Shape((batch, grid[0] * grid[1], config.transformer.in_channels), jnp.float32)
+    tokens = Shape((batch, grid[0] * grid[1], config.transformer.out_channels), jnp.float32)
     return _decode.lower(
         config.autoencoder, grid, abstract_params(config, dtype).autoencoder, tokens
     )

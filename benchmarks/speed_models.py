@@ -105,11 +105,11 @@ class Bench:
             jax.random.normal(next(keys), (1, self.text, self.config.joint_attention_dim)),
             jax.random.normal(next(keys), (1, self.config.pooled_projection_dim)),
         )
-        self.noise = jax.random.normal(next(keys), (1, self.tokens, self.config.in_channels))
+        self.noise = jax.random.normal(next(keys), (1, self.tokens, self.config.out_channels))
         self.microflow_noise = jax.random.normal(next(keys), self.noise.shape)
         self.guidance = jnp.full((1,), 3.5)
         self.args = (self.params.transformer, self.conditioning, self.guidance)
-        self.linear_args = 0.1 * jnp.eye(self.config.in_channels)
+        self.linear_args = 0.1 * jnp.eye(self.config.out_channels)
         jax.block_until_ready((self.params.transformer, self.noise, self.microflow_noise))
 
     def forward(self, tokens: int) -> tuple[Callable[[], Any], float]:

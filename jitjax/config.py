@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from jitjax.validation import Range, check, check_fields, shown, type_hints
 
@@ -21,6 +21,8 @@ EMBEDDING_SCALE = 1000.0
 """Factor by which FLUX multiplies sigma and guidance before embedding them."""
 
 
+AUTOENCODER_FACTOR = 8
+"""Image pixels per latent pixel and side of FLUX.1's autoencoder."""
 MAX_LEVELS = 8
 """Largest number of resolutions of an autoencoder; FLUX.1's has 4."""
 Count = Annotated[int, Range(1, 1024)]
@@ -73,14 +75,32 @@ def _check_levels(channels: tuple[int, ...]) -> None:
         )
 
 
+def _check_in_channels(inputs: int, latents: int) -> None:
+    """Raise `ValueError` if the input tokens hold what no FLUX model takes."""
+    masks = [(PATCH * 2**level) ** 2 for level in range(MAX_LEVELS)]  # pixels of a token
+    if inputs not in (latents, *(2 * latents + mask for mask in (0, *masks))):
+        flux = (PATCH * AUTOENCODER_FACTOR) ** 2
+        raise ValueError(
+            f"TransformerConfig.in_channels is {inputs} and out_channels is {latents}; expected "
+            f"in_channels {latents} (latents alone), {2 * latents} (with a control picture) or "
+            f"{2 * latents + flux} (with a masked picture and its mask)"
+        )
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """The FLUX transformer; the defaults are those of FLUX.1-dev.
 
     Field names are those of diffusers' `transformer/config.json`.
+
+    Attributes:
+        in_channels: channels of an input token: those of the latents, and of what conditions them.
+        out_channels: channels of the latents and of the velocity, per token; `in_channels` if it
+            is left out, as in models that take nothing else.
     """
 
     in_channels: Width = 64
+    out_channels: Width = field(default=cast(int, None))  # set in `__post_init__`
     num_layers: Count = 19
     num_single_layers: Count = 38
     attention_head_dim: Count = 128
@@ -91,7 +111,10 @@ class TransformerConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
         check_fields(self)
+        _check_in_channels(self.in_channels, self.out_channels)
         if len(self.axes_dims_rope) != 3 or any(d < 0 or d % 2 for d in self.axes_dims_rope):
             raise ValueError(
                 f"TransformerConfig.axes_dims_rope is {shown(self.axes_dims_rope)}; "
@@ -108,15 +131,35 @@ class TransformerConfig:
         """Channels of the residual stream."""
         return self.attention_head_dim * self.num_attention_heads
 
+    @property
+    def control(self) -> Literal["none", "picture", "fill"]:
+        """What an input token has in addition to the noisy latents.
+
+        "none"; "picture", the latents of a control picture (FLUX.1 Canny and Depth); or "fill",
+        the latents of a masked picture, and its mask (FLUX.1 Fill).
+        """
+        if self.in_channels == self.out_channels:
+            return "none"
+        return "fill" if self.mask_channels else "picture"
+
+    @property
+    def control_channels(self) -> int:
+        """Channels of an input token in addition to the noisy latents."""
+        return self.in_channels - self.out_channels
+
+    @property
+    def mask_channels(self) -> int:
+        """Channels of the mask, the last of an input token: one per pixel, so 16 x 16 for FLUX.1.
+
+        0 if the model takes no mask.
+        """
+        return max(0, self.in_channels - 2 * self.out_channels)
+
     @classmethod
     def from_diffusers(cls, raw: Mapping[str, Any]) -> TransformerConfig:
         """Build from `transformer/config.json`; unsupported settings raise `ValueError`."""
-        out = raw.get("out_channels")
-        if out is not None and out != raw.get("in_channels", 64):
-            raise ValueError(
-                f"TransformerConfig: out_channels is {shown(out)}; expected in_channels "
-                f"({shown(raw.get('in_channels', 64))})"
-            )
+        if raw.get("out_channels") is None:
+            raw = {key: value for key, value in raw.items() if key != "out_channels"}
         # If the file leaves out guidance_embeds, diffusers takes False; FLUX.1-dev has True.
         return _from_mapping(cls, {"guidance_embeds": False, **raw}, {"patch_size": 1})
 
@@ -261,7 +304,7 @@ class AutoencoderConfig:
 class FluxConfig:
     """Configuration of a FLUX pipeline; the defaults are those of FLUX.1-dev.
 
-    The last six fields are the time shift of the "shifted" schedule, from
+    The six fields from `dynamic_shift` on are the time shift of the "shifted" schedule, from
     `scheduler/scheduler_config.json`; see `jitjax.sampler.schedule.Shift`.
 
     Attributes:
@@ -273,6 +316,8 @@ class FluxConfig:
             their number.
         base_seq, max_seq: numbers of image tokens.
         shift: shift if `dynamic_shift` is False.
+        uses_reference: whether the model is known to be FLUX.1 Kontext, which edits a reference
+            picture. Its shapes are FLUX.1-dev's, so False also stands for unknown.
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -287,16 +332,20 @@ class FluxConfig:
     base_seq: Width = 256
     max_seq: Width = 4096
     shift: Annotated[float, Range(1e-3, 1e3)] = 3.0
+    uses_reference: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        pixels = self.pixels_per_token**2
         pairs = (
             ("transformer.joint_attention_dim", self.transformer.joint_attention_dim, "t5.d_model",
              self.t5.d_model),
             ("transformer.pooled_projection_dim", self.transformer.pooled_projection_dim,
              "clip.hidden_size", self.clip.hidden_size),
-            ("transformer.in_channels", self.transformer.in_channels,
+            ("transformer.out_channels", self.transformer.out_channels,
              "autoencoder.latent_channels * 4", self.autoencoder.latent_channels * PATCH**2),
+            ("transformer.mask_channels", self.transformer.mask_channels or pixels,
+             "pixels_per_token ** 2", pixels),
         )  # fmt: skip
         for name, got, other, expected in pairs:
             if got != expected:

@@ -220,9 +220,9 @@ def denoise(
     velocity = FluxVelocity(params.config.transformer, attention)
     config = params.config.transformer
     noise = as_array("noise", noise)
-    if noise.ndim != 3 or noise.shape[2] != config.in_channels:
+    if noise.ndim != 3 or noise.shape[2] != config.out_channels:
         raise ValueError(
-            f"noise has shape {list(noise.shape)}; expected [batch, tokens, {config.in_channels}]"
+            f"noise has shape {list(noise.shape)}; expected [batch, tokens, {config.out_channels}]"
         )
     b, n, _ = noise.shape
     grid = (math.isqrt(n), math.isqrt(n)) if grid is None else as_grid(grid)

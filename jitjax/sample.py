@@ -194,7 +194,7 @@ def _make_batch(
 ) -> Float[Array, "b height width 3"]:
     """Make images."""
     text, keys, guidance, task = rows
-    noise, denoise_keys = _start(grid, params.config.transformer.in_channels, keys)
+    noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
     tokens = denoise(
@@ -250,7 +250,7 @@ def decode(
     if not isinstance(tokens, (jax.Array, np.ndarray)):
         raise TypeError(f"tokens is {type(tokens).__name__}; expected an array, from denoise")
     grid = as_grid(grid)
-    expected = (grid[0] * grid[1], params.config.transformer.in_channels)
+    expected = (grid[0] * grid[1], params.config.transformer.out_channels)
     if tokens.ndim != 3 or tokens.shape[1:] != expected:
         raise ValueError(
             f"tokens has shape {list(tokens.shape)}; expected [batch, {expected[0]}, "

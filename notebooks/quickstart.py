@@ -89,7 +89,7 @@ for axis, image in zip(axes, images, strict=True):
 
 # %%
 conditioning = jitjax.encode_prompt(params, prompt)
-noise = jax.random.normal(jax.random.key(2), (1, 64, params.config.transformer.in_channels))
+noise = jax.random.normal(jax.random.key(2), (1, 64, params.config.transformer.out_channels))
 
 
 def brightness(noise):

@@ -111,7 +111,7 @@ def expected_transformer_bytes(fsdp: int, model: int) -> int:
     blocks = 2 * c.num_layers * stream + c.num_single_layers * single
     inputs = (c.in_channels + c.joint_attention_dim + 2) * h
     embedded = sum(n * h + h + h * h + h for n in (256, 256, c.pooled_projection_dim))
-    outputs = 2 * h**2 // both + 2 * h + (h + 1) * c.in_channels
+    outputs = 2 * h**2 // both + 2 * h + (h + 1) * c.out_channels
     return 4 * (blocks + inputs + embedded + outputs)
 
 

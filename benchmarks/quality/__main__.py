@@ -77,7 +77,7 @@ def sample_batch(
     params = runner.params
     conditioning = jitjax.encode_prompt(params, [prompt.text for _, prompt, _ in padded])
     keys = jax.vmap(jax.random.split)(jnp.stack([jax.random.key(seed) for *_, seed in padded]))
-    noise = draw_noise(keys[:, 0], runner.grid, params.config.transformer.in_channels)
+    noise = draw_noise(keys[:, 0], runner.grid, params.config.transformer.out_channels)
     jax.block_until_ready((conditioning, noise))
     start = time.perf_counter()
     tokens, slots = runner(method, conditioning, noise, keys[:, 1])

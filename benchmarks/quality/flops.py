@@ -27,7 +27,8 @@ def forward(config: TransformerConfig, tokens: int, text: int) -> float:
     # Double and single blocks both have 12 hidden^2 weights per token: QKV 3, output 1, MLP 8.
     blocks_flops = blocks * (24 * hidden**2 * length + 4 * hidden * length**2)
     # Image tokens in and out, text tokens in.
-    projections = 2 * config.in_channels * tokens + config.joint_attention_dim * text
+    image_channels = config.in_channels + config.out_channels
+    projections = image_channels * tokens + config.joint_attention_dim * text
     return float(blocks_flops + 2 * hidden * projections)
 
 

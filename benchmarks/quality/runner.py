@@ -143,7 +143,7 @@ class Runner:
             dev_prompts = prompts(1, "dev", seeds=1)[:4]
             conditioning = jitjax.encode_prompt(self.params, [p.text for p in dev_prompts])
             keys = jnp.stack([jax.random.key(p.seeds[0]) for p in dev_prompts])
-            noise = draw_noise(keys, self.grid, self.params.config.transformer.in_channels)
+            noise = draw_noise(keys, self.grid, self.params.config.transformer.out_channels)
             inputs = (*self._functions(conditioning), noise, self.sigmas(method.plan))
             self.calibration_changes = self.calibration_changes or peers.relative_changes(*inputs)
             rescale = peers.calibrate(*self.calibration_changes)

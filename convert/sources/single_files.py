@@ -325,7 +325,7 @@ def whole_config(models: Mapping[str, Any], schedule: str = "auto") -> FluxConfi
     if "clip" not in configs:
         hidden = transformer.pooled_projection_dim
         configs["clip"] = CLIPConfig(hidden_size=hidden, num_attention_heads=max(1, hidden // 64))
-    channels = transformer.in_channels // PATCH**2
+    channels = transformer.out_channels // PATCH**2
     configs.setdefault("autoencoder", AutoencoderConfig(latent_channels=channels))
     if schedule == "auto":
         schedule = "dev" if transformer.guidance_embeds else "schnell"

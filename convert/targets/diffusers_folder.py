@@ -201,7 +201,6 @@ def _write_configs(config: FluxConfig, folder: Path) -> None:
         "transformer": {
             "_class_name": "FluxTransformer2DModel",
             "patch_size": 1,
-            "out_channels": None,
         },
         "clip": {
             "architectures": ["CLIPTextModel"],

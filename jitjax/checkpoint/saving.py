@@ -22,10 +22,11 @@ from jitjax.config import FluxConfig
 from jitjax.models.quantised import KINDS, QUANTISED_PARTS, is_quantised, kind_of
 from jitjax.validation import check, read_json, shown
 
-FORMAT = 4
+FORMAT = 5
 """Version of the checkpoint format that is written."""
-READABLE_FORMATS = (3, FORMAT)
-"""Versions that `read_metadata` accepts; 3 has no quantised weights."""
+READABLE_FORMATS = (3, 4, FORMAT)
+"""Versions that `read_metadata` accepts. 3 has no quantised weights. 3 and 4 have no
+`out_channels` of the transformer, which was `in_channels`, and no `uses_reference`."""
 
 METADATA_FILE = "jitjax.json"
 
@@ -77,7 +78,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         expected = " or ".join(map(str, READABLE_FORMATS))
         raise ValueError(f"{str(folder)!r} has format {shown(version)}; expected format {expected}")
     try:
-        checked = {key: check(raw.get(key), hint, key) for key, hint in SCHEMA.items()}
+        current = _with_new_fields(raw) if version < 5 else raw
+        checked = {key: check(current.get(key), hint, key) for key, hint in SCHEMA.items()}
         parts, digests = checked["parts"], checked["digests"]
         if len(set(parts)) != len(parts) or not parts or set(parts) - set(PARTS):
             raise ValueError(f"parts is {shown(parts)}; expected some of {', '.join(PARTS)}")
@@ -95,6 +97,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     config_digest = checked["config_digest"]
     is_intact = config_digest in (None, digest_of_config(raw["config"]))
     return checked | {"config_is_intact": is_intact, "quantisation": quantisation}
+
+
+def _with_new_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of formats 3 and 4 with what format 5 has besides."""
+    config = check(raw.get("config"), dict[str, Any], "config")
+    transformer = check(config.get("transformer"), dict[str, Any], "config.transformer")
+    transformer = {**transformer, "out_channels": transformer.get("in_channels")}
+    return {**raw, "config": {**config, "transformer": transformer, "uses_reference": False}}
 
 
 def digest_of_config(config: Mapping[str, Any]) -> str:

@@ -147,7 +147,7 @@ def _conditioning(s: Settings) -> int:
 def stages(s: Settings) -> Iterator[Program]:
     """Account for the stages of the plan, and for finding the anchors that a sparse one needs."""
     n, text, b = s.tokens, s.config.text_length, s.batch
-    states = FLOAT32 * b * n * s.config.transformer.in_channels
+    states = FLOAT32 * b * n * s.config.transformer.out_channels
     results = 3 if s.plan.solver == "multistep" else 2  # the state, and the solver's
     seen = set()
     for budget in s.plan.budgets(n, text):
@@ -223,7 +223,7 @@ def decoder(s: Settings) -> Program:
         "decoder",
         ("autoencoder",),
         s.weights("autoencoder", "decoder"),
-        FLOAT32 * s.batch * s.tokens * s.config.transformer.in_channels,
+        FLOAT32 * s.batch * s.tokens * s.config.transformer.out_channels,
         s.batch * size * values,
         FLOAT32 * s.batch * height * width * config.out_channels,
     )

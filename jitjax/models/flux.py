@@ -146,19 +146,20 @@ class FluxTransformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "b n c"],
+        tokens: Float[Array, "b n i"],
         positions: Num[Array, "b n 3"],
         text: Float[Array, "b t d"],
         pooled: Float[Array, "b p"],
         sigma: Float[Array, " b"] | Float[Array, ""] | float,
         guidance: Float[Array, " b"] | Float[Array, ""] | float | None = None,
         valid: Bool[Array, "b n"] | None = None,
-    ) -> Float[Array, "b n c"]:
+    ) -> Float[Array, "b n o"]:
         """Compute the velocities dy/dsigma of the tokens.
 
         Args:
-            tokens: [b, n, c] noisy latents, 2 x 2 latent pixels per token. They may be any subset
-                of the grid's tokens in any order.
+            tokens: [b, n, in_channels] noisy latents, 2 x 2 latent pixels per token, and after
+                them what conditions them (see `TransformerConfig.control`). They may be any
+                subset of the grid's tokens in any order.
             positions: [b, n, 3] position (0, row, column) of each token, in tokens.
             text: [b, t, d] T5 embeddings of the prompt. All have the position (0, 0, 0).
             pooled: [b, p] CLIP embedding of the prompt.
@@ -169,14 +170,15 @@ class FluxTransformer(nn.Module):
                 any values, NaN included. None if there is no padding; no mask is built then.
 
         Returns:
-            Velocities [b, n, c], 0 for padding, in float32, or float64 if `dtype` is float64.
+            Velocities [b, n, out_channels], 0 for padding, in float32, or float64 if `dtype` is
+            float64.
 
         Raises:
             ValueError: a shape or dtype does not fit, or the model needs `guidance` and it is None.
         """
         config, dtype = self.config, self.dtype
         _check_inputs(config, tokens, positions, text, pooled, sigma, guidance, valid)
-        batch, _, channels = tokens.shape
+        batch = tokens.shape[0]
         text_length = text.shape[1]
 
         mask = None
@@ -222,7 +224,7 @@ class FluxTransformer(nn.Module):
         # The reference has the scale first here, but the shift first in its blocks.
         scale, shift = modulation_vectors(conditioning, 2, dtype, "final_modulation")
         normed = modulate(image_stream, shift, scale)
-        out = Dense(channels, dtype=dtype, name="image_out")(normed)
+        out = Dense(config.out_channels, dtype=dtype, name="image_out")(normed)
         out = out.astype(at_least_float32(dtype))
         return out if valid is None else jnp.where(valid[:, :, None], out, 0)
 

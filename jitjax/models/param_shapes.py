@@ -64,7 +64,7 @@ def _transformer(c: TransformerConfig) -> Iterator[tuple[str, Shape]]:
     yield from _linear(f"{single}/mlp_up", (*n, h), (4 * h,))
     yield from _linear(f"{single}/out", (*n, 5 * h), (h,))
     yield from _linear("final_modulation", (h,), (2, h))
-    yield from _linear("image_out", (h,), (c.in_channels,))
+    yield from _linear("image_out", (h,), (c.out_channels,))
 
 
 def _t5(c: T5Config) -> Iterator[tuple[str, Shape]]:

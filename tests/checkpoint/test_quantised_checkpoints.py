@@ -16,6 +16,7 @@ import jitjax
 from jitjax.checkpoint import FORMAT, quantise_params, quantising, read_metadata, verify
 from jitjax.checkpoint.array_layout import Digest
 from jitjax.checkpoint.array_reader import StoredLeaf
+from jitjax.checkpoint.saving import digest_of_config
 from jitjax.models import quantised
 from jitjax.models.quantised import KINDS, as_dicts, is_quantisable
 from jitjax.nested import flatten
@@ -149,12 +150,17 @@ def test_dtype_goes_with_the_parts_that_are_not_quantised(int8):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
-def test_format_3_is_read(copy, small):
+@pytest.mark.parametrize("version", [3, 4])
+def test_older_formats_are_read(copy, small, version):
     file = copy / "jitjax.json"
     metadata = json.loads(file.read_text())
-    assert metadata["format"] == FORMAT == 4
-    metadata["format"] = 3
-    assert metadata.pop("quantisation") == {}
+    assert metadata["format"] == FORMAT == 5
+    metadata["format"] = version
+    if version == 3:
+        assert metadata.pop("quantisation") == {}
+    assert metadata["config"].pop("uses_reference") is False
+    assert metadata["config"]["transformer"].pop("out_channels") == 64
+    metadata["config_digest"] = digest_of_config(metadata["config"])
     file.write_text(json.dumps(metadata))
     assert_equal(jitjax.load(copy), small)
     assert read_metadata(copy)["quantisation"] == {}

@@ -41,6 +41,8 @@ def transformer_inputs(c: TransformerConfig) -> list[jax.ShapeDtypeStruct]:
 CASES = {
     "transformer": (FluxTransformer, TransformerConfig()),
     "without guidance": (FluxTransformer, SCHNELL),
+    "canny": (FluxTransformer, TransformerConfig(in_channels=128, out_channels=64)),
+    "fill": (FluxTransformer, TransformerConfig(in_channels=384, out_channels=64)),
     "t5": (T5Encoder, T5Config()),
     "wide heads": (T5Encoder, T5Config(num_heads=3, d_kv=7, d_ff=9, num_layers=1)),
     "clip": (CLIPText, CLIPConfig()),

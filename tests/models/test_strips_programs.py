@@ -74,7 +74,7 @@ def test_full_size_program_has_no_array_of_all_logits(platform):
 def test_decode_runs_in_strips_above_1024_squared(small):
     grid = (66, 64)  # 1056 x 1024 pixels
     config, params = small.config, small.part("autoencoder")
-    tokens = jax.random.normal(jax.random.key(0), (1, 66 * 64, config.transformer.in_channels))
+    tokens = jax.random.normal(jax.random.key(0), (1, 66 * 64, config.transformer.out_channels))
     got = jitjax.decode(small, tokens, grid=grid)
 
     def before(params, tokens):
