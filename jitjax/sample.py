@@ -36,6 +36,7 @@ from jitjax.task import (
     as_tokens,
     check_task,
     plan_and_inputs,
+    reference_grid,
     with_batch,
 )
 from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
@@ -56,7 +57,7 @@ def sample(
     chunk: int | None = None,
     **task: Unpack[Task],
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
-    """Generate images from prompts, or from prompts and pictures (image to image).
+    """Generate images from prompts, or from prompts and pictures.
 
     Args:
         params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
@@ -65,8 +66,8 @@ def sample(
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
             programs of other batch sizes round differently, by 1e-5 of the range in float32.
-        height, width: size in pixels, multiples of 16; by default that of `image`, or
-            `params.config.image_size`.
+        height, width: size in pixels, multiples of 16; by default that of `image`, `control` or
+            `reference`, or `params.config.image_size`.
         plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
@@ -78,8 +79,8 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
-        **task: pictures to start from, and what belongs to them: the fields of `Task`, `image` and
-            `strength`.
+        **task: pictures that the result is made from, and what belongs to them: the fields of
+            `Task`, `image`, `strength`, `control` and `reference`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -93,8 +94,9 @@ def sample(
             are no prompts, the guidance or the conditioning is not finite, the key or the
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
-            a picture does not fit the batch, the height and width or `encode`, or `strength` is
-            outside (0, 1] or given without `image`.
+            a picture does not fit the batch, the height and width or `encode`, `strength` is
+            outside (0, 1] or given without `image`, or the model needs pictures that are not given,
+            or the reverse.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -151,6 +153,7 @@ def sample(
             params,
             plan=plan,
             grid=grid,
+            reference_grid=reference_grid(given, config),
             attention=attention,
             reports=reports if progress else None,
         )
@@ -189,6 +192,7 @@ def _make_batch(
     *,
     plan: Plan,
     grid: Grid,
+    reference_grid: Grid | None,
     attention: str,
     reports: StepReports | None,
 ) -> Float[Array, "b height width 3"]:
@@ -206,6 +210,9 @@ def _make_batch(
         guidance=guidance,
         key=denoise_keys,
         clean=as_tokens(params, task.clean),
+        control=as_tokens(params, task.control),
+        reference=as_tokens(params, task.reference),
+        reference_grid=reference_grid,
         attention=attention,
         progress=reports,
     )

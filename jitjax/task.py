@@ -12,8 +12,10 @@ from jaxtyping import Array, Float
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
+from jitjax.control import check_pictures
 from jitjax.denoise import plan_at_strength
 from jitjax.encode import check_images, encode
+from jitjax.latents import token_grid
 from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
@@ -36,10 +38,16 @@ class Task(TypedDict, total=False):
         strength: how far from `image` the result may be, in (0, 1]; 0.6 by default. That share of
             the plan's steps is run, from the picture with noise of the first of them; see
             `plan_at_strength`. At 1 the picture does not matter.
+        control: control pictures (edges, depth, ...), one per prompt or one for all, for models
+            that take them: FLUX.1 Canny and Depth. Their size is that of the result.
+        reference: pictures to edit, one per prompt or one for all, for FLUX.1 Kontext. They may
+            have another size than the result, whose size is theirs if nothing else gives it.
     """
 
     image: Pictures | None
     strength: float | None
+    control: Pictures | None
+    reference: Pictures | None
 
 
 class TaskInputs(NamedTuple):
@@ -47,9 +55,13 @@ class TaskInputs(NamedTuple):
 
     Attributes:
         clean: pictures to start from, or their clean tokens.
+        control: control pictures, or their clean tokens.
+        reference: reference pictures, or their clean tokens.
     """
 
     clean: Array | np.ndarray | None = None
+    control: Array | np.ndarray | None = None
+    reference: Array | np.ndarray | None = None
 
 
 def check_task(
@@ -73,20 +85,33 @@ def check_task(
     if unknown:
         raise TypeError(f"sample got an unexpected keyword argument {unknown[0]!r}")
     task = {name: value for name, value in arguments.items() if value is not None}
+    check_pictures(task.keys(), config.transformer)
     if "image" in task:
         task["strength"] = check_strength(task.get("strength", DEFAULT_STRENGTH))
-        check_images("image", task["image"], config)
-        size = task["image"].shape[1:3]
-        for name, given, side in zip(("height", "width"), (height, width), size, strict=True):
-            if given is not None and given != side:
-                raise ValueError(f"{name} is {given!r}; expected {side}, that of image, or None")
-        height, width = size
     elif "strength" in task:
         raise ValueError(
             f"strength is {task['strength']!r}, but image is None; expected both or neither"
         )
-    height = config.image_size if height is None else height
-    width = config.image_size if width is None else width
+    for name in ("image", "control", "reference"):
+        if name in task:
+            check_images(name, task[name], config)
+    size = {"height": height, "width": width}
+    source = ""
+    for name in ("image", "control"):
+        if name not in task:
+            continue
+        for side, expected in zip(size, task[name].shape[1:3], strict=True):
+            if size[side] not in (None, expected):
+                raise ValueError(
+                    f"{source}{side} is {size[side]!r}; expected {expected}, that of {name}, or None"
+                )
+            size[side] = expected
+        source = f"{name}'s "
+    default = task["reference"].shape[1:3] if "reference" in task else [config.image_size] * 2
+    height, width = (
+        expected if given is None else given
+        for given, expected in zip(size.values(), default, strict=True)
+    )
     return task, (height, width)
 
 
@@ -105,14 +130,24 @@ def plan_and_inputs(
     Raises:
         ValueError: the batch of an array is another.
     """
-    image = task.get("image")
-    if image is None:
-        return plan, TaskInputs()
-    check_batch("image", image, batch)
-    strength = task["strength"]
-    plan = plan_at_strength(plan, strength, grid=grid, config=config)
-    # At strength 1 it is plain sampling.
-    return plan, TaskInputs(clean=None if strength == 1 else image)
+    pictures = {name: task.get(name) for name in ("image", "control", "reference")}
+    for name, array in pictures.items():
+        if array is not None:
+            check_batch(name, array, batch)
+    clean = pictures.pop("image")
+    if clean is not None:
+        plan = plan_at_strength(plan, task["strength"], grid=grid, config=config)
+        if task["strength"] == 1:  # it is plain sampling
+            clean = None
+    return plan, TaskInputs(clean, **pictures)
+
+
+def reference_grid(task: Mapping[str, Any], config: FluxConfig) -> Grid | None:
+    """Return the token grid of a checked task's reference; None without one."""
+    if "reference" not in task:
+        return None
+    height, width = task["reference"].shape[1:3]
+    return token_grid(height, width, config)
 
 
 def check_batch(name: str, array: Any, batch: int) -> None:

@@ -1,0 +1,256 @@
+"""`sample(reference=)` and `denoise(reference=)`: reference tokens beside the anchors (Kontext)."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import build
+
+import jitjax
+from jitjax.denoise import batch_keys
+from jitjax.models.flux import FluxTransformer
+from jitjax.sampler.grid import positions
+from jitjax.sampler.plan import Plan
+from jitjax.velocity import FluxVelocity, VelocityInputs
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+PROMPT = "a large red circle"
+GRID, OWN = (2, 4), (3, 2)
+DENSE = Plan(2, schedule="shifted")
+SPARSE = Plan(4, (0.5, 0.75, 1.0), (0.25, 0.5, 1.0))
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def text(small):
+    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return jax.random.normal(jax.random.key(1), (2, 8, 64))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return jax.random.normal(jax.random.key(2), (2, 6, 64))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 1, (2, 48, 32, 3)).astype(np.float32)
+
+
+def denoise(small, text, noise, reference, plan, **options):
+    return jitjax.denoise(
+        small,
+        text,
+        noise,
+        plan=plan,
+        grid=GRID,
+        key=KEY,
+        reference=reference,
+        reference_grid=OWN,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_network_runs_on_both_and_returns_the_anchors(small, text, noise, reference, padded):
+    """Reference tokens are at (1, row, column) of their own grid, before the anchors."""
+    config = small.config.transformer
+    index = jnp.broadcast_to(jnp.array([7, 0, 2]), (2, 3))
+    own = jnp.array([[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1], [1, 2, 0], [1, 2, 1]])
+    where = positions(index, GRID)
+    guidance = jnp.full(2, 3.5)
+    expected = FluxTransformer(
+        config
+    ).apply(
+        {"params": small.transformer},
+        jnp.concatenate([noise[:, index[0]], reference], axis=1),  # in the other order
+        jnp.concatenate([where, jnp.broadcast_to(own, (2, 6, 3))], axis=1),
+        text.text,
+        text.pooled,
+        jnp.full(2, 0.5),
+        guidance,
+    )[:, :3]
+    tokens, valid = noise[:, index[0]], None
+    if padded:
+        tokens = jnp.pad(tokens, ((0, 0), (0, 2), (0, 0)), constant_values=jnp.nan)
+        where = jnp.pad(where, ((0, 0), (0, 2), (0, 0)), constant_values=9)
+        valid = jnp.broadcast_to(jnp.arange(5) < 3, (2, 5))
+    inputs = VelocityInputs(
+        small.transformer, text, guidance, reference=reference.reshape(2, *OWN, 64)
+    )
+    got = FluxVelocity(config)(tokens, where, jnp.asarray(0.5), valid, inputs)
+    assert got.shape == tokens.shape
+    np.testing.assert_allclose(got[:, :3], expected, rtol=1e-4, atol=1e-5)
+    without = FluxVelocity(config)(tokens, where, jnp.asarray(0.5), valid, inputs[:3])
+    assert np.abs(got - without)[:, :3].max() > 0.01
+
+
+def test_all_tokens_as_anchors_give_the_dense_result(small, text, noise, reference):
+    """With spare slots that are anchors, 8 of 8 tokens run; and padded, 7 of 8 do."""
+    dense = denoise(small, text, noise, reference, DENSE)
+    plan = DENSE.replace(densities=(0.9, 1.0), stage_ends=(0.5, 1.0), pad_to=16, spare="anchors")
+    # 12 of text, 6 of the reference and 7 anchors: 25, so all 8 run.
+    assert plan.budgets(8, 18)[0] == 8
+    np.testing.assert_array_equal(denoise(small, text, noise, reference, plan), dense)
+
+
+def test_padding_counts_the_reference_and_changes_nothing(small, text, noise, reference):
+    got, trace = denoise(small, text, noise, reference, SPARSE, trace=True)
+    assert trace.evaluations == 4
+    assert got.shape == noise.shape
+    seen = []
+    velocity = FluxVelocity.__call__
+
+    def record(self, tokens, *rest):
+        seen.append(tokens.shape[1])
+        return velocity(self, tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FluxVelocity, "__call__", record)
+        jax.clear_caches()
+        padded = denoise(small, text, noise, reference, SPARSE.replace(pad_to=8))
+    # 12 + 6 + 4 anchors are 22, padded to 24; with 6 anchors they are 24.
+    assert set(seen) == {6, 8}
+    np.testing.assert_allclose(padded, got, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reference_of_the_same_size_needs_no_grid(small, text, noise):
+    reference = noise[:, ::-1]
+    options = {"plan": DENSE, "grid": GRID, "reference": reference}
+    got = jitjax.denoise(small, text, noise, **options)
+    expected = jitjax.denoise(small, text, noise, reference_grid=GRID, **options)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_sample_encodes_the_reference_on_its_own_grid(small, text, pictures):
+    got = jitjax.sample(small, text, key=KEY, plan=SPARSE, height=32, width=64, reference=pictures)
+    keys = [jax.random.split(key) for key in batch_keys(KEY, 2)]
+    tokens = jitjax.denoise(
+        small,
+        text,
+        jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key, _ in keys]),
+        plan=SPARSE,
+        grid=GRID,
+        key=jnp.stack([denoise_key for _, denoise_key in keys]),
+        reference=jitjax.encode(small, pictures),
+        reference_grid=OWN,
+    )
+    np.testing.assert_allclose(got, jitjax.decode(small, tokens, grid=GRID), atol=1e-4)
+    # Without a size, the result has the reference's.
+    assert jitjax.sample(small, text, key=KEY, plan=DENSE, reference=pictures).shape == (
+        2, 48, 32, 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_keys_chunks_and_progress(small, pictures, shared):
+    prompts, options = [PROMPT, "a small blue square", PROMPT], {"height": 32, "width": 64}
+    reference = pictures[:1] if shared else np.concatenate([pictures, pictures[:1]])
+    options |= {"plan": SPARSE, "reference": reference}
+    batch = jitjax.sample(small, prompts, key=KEY, **options)
+    keys = batch_keys(KEY, 3)
+    own = {"reference": reference if shared else reference[1:2]}
+    alone = jitjax.sample(small, prompts[1], key=keys[1:2], **options | own)
+    # Each batch size compiles to its own program, which rounds differently.
+    np.testing.assert_allclose(alone[0], batch[1], atol=1e-4)
+    calls: list[int] = []
+    chunked = jitjax.sample(small, prompts, key=KEY, chunk=2, progress=calls.append, **options)
+    np.testing.assert_allclose(chunked, batch, atol=1e-4)
+    assert calls == [1] * 8
+    jitted = jax.jit(lambda image: jitjax.sample(
+        small, prompts, key=KEY, chunk=2, **options | {"reference": image}
+    ))(reference)  # fmt: skip
+    np.testing.assert_allclose(jitted, batch, atol=1e-4)
+
+
+def test_with_a_picture_to_start_from(small, text, pictures):
+    """Editing from a picture with noise; both are of other sizes."""
+    image = pictures[:, :32, :16]
+    options = {"key": KEY, "plan": SPARSE, "image": image, "strength": 0.5}
+    got = jitjax.sample(small, text, reference=pictures, **options)
+    assert got.shape == image.shape
+    assert np.abs(got - jitjax.sample(small, text, **options)).max() > 0.01
+
+
+def test_vmap_and_grad(small, text, pictures):
+    one = jax.tree.map(lambda leaf: leaf[:1], text)
+
+    def run(picture, key):
+        return jitjax.sample(
+            small, one, key=key, plan=SPARSE, height=32, width=32, reference=picture[None]
+        )[0]
+
+    keys = jax.random.split(KEY, 2)
+    mapped = jax.vmap(run)(jnp.asarray(pictures), keys)
+    expected = jnp.stack([run(*pair) for pair in zip(pictures, keys, strict=True)])
+    np.testing.assert_allclose(mapped, expected, atol=1e-4)
+    gradient = jax.grad(lambda x: (run(x, keys[0]) ** 2).mean())(jnp.asarray(pictures[0]))
+    assert np.isfinite(gradient).all()
+    assert (jnp.abs(gradient).max(-1) > 0).mean() > 0.9
+
+
+def fail(*arguments, **options):
+    raise AssertionError("a model runs")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reference": "cat.png"}, TypeError, "reference is str; expected an array"),
+        ({"reference": np.zeros((1, 40, 32, 3))}, ValueError, "reference has 40 rows .* 48 rows"),
+        ({"reference": np.zeros((3, 32, 32, 3))}, ValueError, "expected a batch of 1 or 2"),
+        ({"reference": np.full((1, 32, 32, 3), 2.0)}, ValueError, "reference has values from 2"),
+        ({"reference": np.full((1, 32, 32, 3), np.nan)}, ValueError, "reference has 3072 values"),
+        ({"strength": 0.5}, ValueError, "strength is 0.5, but image is None"),
+    ],
+)
+def test_errors_before_any_model_runs(small, pictures, monkeypatch, change, error, message):
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+        monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
+    arguments = {"reference": pictures, "key": KEY} | change
+    with pytest.raises(error, match=message):
+        jitjax.sample(small, [PROMPT] * 2, **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_grid": None}, r"reference has shape \[2, 6, 64\]; expected \[2, 8, 64\] for "
+                                   "a grid of 2 x 4 tokens .pass `reference_grid`"),
+        ({"reference_grid": (3, 3)}, r"expected \[2, 9, 64\] for a grid of 3 x 3"),
+        ({"reference_grid": 3}, r"grid is 3; expected \(rows, columns\)"),
+        ({"reference": None}, r"reference_grid is \(3, 2\), but reference is None"),
+        ({"reference": np.full((2, 6, 64), np.nan, np.float32)}, "reference has 768 values"),
+        ({"reference": np.zeros((1, 6, 64), np.float32)}, r"expected \[2, 6, 64\]"),
+    ],
+)  # fmt: skip
+def test_denoise_checks_the_reference(small, text, noise, reference, monkeypatch, change, message):
+    monkeypatch.setattr(FluxVelocity, "__call__", fail)
+    arguments = {"reference": reference, "reference_grid": OWN} | change
+    with pytest.raises(ValueError, match=message):
+        jitjax.denoise(small, text, noise, plan=DENSE, grid=GRID, **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_models_with_further_channels_take_no_reference(small, text, noise, reference, pictures):
+    canny = build.with_input_channels(small, 128)
+    with pytest.raises(ValueError, match="there is reference, but the model takes a control pict"):
+        jitjax.sample(canny, PROMPT, key=KEY, control=pictures[:1], reference=pictures[:1])
+    with pytest.raises(ValueError, match="reference is given, but the model takes a control pict"):
+        denoise(canny, text, noise, reference, DENSE, control=noise)
+    known = dataclasses.replace(small.config, uses_reference=True)
+    # Kontext makes pictures of prompts too.
+    picture = jitjax.sample(dataclasses.replace(small, config=known), PROMPT, key=KEY, plan=DENSE)
+    assert picture.shape == (1, 64, 64, 3)
