@@ -17,6 +17,7 @@ from jitjax.checkpoint import FluxParams
 from jitjax.config import EMBEDDING_SCALE, FluxConfig
 from jitjax.control import check_control, check_reference
 from jitjax.latents import draw_noise
+from jitjax.masks import inpaint_anchors
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.models.partitioning import over_batch
 from jitjax.models.quantised import float_dtype
@@ -25,7 +26,7 @@ from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
 from jitjax.sampler.entry import enter_plan
 from jitjax.sampler.grid import Grid, as_grid
-from jitjax.sampler.keys import fold_in, split, threefry_keys, uniform
+from jitjax.sampler.keys import batch_keys, fold_in, split, uniform
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import DEFAULT_PLAN, Plan, get_plan
 from jitjax.sampler.progress import StepReports
@@ -99,29 +100,6 @@ def plan_for_device(plan: Plan, dtype: DTypeLike) -> Plan:
     return plan.replace(pad_to=NVIDIA_TOKENS)
 
 
-def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
-    """Return one key per sample.
-
-    Sample i depends on its own key only, so `key=keys[i : i + 1]` reproduces it in a batch of one.
-    All draws are made with threefry, so that neither the implementation of the key nor JAX's
-    configuration decides how a batch is drawn.
-
-    Args:
-        key: one `jax.random` key, which is folded with 0, 1, ...; or one key per sample, which are
-            only turned into threefry keys.
-        batch: number of samples.
-
-    Raises:
-        ValueError: `key` is not a `jax.random` key, or its shape is neither [] nor [batch].
-    """
-    key = threefry_keys(key)
-    if key.ndim == 0:
-        return fold_in(jnp.broadcast_to(key, (batch,)), jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key has shape {list(key.shape)}; expected [] or [{batch}]")
-    return key
-
-
 def check_guidance(guidance: Any, batch: int) -> Array:
     """Return the guidance of each sample, float32 [batch].
 
@@ -164,6 +142,7 @@ def denoise(
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     key: Array | None = None,
     clean: Float[Array, "b n d"] | None = None,
+    mask: Float[Array, "b n d"] | Float[np.ndarray, "b n d"] | None = None,
     control: Float[Array, "b n c"] | None = None,
     reference: Float[Array, "b r d"] | None = None,
     reference_grid: Grid | None = None,
@@ -197,15 +176,21 @@ def denoise(
             (1 - sigma) clean + sigma noise, with the plan's first sigma. That of the named plans is
             1, at which `clean` does not matter; `plan_at_strength` returns plans that start lower.
             By default the first state is `noise`.
+        mask: for inpainting, 1 where tokens are new, 0 where the result is `clean`, and mixtures
+            between, from `jitjax.masks.mask_tokens`. At every sigma the state becomes
+            mask state + (1 - mask) ((1 - sigma) clean + sigma noise). The plan's stages do not
+            count: all steps run on the anchors of `jitjax.masks.inpaint_anchors`; but if the mask
+            is traced, on all tokens unless there are `first_anchors`.
         control: what each token gets as further channels; needed by models with more input
             channels, and taken by no others. The clean tokens of the control picture, from
-            `encode`, for FLUX.1 Canny and Depth (c = 64); those of `jitjax.control.fill_tokens` for
+            `encode`, for FLUX.1 Canny and Depth (c = 64); those of `jitjax.fill.fill_tokens` for
             FLUX.1 Fill (c = 320).
         reference: clean tokens of a reference picture of any size, from `encode`, for FLUX.1
             Kontext. They run beside the anchors in every step, at the positions (1, row, column).
         reference_grid: rows and columns of `reference`; by default those of `grid`.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
-        first_anchors: token indices of the first stage's anchors, for all samples or per sample.
+        first_anchors: token indices of the first stage's anchors, for all samples or per sample;
+            with `mask`, of all steps, n in unused slots.
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default.
         attention: how attention is computed: "auto" (the fastest on the platform), "xla", "cudnn"
             or "pallas"; see `jitjax.models.attention`.
@@ -225,6 +210,7 @@ def denoise(
         FloatingPointError: a velocity is not finite (only with `check_finite`).
     """
     # Imported here, because diffrax takes half a second to import.
+    from jitjax.sampler.known import Known, check_known
     from jitjax.sampler.solve import jit_solve
 
     plan = get_plan(plan)
@@ -259,6 +245,12 @@ def denoise(
     check_finite_array("Conditioning.pooled", conditioning.pooled)
     guidance = check_guidance(guidance, b)
 
+    known = None
+    if mask is not None:
+        if clean is None:
+            raise ValueError("mask is given, but clean is None; expected both or neither")
+        known = check_known(Known(clean, noise, mask), noise.shape, prefix="")
+
     transformer = params.part("transformer")
     plan = plan_for_device(plan, float_dtype(transformer))
     # Tokens that run beside the anchors.
@@ -274,7 +266,12 @@ def denoise(
         "random activation": plan.activation == "random",
     }
     random_scores = None
-    if budget < n and any(must_draw.values()):
+    if known is not None:
+        values = concrete(known.mask)
+        if first_anchors is None and values is not None:
+            first_anchors = inpaint_anchors(values, plan=plan, grid=grid, key=key)
+        known = known._replace(mask=over_batch(jnp.asarray(known.mask)))
+    elif budget < n and any(must_draw.values()):
         if key is None:
             names = " and ".join(name for name, needed in must_draw.items() if needed)
             raise ValueError(f"key is None; expected a key, which this plan needs for {names}")
@@ -305,6 +302,7 @@ def denoise(
         first_anchors=first_anchors,
         microflow_noise=microflow_noise,
         random_scores=random_scores,
+        known=known,
         args=VelocityInputs(
             transformer,
             conditioning,

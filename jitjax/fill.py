@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jitjax.checkpoint import FluxParams
@@ -23,36 +24,45 @@ from jitjax.latents import pack
 
 GREY = 0.5
 """What the covered pixels become: 0 in the autoencoder's [-1, 1]."""
+COVERED = 0.5
+"""The least value of a mask that covers a pixel."""
 
 
-def masked_pictures(image: Any, mask: Any) -> Float[Array, "b height width 3"]:
+def masked_pictures(image: Any, mask: Any) -> Any:
     """Return pictures that are grey where a mask covers them.
 
     Args:
         image: [b or 1, height, width, 3], in [0, 1].
         mask: [b or 1, height, width], in [0, 1]; from 0.5 on it covers.
+
+    Returns:
+        [b, height, width, 3]; a NumPy array, in the host's memory, if both are.
     """
-    covered = jnp.asarray(mask)[..., None] >= 0.5
-    return jnp.where(covered, jnp.asarray(GREY, image.dtype), image)
+    numpy = np if isinstance(image, np.ndarray) and isinstance(mask, np.ndarray) else jnp
+    return numpy.where(mask[..., None] >= COVERED, image.dtype.type(GREY), image)
 
 
-def mask_tokens(mask: Any, config: FluxConfig) -> Float[Array, "b n c"]:
-    """Return every pixel of a mask, by token.
+def with_mask(
+    tokens: Float[Array, "b n d"], mask: Any, config: FluxConfig
+) -> Float[Array, "b n c"]:
+    """Return the clean tokens of masked pictures with every pixel of their masks.
 
     Args:
+        tokens: of `masked_pictures`, from `encode`.
         mask: [b, height, width], in [0, 1]; rounded to 0 or 1.
         config: the model's configuration.
 
     Returns:
-        float32; n = height width / 256 and c = 256, ordered (row, column in the latent pixel, row,
-        column in the patch).
+        c = d + 256; what is added is ordered (row, column in the latent pixel, row, column in the
+        patch).
     """
     factor = config.autoencoder.factor
-    binary = (jnp.asarray(mask) >= 0.5).astype(jnp.float32)
+    binary = (jnp.asarray(mask) >= COVERED).astype(tokens.dtype)
     b, height, width = binary.shape
     rows, columns = height // factor, width // factor
     latents = binary.reshape(b, rows, factor, columns, factor).transpose(0, 1, 3, 2, 4)
-    return pack(latents.reshape(b, rows, columns, factor**2))
+    packed = pack(latents.reshape(b, rows, columns, factor**2))
+    return jnp.concatenate([tokens, packed], axis=2)
 
 
 def fill_tokens(params: FluxParams, image: Any, mask: Any) -> Float[Array, "b n c"]:
@@ -69,5 +79,4 @@ def fill_tokens(params: FluxParams, image: Any, mask: Any) -> Float[Array, "b n 
     Raises:
         ValueError, TypeError: as `encode`.
     """
-    tokens = encode(params, masked_pictures(image, mask))
-    return jnp.concatenate([tokens, mask_tokens(mask, params.config)], axis=2)
+    return with_mask(encode(params, masked_pictures(image, mask)), mask, params.config)

@@ -17,7 +17,9 @@ from tqdm import tqdm
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
+from jitjax.fill import with_mask
 from jitjax.latents import draw_noise, token_grid, unpack
+from jitjax.masks import composite, mask_tokens
 from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
 from jitjax.models.partitioning import over_batch
@@ -37,6 +39,7 @@ from jitjax.task import (
     check_task,
     plan_and_inputs,
     reference_grid,
+    with_anchors,
     with_batch,
 )
 from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
@@ -57,7 +60,7 @@ def sample(
     chunk: int | None = None,
     **task: Unpack[Task],
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
-    """Generate images from prompts, or from prompts and pictures.
+    """Generate images from prompts, or from prompts and pictures (`Task`).
 
     Args:
         params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
@@ -80,7 +83,7 @@ def sample(
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
         **task: pictures that the result is made from, and what belongs to them: the fields of
-            `Task`, `image`, `strength`, `control` and `reference`.
+            `Task`, `image`, `strength`, `mask`, `control` and `reference`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -95,8 +98,9 @@ def sample(
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
             a picture does not fit the batch, the height and width or `encode`, `strength` is
-            outside (0, 1] or given without `image`, or the model needs pictures that are not given,
-            or the reverse.
+            outside (0, 1] or given without `image`, a mask does not fit `image`, is 0 everywhere,
+            or has values outside [0, 1], or the model needs pictures that are not given, or the
+            reverse.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -143,7 +147,10 @@ def sample(
             check_finite("Conditioning.pooled", prompt.pooled)
     else:
         text = tokenize(params.tokenizer, prompts, config)
-    rows = _Rows(text, keys, guidance, with_batch(params, inputs, batch))
+    inputs = with_batch(params, inputs, batch)
+    if inputs.mask is not None:
+        inputs = with_anchors(inputs, plan, grid, split(keys)[1], config)
+    rows = _Rows(text, keys, guidance, inputs)
     # Of several processes all run the steps one by one, and the first one shows them.
     hidden = progress is not True or sys.stderr is None or jax.process_index() > 0
     with tqdm(total=chunks * plan.steps, unit="step", disable=hidden) as bar:
@@ -201,6 +208,11 @@ def _make_batch(
     noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
+    mask, control = None, as_tokens(params, task.control)
+    if params.config.transformer.control == "fill":
+        control = with_mask(control, task.mask, params.config)
+    elif task.mask is not None:
+        mask = mask_tokens(task.mask, params.config)
     tokens = denoise(
         params,
         text,
@@ -210,7 +222,9 @@ def _make_batch(
         guidance=guidance,
         key=denoise_keys,
         clean=as_tokens(params, task.clean),
-        control=as_tokens(params, task.control),
+        mask=mask,
+        first_anchors=task.anchors,
+        control=control,
         reference=as_tokens(params, task.reference),
         reference_grid=reference_grid,
         attention=attention,
@@ -218,6 +232,8 @@ def _make_batch(
     )
     # Before the last steps are finished, so that they run while Python traces the decoder.
     images = decode(params, tokens, grid=grid)
+    if task.mask is not None:
+        images = composite(task.mask, images, task.image)
     if reports is not None:
         reports.finish()
     return images

@@ -8,14 +8,17 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
 from jitjax.control import check_pictures
 from jitjax.denoise import plan_at_strength
 from jitjax.encode import check_images, encode
+from jitjax.fill import masked_pictures
 from jitjax.latents import token_grid
+from jitjax.masks import check_mask, inpaint_anchors, is_all_new, mask_tokens
+from jitjax.sampler.checks import concrete
 from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
@@ -23,8 +26,19 @@ from jitjax.sampler.plan import Plan
 DEFAULT_STRENGTH = 0.6
 """The strength of image to image; that of diffusers' pipeline."""
 
+INPAINTING_STRENGTH = 1.0
+"""The strength with a mask: what is inside it is new, and owes nothing to the given picture."""
+
 Pictures = Float[Array, "_ h w 3"] | Float[np.ndarray, "_ h w 3"]
 """Pictures [b or 1, height, width, 3], floating point numbers in [0, 1]; see `encode`."""
+
+Masks = (
+    Bool[Array, "_ h w *_"]
+    | Bool[np.ndarray, "_ h w *_"]
+    | Float[Array, "_ h w *_"]
+    | Float[np.ndarray, "_ h w *_"]
+)
+"""Masks [b or 1, height, width], or with a last axis of 1: booleans, or numbers in [0, 1]."""
 
 
 class Task(TypedDict, total=False):
@@ -35,9 +49,16 @@ class Task(TypedDict, total=False):
     Attributes:
         image: pictures to start from, one per prompt or one for all. The autoencoder's mean is
             taken. Their size is that of the result.
-        strength: how far from `image` the result may be, in (0, 1]; 0.6 by default. That share of
-            the plan's steps is run, from the picture with noise of the first of them; see
-            `plan_at_strength`. At 1 the picture does not matter.
+        strength: how far from `image` the result may be, in (0, 1]; 0.6 by default, with `mask` 1.
+            That share of the plan's steps is run, from the picture with noise of the first of them;
+            see `plan_at_strength`. At 1 the picture (with `mask`, what is inside) does not matter.
+        mask: where pictures are new (inpainting), one for each or one for all: 1 for new pixels,
+            0 for those that stay as they are in `image`, and mixtures between, for soft edges
+            through which gradients flow. [b or 1, height, width], also [..., 1], floating point
+            numbers in [0, 1] or booleans. The result is mask * new + (1 - mask) * image. The
+            network sees only the mask, its surroundings and the share `Plan.context` of all else;
+            but all of it if the mask is traced. FLUX.1 Fill needs it, sees all of `image` outside
+            the mask, rounded to 0 and 1, and runs as without a mask.
         control: control pictures (edges, depth, ...), one per prompt or one for all, for models
             that take them: FLUX.1 Canny and Depth. Their size is that of the result.
         reference: pictures to edit, one per prompt or one for all, for FLUX.1 Kontext. They may
@@ -46,6 +67,7 @@ class Task(TypedDict, total=False):
 
     image: Pictures | None
     strength: float | None
+    mask: Masks | None
     control: Pictures | None
     reference: Pictures | None
 
@@ -55,11 +77,17 @@ class TaskInputs(NamedTuple):
 
     Attributes:
         clean: pictures to start from, or their clean tokens.
-        control: control pictures, or their clean tokens.
+        image: pictures of which the result keeps a part.
+        mask: pixels of them that are new, [b, height, width].
+        anchors: tokens that the network sees; None for all.
+        control: pictures for the further channels of the tokens, or their clean tokens.
         reference: reference pictures, or their clean tokens.
     """
 
     clean: Array | np.ndarray | None = None
+    image: Array | np.ndarray | None = None
+    mask: Array | np.ndarray | None = None
+    anchors: Array | None = None
     control: Array | np.ndarray | None = None
     reference: Array | np.ndarray | None = None
 
@@ -87,7 +115,10 @@ def check_task(
     task = {name: value for name, value in arguments.items() if value is not None}
     check_pictures(task.keys(), config.transformer)
     if "image" in task:
-        task["strength"] = check_strength(task.get("strength", DEFAULT_STRENGTH))
+        default = INPAINTING_STRENGTH if "mask" in task else DEFAULT_STRENGTH
+        task["strength"] = check_strength(task.get("strength", default))
+    elif "mask" in task:
+        raise ValueError("mask is given, but image is None; expected both or neither")
     elif "strength" in task:
         raise ValueError(
             f"strength is {task['strength']!r}, but image is None; expected both or neither"
@@ -95,6 +126,8 @@ def check_task(
     for name in ("image", "control", "reference"):
         if name in task:
             check_images(name, task[name], config)
+    if "mask" in task:
+        task["mask"] = check_mask(task["mask"], task["image"].shape[1:3])
     size = {"height": height, "width": width}
     source = ""
     for name in ("image", "control"):
@@ -103,7 +136,8 @@ def check_task(
         for side, expected in zip(size, task[name].shape[1:3], strict=True):
             if size[side] not in (None, expected):
                 raise ValueError(
-                    f"{source}{side} is {size[side]!r}; expected {expected}, that of {name}, or None"
+                    f"{source}{side} is {size[side]!r}; expected {expected}, that of {name}, "
+                    "or None"
                 )
             size[side] = expected
         source = f"{name}'s "
@@ -130,16 +164,22 @@ def plan_and_inputs(
     Raises:
         ValueError: the batch of an array is another.
     """
-    pictures = {name: task.get(name) for name in ("image", "control", "reference")}
-    for name, array in pictures.items():
-        if array is not None:
-            check_batch(name, array, batch)
-    clean = pictures.pop("image")
-    if clean is not None:
-        plan = plan_at_strength(plan, task["strength"], grid=grid, config=config)
-        if task["strength"] == 1:  # it is plain sampling
-            clean = None
-    return plan, TaskInputs(clean, **pictures)
+    for name in ("image", "control", "reference", "mask"):
+        if name in task:
+            check_batch(name, task[name], batch)
+    inputs = TaskInputs(control=task.get("control"), reference=task.get("reference"))
+    image, mask = task.get("image"), task.get("mask")
+    if image is None:
+        return plan, inputs
+    plan = plan_at_strength(plan, task["strength"], grid=grid, config=config)
+    # At strength 1 it is plain sampling.
+    clean = None if task["strength"] == 1 else image
+    if config.transformer.control == "fill":
+        control = masked_pictures(image, mask)
+        return plan, inputs._replace(clean=clean, image=image, mask=mask, control=control)
+    if mask is not None and not is_all_new(mask):
+        return plan, inputs._replace(clean=image, image=image, mask=mask)
+    return plan, inputs._replace(clean=clean)
 
 
 def reference_grid(task: Mapping[str, Any], config: FluxConfig) -> Grid | None:
@@ -166,12 +206,36 @@ def with_batch(params: FluxParams, inputs: TaskInputs, batch: int) -> TaskInputs
     """
 
     def repeat(array: Any) -> Any:
-        if array.shape[0] == batch:
-            return array
-        array = encode(params, array) if array.ndim == 4 else array
-        return jnp.broadcast_to(array, (batch, *array.shape[1:]))
+        # Known values stay known, also inside transformations.
+        numpy = np if isinstance(array, np.ndarray) else jnp
+        return numpy.broadcast_to(array, (batch, *array.shape[1:]))
 
+    for name in ("clean", "control", "reference"):
+        pictures = getattr(inputs, name)
+        if pictures is not None and pictures.shape[0] != batch:
+            inputs = inputs._replace(**{name: as_tokens(params, pictures)})
     return jax.tree.map(repeat, inputs)
+
+
+def with_anchors(
+    inputs: TaskInputs, plan: Plan, grid: Grid, keys: Key[Array, " b"], config: FluxConfig
+) -> TaskInputs:
+    """Return arrays with the anchors of inpainting, unless the mask is traced.
+
+    They are chosen for all pictures at once, so that all chunks have as many and share programs.
+
+    Args:
+        inputs: from `with_batch`.
+        plan: the plan that is run.
+        grid: rows and columns of tokens.
+        keys: the keys of the pictures that `denoise` gets.
+        config: the model's configuration.
+    """
+    is_fill = config.transformer.control == "fill"  # it runs as without a mask
+    if inputs.mask is None or is_fill or concrete(inputs.mask) is None:
+        return inputs
+    mask = mask_tokens(inputs.mask, config)
+    return inputs._replace(anchors=inpaint_anchors(mask, plan=plan, grid=grid, key=keys))
 
 
 def as_tokens(params: FluxParams, pictures: Array | np.ndarray | None) -> Array | None:

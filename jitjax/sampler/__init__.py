@@ -13,6 +13,7 @@ The modules, in reading order:
     schedule.py     sigmas of the steps
     anchors.py      anchor sets: the first ones, and the activation of new ones
     lifter.py       interpolation from anchors to all tokens
+    known.py        inpainting: what is known of the state, and the anchors
     terms.py        the SAG-ODE and the micro-flow as diffrax terms
     solvers.py      solvers whose state includes the last velocity
     transition.py   activation and micro-flow between two stages

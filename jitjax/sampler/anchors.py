@@ -125,6 +125,19 @@ def first_anchors(
     Returns:
         Distinct token indices in ascending order.
     """
+    scores = first_anchor_scores(key, grid, budget, layout=layout, fill=fill)
+    return jnp.sort(jax.lax.top_k(scores, budget)[1])
+
+
+def first_anchor_scores(
+    key: Key[Array, ""], grid: Grid, budget: int, *, layout: str, fill: str
+) -> Float[Array, " n"]:
+    """Draw the scores by which `first_anchors` chooses, with the same arguments.
+
+    Returns:
+        The priority of each token, below 3: an integer by the layout, and a fraction that the key
+        decides.
+    """
     n = grid[0] * grid[1]
     stride = max(1, int(math.sqrt(n / budget))) if layout == "strided" else None
     if fill == "dither":
@@ -134,8 +147,7 @@ def first_anchors(
         tie_break = jnp.mod(shifted, 1) * 0.999
     else:
         tie_break = draws.uniform(key, (n,))
-    scores = layout_priority(grid, stride).astype(np.float32) + tie_break
-    return jnp.sort(jax.lax.top_k(scores, budget)[1])
+    return jnp.asarray(layout_priority(grid, stride), jnp.float32) + tie_break
 
 
 def local_variance(velocity: Float[Array, "b n d"], grid: Grid) -> Float[Array, "b n"]:

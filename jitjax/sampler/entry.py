@@ -46,7 +46,8 @@ def enter_plan(plan: Plan, sigmas: np.ndarray, strength: float) -> Plan:
     """Return the plan without the steps that a strength drops.
 
     A stage loses its dropped steps, and vanishes with the last of them. The first stage left gets
-    first anchors in its own number, by the plan's layout.
+    first anchors in its own number, by the plan's layout. The context of inpainting stays that of
+    the whole plan.
 
     Args:
         plan: the plan.
@@ -71,4 +72,5 @@ def enter_plan(plan: Plan, sigmas: np.ndarray, strength: float) -> Plan:
         densities=plan.densities[-len(ends) :],
         stage_ends=tuple(end / steps for end in ends),
         schedule=tuple(map(float, sigmas[start:-1])),
+        context=plan.context_density,
     )

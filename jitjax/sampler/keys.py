@@ -102,3 +102,26 @@ def normal(key: Array, shape: tuple[int, ...] = ()) -> Float[Array, ...]:
     """Draw standard normal float32 numbers with one key."""
     with jax.threefry_partitionable(True):
         return jax.random.normal(threefry_keys(key), shape, jnp.float32)
+
+
+def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
+    """Return one key per sample.
+
+    Sample i depends on its own key only, so `key=keys[i : i + 1]` reproduces it in a batch of one.
+    All draws are made with threefry, so that neither the implementation of the key nor JAX's
+    configuration decides how a batch is drawn.
+
+    Args:
+        key: one `jax.random` key, which is folded with 0, 1, ...; or one key per sample, which are
+            only turned into threefry keys.
+        batch: number of samples.
+
+    Raises:
+        ValueError: `key` is not a `jax.random` key, or its shape is neither [] nor [batch].
+    """
+    key = threefry_keys(key)
+    if key.ndim == 0:
+        return fold_in(jnp.broadcast_to(key, (batch,)), jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key has shape {list(key.shape)}; expected [] or [{batch}]")
+    return key

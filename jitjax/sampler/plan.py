@@ -94,6 +94,9 @@ class Plan:
         solver: "euler" (the paper), "multistep" (second order with as many evaluations, see
             `jitjax.sampler.solvers.Multistep`), or a hashable diffrax solver of ordinary
             differential equations with one term.
+        context: for inpainting, fraction of the tokens outside the mask and its surroundings that
+            the network sees, in (0, 1]; None for the density of the first stage. They are chosen
+            by `first` and `fill`; see `jitjax.sampler.known`.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -114,6 +117,7 @@ class Plan:
     pad_to: int = 1
     spare: str = "padding"
     solver: Any = "euler"
+    context: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "microflow_steps", "pad_to"):
@@ -147,6 +151,13 @@ class Plan:
         if not relax or not 1 <= relax[0] < math.inf:
             raise ValueError(f"Plan.relax is {self.relax!r}; expected a number, at least 1")
         object.__setattr__(self, "relax", relax[0])
+        if self.context is not None:
+            context = _numbers([self.context])
+            if not context or not 0 < context[0] <= 1:
+                raise ValueError(
+                    f"Plan.context is {self.context!r}; expected a number in (0, 1], or None"
+                )
+            object.__setattr__(self, "context", context[0])
 
     def _check_stages(self) -> None:
         if len(self.densities) != len(self.stage_ends):
@@ -217,6 +228,11 @@ class Plan:
                 f"Plan.solver is a {type(self.solver).__name__} that is not hashable ({error}); "
                 "pass it to `denoise` or `jit_solve` as `solver` instead"
             ) from None
+
+    @property
+    def context_density(self) -> float:
+        """`context`, or the density of the first stage if that is None."""
+        return self.densities[0] if self.context is None else self.context
 
     @property
     def stage_steps(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from jitjax.sampler.checks import (
     is_traced,
 )
 from jitjax.sampler.grid import Grid, as_grid
+from jitjax.sampler.known import Known, check_known, check_known_anchors, known_lifter
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.meshes import with_auto_axes
 from jitjax.sampler.plan import Plan, get_plan
@@ -93,6 +94,7 @@ def jit_solve(
     first_anchors: Int[Array, "b k"] | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     random_scores: Float[Array, "b n"] | None = None,
+    known: Known | None = None,
     args: Any = None,
     solver: str | diffrax.AbstractSolver | None = None,
     text_tokens: int = 0,
@@ -125,6 +127,10 @@ def jit_solve(
         microflow_noise: noise of the new anchors' targets. Required if the first stage is sparse
             and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
+        known: for inpainting, what is known of the state at every sigma; it is imposed on `noise`
+            and after every step. Then the run is one stage: the network sees `first_anchors` in
+            every step (any number of them, with all tokens of the mask; n in unused slots, which
+            are last), or all tokens if that is None, and other tokens have velocity 0.
         args: pytree passed to `velocity`, such as its parameters; differentiable.
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default. An
             implicit one needs a root finder with tolerances, and gives NaN where that does not
@@ -154,11 +160,21 @@ def jit_solve(
     """
     plan, grid = get_plan(plan), as_grid(grid)
     n = grid[0] * grid[1]
+    if known is not None:
+        plan = plan.replace(densities=(1.0,), stage_ends=(1.0,))
     budgets = plan.budgets(n, text_tokens)
     noise, sigmas = as_array("noise", noise), as_array("sigmas", sigmas)
     if not callable(velocity):
         raise ValueError(f"velocity is a {type(velocity).__name__}; expected a function")
     check_inputs(plan, grid, budgets, noise, sigmas, first_anchors, microflow_noise, random_scores)
+    if known is not None:
+        known = check_known(known, noise.shape)
+        if first_anchors is not None:
+            check_known_anchors(first_anchors, known)
+            used = concrete(first_anchors)
+            # Unused slots are masked; unless there are none, which is only known of known values.
+            masked = used is None or used.max() == n
+            budgets = (0 if masked else first_anchors.shape[1],)
     solver = with_last_velocity(named_solver(plan.solver if solver is None else solver))
     # diffrax's wrappers are instances of what they wrap, but their state is another.
     keeps_history = isinstance(solver, Multistep) and not isinstance(
@@ -170,27 +186,32 @@ def jit_solve(
     solver_arrays, static_solver = split_arrays("solver", solver)
     arrays = _Arrays(velocity_arrays, solver_arrays)
     stepwise = progress is not None or check_finite
+    inputs = (noise, sigmas, first_anchors, microflow_noise, random_scores, known, args, arrays)
     if stepwise:
-        check_not_traced(noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays)
+        check_not_traced(*inputs)
     options = tuple(sorted((compiler_options or {}).items()))
-    if options and is_traced(
-        noise, sigmas, first_anchors, microflow_noise, random_scores, args, arrays
-    ):
+    if options and is_traced(*inputs):
         options = ()
-    known = concrete(sigmas)  # a slice of a NumPy array needs no program
-    levels: Any = (sigmas if known is None else known).astype(noise.dtype)
+    known_sigmas = concrete(sigmas)  # a slice of a NumPy array needs no program
+    levels: Any = (sigmas if known_sigmas is None else known_sigmas).astype(noise.dtype)
     microflow_noise = noise if microflow_noise is None else microflow_noise
     y, index, start, solver_state = noise, first_anchors, 0, None
+    if known is not None:
+        known = jax.tree.map(lambda array: jnp.asarray(array, noise.dtype), known)
+        y = _impose(known, y, levels[0])
     recorder = Recorder() if trace else None
     reports = progress if isinstance(progress, StepReports) else StepReports(progress)
     for k, (budget, end) in enumerate(zip(budgets, plan.stage_steps, strict=True)):
         lifter = None
-        if budget < n:
+        if known is not None:
+            if index is not None:
+                lifter = known_lifter(index, plan.slots(index.shape[1], text_tokens), grid)
+        elif budget < n:
             lifter = _build_lifter(index, plan.slots(budget, text_tokens), grid, plan.lift)
         stage = _Stage(static_solver, grid, budget)
         y, solver_state, states = _run_stage(
             _programs(static_velocity, options), stage, arrays, y, levels[start : end + 1],
-            SagArgs(lifter, args), solver_state, reports if stepwise else None, check_finite,
+            SagArgs(lifter, args), known, solver_state, reports if stepwise else None, check_finite,
             start, trace,
         )  # fmt: skip
         u = solver_state[-1]
@@ -221,6 +242,7 @@ def _run_stage(
     y: Array,
     sigmas: Array | np.ndarray,
     sag_args: SagArgs,
+    known: Known | None,
     solver_state: Any,
     reports: StepReports | None,
     check_finite: bool,
@@ -235,7 +257,7 @@ def _run_stage(
     """
     if reports is None:
         y, states, solver_state = programs.integrate(
-            stage, every_step, arrays, y, sigmas, sag_args, solver_state
+            stage, every_step, arrays, y, sigmas, sag_args, known, solver_state
         )
         return y, solver_state, states
     # Initialised outside the first step, so that all steps of a stage share one compiled program.
@@ -246,7 +268,7 @@ def _run_stage(
     states = []
     for i in range(sigmas.shape[0] - 1):
         y, step_states, solver_state = programs.integrate(
-            stage, every_step, arrays, y, sigmas[i : i + 2], sag_args, solver_state
+            stage, every_step, arrays, y, sigmas[i : i + 2], sag_args, known, solver_state
         )
         check_not_traced(y)
         # XLA may shard the result in another way, for which the next step would be compiled again.
@@ -291,10 +313,20 @@ def _programs(velocity: Static, options: tuple[tuple[str, bool | int | str], ...
         y: Array,
         sigmas: Array,
         sag_args: SagArgs,
+        known: Known | None,
         solver_state: Any,
     ) -> tuple[Array, Array | None, Any]:
         term, solver = stage.build(velocity, arrays)
-        return integrate(term, solver, y, sigmas, sag_args, solver_state, every_step=every_step)
+        return integrate(
+            term,
+            solver,
+            y,
+            sigmas,
+            sag_args,
+            solver_state,
+            every_step=every_step,
+            impose=None if known is None else known.impose,
+        )
 
     # All arguments are kept and `y` passes through a barrier, so that the results are on the same
     # devices, and as committed to them, as those of a step.
@@ -307,6 +339,11 @@ def _programs(velocity: Static, options: tuple[tuple[str, bool | int | str], ...
         return jax.lax.optimization_barrier((y, state))
 
     return _Programs(_integrate, _init)
+
+
+@jax.jit
+def _impose(known: Known, y: Array, sigma: Array) -> Array:
+    return known.impose(y, sigma)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

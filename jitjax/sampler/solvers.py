@@ -7,6 +7,7 @@ network evaluation. The last entry of the state of each solver here is that velo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -249,6 +250,7 @@ def integrate(
     state: Any = None,
     *,
     every_step: bool = False,
+    impose: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Array | None, Any]:
     """Integrate `term` with one step between each two adjacent sigmas.
 
@@ -264,6 +266,8 @@ def integrate(
         args: run-time arguments of the term.
         state: the solver's state from a previous call, to continue that solve; None to start one.
         every_step: whether to return the state after every step.
+        impose: changes the state after every step, given the sigma that it is at: what is known of
+            it. History of the solver is kept.
 
     Returns:
         The state at `sigmas[-1]`; the states after every step, [steps, ...] (None unless
@@ -274,13 +278,17 @@ def integrate(
         state = solver.init(term, sigmas[0], sigmas[1], y, args)
     # A failed root finder returns a wrong state, without an error.
     can_fail = isinstance(solver, diffrax.AbstractImplicitSolver)
+    # Then some solvers may not use the velocity at the end of the last step for the next one.
+    jumps = impose is not None
 
     def step(carry: tuple[Array, Any], interval: tuple[Array, Array]) -> tuple[Any, Array | None]:
         y, state = carry
         start, end = interval
-        y, _, _, state, result = solver.step(term, start, end, y, args, state, made_jump=False)
+        y, _, _, state, result = solver.step(term, start, end, y, args, state, made_jump=jumps)
         if can_fail:
             y = jnp.where(result == diffrax.RESULTS.successful, y, jnp.nan)
+        if impose is not None:
+            y = impose(y, end)
         return (y, state), y if every_step else None
 
     (y, state), states = jax.lax.scan(step, (y, state), (sigmas[:-1], sigmas[1:]))
