@@ -210,6 +210,7 @@ def _make_batch(
         text = encode_tokens(params, *text)
     mask, control = None, as_tokens(params, task.control)
     if params.config.transformer.control == "fill":
+        assert control is not None
         control = with_mask(control, task.mask, params.config)
     elif task.mask is not None:
         mask = mask_tokens(task.mask, params.config)

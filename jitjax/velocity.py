@@ -59,7 +59,7 @@ class FluxVelocity:
         positions: Int[Array, "b m 3"],
         sigma: Array,
         valid: Array | None,
-        args: VelocityInputs | tuple[Any, Conditioning, Array | None],
+        args: tuple[Any, ...],
     ) -> Float[Array, "b m d"]:
         """Return the velocities of the tokens.
 
