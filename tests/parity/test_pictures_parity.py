@@ -86,7 +86,8 @@ def random_model(base, tiny, channels: int):
 
 
 def run_pipeline(kind, base, transformer, text, noise, **options) -> np.ndarray:
-    pipeline = kind(**(base.components | {"transformer": transformer}))
+    parts = {name: part for name, part in base.components.items() if part is not None}
+    pipeline = kind(**parts | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     latents = {} if noise is None else {"latents": torch.from_numpy(np.array(noise))}
     with torch.no_grad():
