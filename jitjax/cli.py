@@ -38,6 +38,7 @@ examples:
   jitjax "a photo of a fox" --checkpoint flux-dev    a folder made by `python -m jitjax.convert`
   jitjax "a red star" --image cat.png --strength 0.6    from a picture instead of noise
   jitjax "a red star" --image cat.jpg --size 512x384    resized to it, since not multiples of 16
+  jitjax "a red star" --image cat.png --mask sky.png    new where sky.png is white, else as it is
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
   jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
   jitjax -- memory                                   a picture of the word "memory"
@@ -230,9 +231,12 @@ def _run(args: argparse.Namespace) -> int:
     else:
         conditioning, prompt = cli_conditioning.read(args.conditioning)
         conditioning.check(config)
-    start_image = size = None
-    if args.image is not None:
+    start_image = mask = size = None
+    if args.mask is not None:
+        start_image, mask = cli_image.read_with_mask(args.image, args.mask, args.size, config)
+    elif args.image is not None:
         start_image = cli_image.read(args.image, args.size, config)
+    if start_image is not None:
         size = (start_image.shape[2], start_image.shape[1])
     pictures = _pictures(args, config, Line(1, prompt, size=size))
     outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
@@ -253,6 +257,7 @@ def _run(args: argparse.Namespace) -> int:
             guidance=picture.guidance,
             image=start_image,
             strength=args.strength,
+            mask=mask,
             progress=True,
         )[0]
         pixels = images.to_pixels(np.asarray(image), picture.seed)
@@ -333,6 +338,7 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
             args.quantise,
             None if args.image is None else str(args.image),
             args.strength,
+            None if args.mask is None else str(args.mask),
         )
         for seed in seeds
     ]

@@ -1,4 +1,4 @@
-"""The picture to start from: `--image` and `--strength`."""
+"""The picture to start from: `--image`, `--strength` and `--mask`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from jitjax.config import FluxConfig
 from jitjax.encode import nearest_side
 from jitjax.latents import LARGEST_SIDE
 from jitjax.picture import parse_size
-from jitjax.task import DEFAULT_STRENGTH
+from jitjax.task import DEFAULT_STRENGTH, INPAINTING_STRENGTH
+
+GREY = 16
+"""Largest difference between the channels of a grey pixel, of 255: JPEG makes small ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=float,
         help="with --image, how far from it the result may be: the share of the steps that is run, "
-        f"above 0, at most 1 (default: {DEFAULT_STRENGTH})",
+        f"above 0, at most 1 (default: {DEFAULT_STRENGTH}; {INPAINTING_STRENGTH} with --mask)",
+    )
+    parser.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="with --image, make a part of it anew (inpainting): a grey picture of the same size, "
+        "white where the result is new, black where it stays as it is, grey for soft edges",
     )
 
 
@@ -41,15 +51,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         args: the arguments of the command; `strength` gets its default if there is an image.
     """
     if args.image is None:
-        if args.strength is not None:
-            raise ValueError("--strength is for --image; expected both or neither")
+        for name in ("strength", "mask"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is for --image; expected both or neither")
         return
     for name in ("prompts", "save_conditioning"):
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"there are --image and --{option}; expected one of them")
     if args.strength is None:
-        args.strength = DEFAULT_STRENGTH
+        args.strength = DEFAULT_STRENGTH if args.mask is None else INPAINTING_STRENGTH
     if not 0 < args.strength <= 1:
         raise ValueError(f"--strength is {args.strength}; expected above 0, at most 1")
 
@@ -75,7 +86,58 @@ def read(
         ValueError: the file is empty, broken, too large or no picture; or the size is not possible.
         OSError: the file cannot be read.
     """
-    image = _open(path, option)
+    return _pixels(_resized(_open(path, option), path, size, config, option))
+
+
+def read_with_mask(
+    path: Path, mask_path: Path, size: str | None, config: FluxConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a picture and a mask of it for `sample`.
+
+    Args:
+        path: the file of the picture, see `read`.
+        mask_path: the file of the mask: grey, of the size of the picture, or of that of the result
+            if `size` says so. It is resized with the picture.
+        size: what `--size` says; None if nothing may be resized.
+        config: the model's configuration.
+
+    Returns:
+        The picture as from `read`; and the mask, float32 [1, height, width] in [0, 1].
+
+    Raises:
+        ValueError: as `read`; or the mask has colours, transparency or another size, or is black.
+        OSError: a file cannot be read.
+    """
+    picture, mask = _open(path, "--image"), _open(mask_path, "--mask", alpha=False)
+    image = _resized(picture, path, size, config, "--image")
+    sizes = dict.fromkeys((picture.size, image.size))
+    if mask.size not in sizes:
+        raise ValueError(
+            f"--mask {mask_path} is {_text(mask.size)} pixels; expected "
+            f"{' or '.join(map(_text, sizes))}, as --image"
+        )
+    channels = np.asarray(mask, np.int16)
+    if np.ptp(channels, axis=2).max() > GREY:
+        raise ValueError(
+            f"--mask {mask_path} has colours; expected white where the result is new, and black"
+        )
+    grey = mask.convert("L")
+    if mask.size != image.size:
+        # Without the overshoots of Lanczos, which would make a part of the rest new.
+        grey = grey.resize(image.size, Image.Resampling.BILINEAR)
+    values = _pixels(grey)
+    if not values.any():
+        raise ValueError(
+            f"--mask {mask_path} is black, so there is nothing to do; expected white where the "
+            "result is new"
+        )
+    return _pixels(image), values
+
+
+def _resized(
+    image: Image.Image, path: Path, size: str | None, config: FluxConfig, option: str
+) -> Image.Image:
+    """Return a picture in the size that the result will have."""
     wanted = image.size if size is None else parse_size(size)
     nearest = tuple(nearest_side(side, config) for side in wanted)
     if wanted != nearest:
@@ -89,11 +151,15 @@ def read(
     if image.size != wanted:
         command.note(f"{option}: resized from {_text(image.size)} to {_text(wanted)} pixels")
         image = image.resize(wanted, Image.Resampling.LANCZOS)
+    return image
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.float32)[None] / 255
 
 
-def _open(path: Path, option: str) -> Image.Image:
-    """Return the picture of a file as upright RGB of 8 bits."""
+def _open(path: Path, option: str, *, alpha: bool = True) -> Image.Image:
+    """Return the picture of a file as upright RGB of 8 bits; `alpha`: it may be transparent."""
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"{option} {path} is an empty file; expected a picture")
     try:
@@ -129,6 +195,11 @@ def _open(path: Path, option: str) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if np.asarray(rgba)[..., 3].min() < 255:
+            if not alpha:
+                raise ValueError(
+                    f"{option} {path} is transparent in places; expected grey from black to white, "
+                    "without an alpha channel"
+                )
             command.note(f"{option}: what is transparent becomes white")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)

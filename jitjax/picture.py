@@ -29,6 +29,7 @@ class Picture:
         quantise: what its weights are quantised to when they are loaded; None for as stored.
         image: file of the picture to start from; None for noise.
         strength: the strength of image to image; None without `image`.
+        mask: file of the mask of what is new in `image`; None for all of it.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Picture:
     quantise: str | None = None
     image: str | None = None
     strength: float | None = None
+    mask: str | None = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -61,6 +63,8 @@ class Picture:
             settings["quantise"] = self.quantise
         if self.image is not None:
             settings |= {"image": self.image, "strength": self.strength}
+        if self.mask is not None:
+            settings["mask"] = self.mask
         return settings
 
 

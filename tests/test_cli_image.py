@@ -1,4 +1,4 @@
-"""`--image` and `--strength` of the command line."""
+"""`--image`, `--strength` and `--mask` of the command line."""
 
 from __future__ import annotations
 
@@ -43,6 +43,86 @@ def test_the_picture_is_that_of_sample_and_its_settings_are_stored(tmp_path, cap
     )
     expected = np.asarray(jax.numpy.round(255 * expected[0]))
     assert np.abs(pixels - expected).max() <= 1
+
+
+MASK = np.zeros((32, 48), np.uint8)
+MASK[3:20, 10:30] = 255
+MASK[3:20, 30] = 128
+
+
+def test_what_the_mask_keeps_is_the_given_picture(tmp_path):
+    source, mask, out = tmp_path / "cat.png", tmp_path / "mask.png", tmp_path / "out.png"
+    Image.fromarray(RGB).save(source)
+    Image.fromarray(MASK).save(mask)
+    run("a red circle", "--image", source, "--mask", mask, "--steps", 2, "-o", out)
+    with Image.open(out) as image:
+        pixels, settings = np.asarray(image), json.loads(image.text["settings"])
+    assert settings["mask"] == str(mask)
+    assert settings["strength"] == 1.0
+    np.testing.assert_array_equal(pixels[MASK == 0], RGB[MASK == 0])
+    expected = jitjax.sample(
+        jitjax.load("tiny"),
+        "a red circle",
+        key=seed_keys([0]),
+        plan=jitjax.PLANS["multistep-12"].replace(steps=2),
+        image=RGB[None].astype(np.float32) / 255,
+        mask=MASK[None].astype(np.float32) / 255,
+    )
+    assert np.abs(pixels - np.asarray(255 * expected[0])).max() <= 0.6
+
+
+def read_mask(image: Image.Image, path, size=None, picture=RGB) -> np.ndarray:
+    source = path.with_name("cat.png")
+    Image.fromarray(picture).save(source)
+    image.save(path)
+    pixels, mask = cli_image.read_with_mask(source, path, size, FluxConfig())
+    assert mask.shape == pixels.shape[:3]
+    assert mask.dtype == np.float32
+    return mask[0]
+
+
+def test_kinds_of_masks(tmp_path):
+    path, mask = tmp_path / "x.png", Image.fromarray(MASK)
+    expected = MASK.astype(np.float32) / 255
+    for kind in ("L", "RGB", "P", "RGBA"):  # the last is opaque
+        np.testing.assert_array_equal(read_mask(mask.convert(kind), path), expected)
+    np.testing.assert_array_equal(read_mask(Image.fromarray(MASK == 255), path), expected == 1)
+    jpeg = read_mask(mask.convert("RGB"), tmp_path / "x.jpg")
+    np.testing.assert_allclose(jpeg, expected, atol=0.2)
+
+
+def test_a_mask_is_resized_with_its_picture(tmp_path):
+    path, mask = tmp_path / "x.png", Image.fromarray(MASK)
+    twice = read_mask(mask, path, "96x64")
+    inner = twice[2 * 4 : 2 * 19, 2 * 11 : 2 * 29]
+    assert (inner == 1).all()
+    far = np.kron(MASK, np.ones((2, 2))) == 0
+    far[4:42, 18:64] = False
+    assert (twice[far] == 0).all()
+    # It may have the size of the result, too.
+    large = Image.fromarray(np.kron(MASK, np.ones((2, 2), np.uint8)))
+    got = read_mask(large, path, "96x64")
+    np.testing.assert_array_equal(got, np.asarray(large, np.float32) / 255)
+
+
+def test_masks_that_are_none(tmp_path):
+    path, mask = tmp_path / "x.png", Image.fromarray(MASK)
+    cases = {
+        r"--mask .*x.png is 64x32 pixels; expected 48x32, as --image": (
+            mask.resize((64, 32)),
+            None,
+        ),
+        "is 64x32 pixels; expected 48x32 or 96x64, as": (mask.resize((64, 32)), "96x64"),
+        "x.png has colours; expected white": (Image.fromarray(RGB), None),
+        "x.png is black, so there is nothing to do": (Image.new("L", (48, 32)), None),
+        "x.png is transparent in places; expected grey": (
+            Image.merge("LA", (Image.new("L", (48, 32), 255), mask)),
+            None,
+        ),
+    }
+    for message, (image, size) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            read_mask(image, path, size)
 
 
 def read(image: Image.Image, path, size=None, **options) -> np.ndarray:
@@ -118,6 +198,10 @@ def test_errors_are_one_line(tmp_path, capsys):
         ("--image", good, "--strength", -1): "--strength is -1.0",
         ("--image", good, "--strength", "nan"): "--strength is nan",
         ("--strength", 0.5): "--strength is for --image",
+        ("--mask", good): "--mask is for --image; expected both or neither",
+        ("--image", good, "--mask", empty): f"--mask {empty} is an empty file",
+        ("--image", good, "--mask", text): f"--mask {text} is no picture",
+        ("--image", good, "--mask", tmp_path / "none.png"): "--mask",
         ("--image", good, "--save-conditioning", "x.safetensors"): "--image and --save-cond",
     }
     for options, message in cases.items():

@@ -48,7 +48,7 @@ class Known(NamedTuple):
     def impose(self, y: Float[Array, "b n d"], sigma: Array) -> Float[Array, "b n d"]:
         """Return a state at a sigma with what is known of it."""
         known = (1 - sigma) * self.clean + sigma * self.noise
-        return self.mask * y + (1 - self.mask) * known
+        return jnp.asarray(self.mask * y + (1 - self.mask) * known)
 
 
 def check_known(known: Known, shape: tuple[int, ...], *, prefix: str = "known.") -> Known:

@@ -1,4 +1,4 @@
-"""`encode` and image to image against diffusers' `FluxImg2ImgPipeline`, on the bundled model."""
+"""`encode`, image to image and inpainting against diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -8,33 +8,26 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 from common import TOLERANCE, relative_error  # noqa: E402
+from pipelines import COLUMNS, MODELS, ROWS, Pair, pair, to_numpy  # noqa: E402
 
 import jitjax  # noqa: E402
 from jitjax.latents import pack, unpack  # noqa: E402
-from jitjax.loading import BUNDLED  # noqa: E402
-from jitjax.sampler.plan import Plan  # noqa: E402
+from jitjax.masks import mask_tokens  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-PROMPTS = ["a large red circle", "a small blue striped star on a plain grey background"]
-ROWS, COLUMNS = 8, 12
-STEPS = 7
+
+@pytest.fixture(scope="module", params=MODELS)
+def both(request) -> Pair:
+    return pair(diffusers.FluxImg2ImgPipeline, request.param)
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    from diffusers import FluxImg2ImgPipeline
-
-    pipeline = FluxImg2ImgPipeline.from_pretrained(BUNDLED / "tiny", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jitjax.load("tiny")
+@pytest.fixture(scope="module", params=MODELS)
+def inpainting(request) -> Pair:
+    return pair(diffusers.FluxInpaintPipeline, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,81 +36,64 @@ def pictures() -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, shape).astype(np.float32)
 
 
-def to_numpy(latents) -> np.ndarray:
-    """Latents of torch, [b, c, h, w], with the channels last."""
-    return latents.numpy().transpose(0, 2, 3, 1)
-
-
-def encoded(pipeline, pictures):
-    """The pipeline's latents of pictures, by the mean of the posterior."""
-    image = pipeline.image_processor.preprocess(torch.from_numpy(pictures.transpose(0, 3, 1, 2)))
-    with torch.no_grad():
-        mean = pipeline.vae.encode(image).latent_dist.mean
-    return (mean - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
-
-
-def test_encode_equals_the_pipelines_mean(pipeline, params, pictures):
-    expected = pack(jnp.asarray(to_numpy(encoded(pipeline, pictures))))
+def test_encode_equals_the_pipelines_mean(both, pictures):
+    expected = pack(jnp.asarray(to_numpy(both.encoded(pictures))))
     with jax.default_matmul_precision("highest"):
-        error = relative_error(jitjax.encode(params, pictures), expected)
+        error = relative_error(jitjax.encode(both.params, pictures), expected)
     print(f"encode: {error:.1e}")
     assert error < TOLERANCE
 
 
-def test_a_sample_with_the_same_noise_equals_the_pipelines(pipeline, params, pictures):
+def test_a_sample_with_the_same_noise_equals_the_pipelines(both, pictures):
     """The pipeline's own encoder samples; with the noise of our key it is ours."""
     from jitjax.denoise import batch_keys
     from jitjax.latents import draw_noise
 
-    key = jax.random.key(2)
+    key, vae = jax.random.key(2), both.pipeline.vae
     with jax.default_matmul_precision("highest"):
-        got = jitjax.encode(params, pictures, key=key)
+        got = jitjax.encode(both.params, pictures, key=key)
     noise = unpack(draw_noise(batch_keys(key, 2), (ROWS, COLUMNS), 64), (ROWS, COLUMNS))
-    image = pipeline.image_processor.preprocess(torch.from_numpy(pictures.transpose(0, 3, 1, 2)))
+    pixels = torch.from_numpy(pictures.transpose(0, 3, 1, 2))
     with torch.no_grad():
-        posterior = pipeline.vae.encode(image).latent_dist
-        sample = posterior.mean + posterior.std * torch.from_numpy(
-            np.array(noise).transpose(0, 3, 1, 2)
-        )
-    config = pipeline.vae.config
-    expected = pack(jnp.asarray(to_numpy((sample - config.shift_factor) * config.scaling_factor)))
+        posterior = vae.encode(both.pipeline.image_processor.preprocess(pixels)).latent_dist
+        noise = torch.from_numpy(np.array(noise).transpose(0, 3, 1, 2))
+        sample = posterior.mean + posterior.std * noise
+    sample = (sample - vae.config.shift_factor) * vae.config.scaling_factor
+    expected = pack(jnp.asarray(to_numpy(sample)))
     assert relative_error(got, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 0.95, 1.0])
-def test_dense_latents_equal_the_pipelines(pipeline, params, pictures, strength):
-    latents, length = encoded(pipeline, pictures), params.config.text_length
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        text, pooled, _ = pipeline.encode_prompt(
-            prompt=PROMPTS, prompt_2=PROMPTS, max_sequence_length=length
-        )
-        expected = pipeline(
-            prompt_embeds=text,
-            pooled_prompt_embeds=pooled,
-            image=latents,
-            strength=strength,
-            height=16 * ROWS,
-            width=16 * COLUMNS,
-            num_inference_steps=STEPS,
-            guidance_scale=3.5,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            return_dict=False,
-        )[0].numpy()
-    grid = (ROWS, COLUMNS)
-    plan = jitjax.plan_at_strength(
-        Plan(STEPS, schedule="shifted"), strength, grid=grid, config=params.config
-    )
-    with jax.default_matmul_precision("highest"):
-        got = jitjax.denoise(
-            params,
-            jitjax.Conditioning(jnp.asarray(text.numpy()), jnp.asarray(pooled.numpy())),
-            pack(jnp.asarray(to_numpy(noise))),
-            plan=plan,
-            grid=grid,
-            clean=jitjax.encode(params, pictures),
-        )
+def test_dense_latents_equal_the_pipelines(both, pictures, strength):
+    image = both.encoded(pictures)
+    expected = both.latents(image, strength)
+    got = both.denoised(image, strength, clean=jitjax.encode(both.params, pictures))
     error = relative_error(got, expected)
-    print(f"strength {strength}: {plan.steps} steps, latents {error:.1e} relative")
+    print(f"strength {strength}: latents {error:.1e} relative")
     assert error < 1e-3
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainted_latents_equal_the_pipelines(inpainting, pictures, strength):
+    """Of masks of whole latents, which the pipeline reads at one pixel each, and without grey."""
+    mask = np.zeros((2, 16 * ROWS, 16 * COLUMNS), np.float32)
+    mask[0, 24:72, 40:120] = 1  # borders through the middle of tokens
+    mask[1, :, 64:] = 1
+    image = inpainting.encoded(pictures)
+    expected = inpainting.latents(
+        image,
+        strength,
+        mask_image=torch.from_numpy(mask[:, None]),
+        masked_image_latents=image,  # of which the pipeline makes nothing
+    )
+    params = inpainting.params
+    with jax.default_matmul_precision("highest"):
+        clean = jitjax.encode(params, pictures)
+    tokens = mask_tokens(mask, params.config)
+    got = np.asarray(inpainting.denoised(image, strength, clean=clean, mask=tokens))
+    error = relative_error(got, expected)
+    free = inpainting.denoised(image, strength, clean=clean)
+    effect = relative_error(np.where(tokens, free, clean), expected)
+    print(f"strength {strength}: latents {error:.1e} relative; without what is known {effect:.1e}")
+    assert error < 1e-3
+    assert effect > 1e-2
