@@ -59,7 +59,7 @@ class FluxVelocity:
         positions: Int[Array, "b m 3"],
         sigma: Array,
         valid: Array | None,
-        args: tuple[Any, ...],
+        args: VelocityInputs | tuple[Any, Conditioning, Array | None],
     ) -> Float[Array, "b m d"]:
         """Return the velocities of the tokens.
 
@@ -73,27 +73,28 @@ class FluxVelocity:
         """
         from jitjax.models.flux import FluxTransformer
 
-        params, conditioning, guidance, control, reference = VelocityInputs(*args)
-        if control is not None:
-            tokens = jnp.concatenate([tokens, _at(positions, control).astype(tokens.dtype)], axis=2)
+        inputs = args if isinstance(args, VelocityInputs) else VelocityInputs(*args)
         count = tokens.shape[1]
-        if reference is not None:
+        if inputs.control is not None:
+            further = _at(positions, inputs.control).astype(tokens.dtype)
+            tokens = jnp.concatenate([tokens, further], axis=2)
+        if inputs.reference is not None:
             # Before the anchors, so that padding stays last.
-            tokens, positions, valid = _after_reference(reference, tokens, positions, valid)
-        dtype = float_dtype(params)
+            tokens, positions, valid = _after_reference(inputs.reference, tokens, positions, valid)
+        dtype = float_dtype(inputs.params)
         model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
         velocities = model.apply(
-            {"params": params},
+            {"params": inputs.params},
             tokens,
             positions,
-            conditioning.text,
-            conditioning.pooled,
+            inputs.conditioning.text,
+            inputs.conditioning.pooled,
             jnp.broadcast_to(sigma, tokens.shape[:1]),
-            guidance,
+            inputs.guidance,
             valid,
         )
         assert isinstance(velocities, jax.Array)
-        return velocities if reference is None else velocities[:, -count:]
+        return velocities if inputs.reference is None else velocities[:, -count:]
 
 
 def _at(positions: Int[Array, "b m 3"], field: Float[Array, "b h w c"]) -> Float[Array, "b m c"]:

@@ -81,7 +81,9 @@ def test_anchors_get_their_own_rows(canny, text, noise, control, padded):
         last = jnp.broadcast_to(positions(jnp.array([8, 8]), GRID), (2, 2, 3))
         where = jnp.concatenate([where, last], axis=1)
         valid = jnp.broadcast_to(jnp.arange(5) < 3, (2, 5))
-    inputs = VelocityInputs(canny.transformer, text, guidance, control.reshape(2, *GRID, 64))
+    inputs = VelocityInputs(
+        canny.transformer, text, guidance, control=control.reshape(2, *GRID, 64)
+    )
     velocity = jax.jit(FluxVelocity(config))
     got = velocity(tokens, where, jnp.asarray(0.5), valid, inputs)
     assert got.shape == tokens.shape

@@ -100,6 +100,25 @@ def test_the_network_runs_on_both_and_returns_the_anchors(small, text, noise, re
     np.testing.assert_allclose(got[:, :3], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_padding_stays_last(small, text, noise, reference, monkeypatch):
+    """As cuDNN's attention needs it; its rows differ, as those of inpainting's anchors do."""
+    seen = {}
+
+    def apply(self, variables, tokens, positions, *rest):
+        seen["valid"] = rest[-1]
+        return tokens
+
+    monkeypatch.setattr(FluxTransformer, "apply", apply)
+    valid = jnp.array([[True, True, False], [True, False, False]])
+    inputs = VelocityInputs(small.transformer, text, None, reference=reference.reshape(2, 3, 2, 64))
+    where = jnp.zeros((2, 3, 3), jnp.int32)
+    got = FluxVelocity(small.config.transformer)(
+        noise[:, :3], where, jnp.asarray(0.5), valid, inputs
+    )
+    np.testing.assert_array_equal(got, noise[:, :3])
+    assert seen["valid"].tolist() == [[True] * 8 + [False], [True] * 7 + [False] * 2]
+
+
 def test_all_tokens_as_anchors_give_the_dense_result(small, text, noise, reference):
     plan = DENSE.replace(densities=(0.9, 1.0), stage_ends=(0.5, 1.0), pad_to=16, spare="anchors")
     # 12 of text, 6 of the reference and 7 anchors are 25, so that all 8 run.
