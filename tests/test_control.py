@@ -102,27 +102,25 @@ def test_all_tokens_as_anchors_give_the_dense_result(canny, text, noise, control
 
 
 def test_sample_encodes_the_control_picture(canny, text, pictures):
-    got, calls = jitjax.sample(canny, text, key=KEY, plan=SPARSE, control=pictures), []
+    plan = SPARSE.replace(pad_to=10)  # 12 of text and 4 anchors become 20
+    got = jitjax.sample(canny, text, key=KEY, plan=plan, control=pictures)
     assert got.shape == pictures.shape
     keys = [jax.random.split(key) for key in batch_keys(KEY, 2)]
-    tokens, trace = jitjax.denoise(
+    tokens = jitjax.denoise(
         canny,
         text,
         jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key, _ in keys]),
-        plan=SPARSE.replace(pad_to=8),
+        plan=plan,
         grid=GRID,
         key=jnp.stack([denoise_key for _, denoise_key in keys]),
         control=jitjax.encode(canny, pictures),
-        progress=calls.append,
-        trace=True,
     )
     np.testing.assert_allclose(got, jitjax.decode(canny, tokens, grid=GRID), atol=1e-4)
-    assert trace.evaluations == len(calls) == 2
 
 
 def test_a_picture_for_all_prompts_in_chunks(canny, pictures):
     prompts = [PROMPT, "a small blue square", PROMPT]
-    options: Any = {"key": KEY, "plan": SPARSE, "image": pictures[1:], "strength": 0.9}
+    options: Any = {"key": KEY, "plan": SPARSE, "image": pictures[1:], "strength": 0.5}
     shared = jitjax.sample(canny, prompts, control=pictures[:1], **options)
     assert shared.shape == (3, 32, 64, 3)
     chunked = jitjax.sample(canny, prompts, control=pictures[[0, 1, 0]], chunk=2, **options)
@@ -190,7 +188,7 @@ def test_fill_keeps_what_is_outside_the_mask(fill, text, pictures):
 
 def test_fill_in_chunks_with_a_mask_for_all(fill, pictures):
     prompts = [PROMPT, "a small blue square", PROMPT]
-    options: Any = {"key": KEY, "plan": DENSE, "strength": 0.9}
+    options: Any = {"key": KEY, "plan": DENSE, "strength": 0.5}
     shared = jitjax.sample(fill, prompts, image=pictures[:1], mask=MASK > 0, **options)
     masks = MASK.repeat(3, axis=0)
     chunked = jitjax.sample(
@@ -199,25 +197,30 @@ def test_fill_in_chunks_with_a_mask_for_all(fill, pictures):
     np.testing.assert_allclose(chunked[::2], shared[::2], atol=1e-4)
     np.testing.assert_array_equal(chunked[1][MASK[0] == 0], pictures[1][MASK[0] == 0])
     # A mask that is 1 everywhere is allowed: the model is shown nothing of the picture.
-    ones = np.ones_like(MASK)
-    first, second = (
-        jitjax.sample(fill, PROMPT, image=picture[None], mask=ones, key=KEY, plan=DENSE)
-        for picture in pictures
+    everything = jitjax.sample(
+        fill,
+        [PROMPT] * 2,
+        image=pictures,
+        mask=np.ones_like(MASK),
+        key=jnp.stack([KEY, KEY]),
+        plan=ONE_STEP,
     )
-    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(everything[0], everything[1], atol=1e-4)
 
 
 def test_fill_with_a_traced_mask_and_gradients(fill, text, pictures):
+    """Gradients reach the picture, and the mask by what is composited."""
     one = jax.tree.map(lambda leaf: leaf[:1], text)
-    soft = jnp.asarray(np.where(MASK > 0, 0.75, 0.25).astype(np.float32))
+    image, mask = jnp.asarray(pictures[:1]), jnp.asarray(0.75 * MASK)
 
     def run(image, mask):
         made = jitjax.sample(fill, one, key=KEY, plan=ONE_STEP, image=image, mask=mask)
-        return (made**2).mean()
+        return (made**2).mean(), made
 
-    image = jnp.asarray(pictures[:1])
-    loss, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(image, soft)
-    assert float(loss) == pytest.approx(float(run(image, soft)), rel=1e-3)
+    gradients, made = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(image, mask)
+    outside = MASK == 0
+    np.testing.assert_array_equal(made[outside], image[outside])
+    assert np.abs(made - image)[~outside].max() > 0.1
     for gradient in gradients:
         assert np.isfinite(gradient).all()
         assert (jnp.abs(gradient) > 0).mean() > 0.9

@@ -149,10 +149,11 @@ def test_padding_counts_the_reference_and_changes_nothing(small, text, noise, re
 
 
 def test_a_reference_of_the_same_size_needs_no_grid(small, text, noise):
-    options: Any = {"plan": DENSE, "grid": GRID, "reference": noise[:, ::-1]}
-    got = jitjax.denoise(small, text, noise, **options)
-    expected = jitjax.denoise(small, text, noise, reference_grid=GRID, **options)
+    options: Any = {"plan": DENSE, "grid": GRID, "reference": noise[:, ::-1], "trace": True}
+    got, trace = jitjax.denoise(small, text, noise, **options)
+    expected, _ = jitjax.denoise(small, text, noise, reference_grid=GRID, **options)
     np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(trace.states[-1], got)  # without the reference's tokens
 
 
 def test_sample_encodes_the_reference_on_its_own_grid(small, text, pictures):
