@@ -40,6 +40,9 @@ examples:
   jitjax "a red star" --image cat.png --strength 0.6    from a picture instead of noise
   jitjax "a red star" --image cat.jpg --size 512x384    resized to it, since not multiples of 16
   jitjax "a red star" --image cat.png --mask sky.png    new where sky.png is white, else as it is
+  jitjax "a house" --control edges.png --checkpoint flux-canny      FLUX.1 Canny; Depth likewise
+  jitjax "make it red" --reference cat.jpg --checkpoint kontext     FLUX.1 Kontext changes a picture
+  jitjax "a door" --image wall.png --mask m.png --checkpoint fill   FLUX.1 Fill paints a mask
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
   jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
   jitjax info flux-dev                               what a checkpoint holds
@@ -225,6 +228,9 @@ def _run(args: argparse.Namespace) -> int:
     cli_image.check_arguments(args)
     cli_conditioning.check_arguments(args)
     config = _read_config(args.checkpoint, cli_conditioning.needed_parts(args))
+    # `load` reports a checkpoint that is not there; text encoders alone need no pictures.
+    if args.save_conditioning is None and _exists(args.checkpoint):
+        cli_image.check_model(args, config)
     if args.prompts is not None:
         return _run_list(args, config)
     start = time.perf_counter()
@@ -234,13 +240,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         conditioning, prompt = cli_conditioning.read(args.conditioning)
         conditioning.check(config)
-    start_image = mask = size = None
-    if args.mask is not None:
-        start_image, mask = cli_image.read_with_mask(args.image, args.mask, args.size, config)
-    elif args.image is not None:
-        start_image = cli_image.read(args.image, args.size, config)
-    if start_image is not None:
-        size = (start_image.shape[2], start_image.shape[1])
+    task, size = cli_image.read_all(args, config)
     pictures = _pictures(args, config, Line(1, prompt, size=size))
     outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
     _prepare_jax()
@@ -258,10 +258,8 @@ def _run(args: argparse.Namespace) -> int:
             width=picture.width,
             plan=picture.plan,
             guidance=picture.guidance,
-            image=start_image,
-            strength=args.strength,
-            mask=mask,
             progress=True,
+            **task,
         )[0]
         pixels = images.to_pixels(np.asarray(image), picture.seed)
         path = outputs.write(i, pixels, picture.prompt, picture.settings)
@@ -339,9 +337,8 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
             args.guidance,
             args.checkpoint,
             args.quantise,
-            None if args.image is None else str(args.image),
-            args.strength,
-            None if args.mask is None else str(args.mask),
+            strength=args.strength,
+            **cli_image.files(args),
         )
         for seed in seeds
     ]
@@ -357,16 +354,19 @@ def _read_config(checkpoint: str, parts: Sequence[str]) -> FluxConfig:
 
     if checkpoint in bundled():
         return read_config(BUNDLED / checkpoint)
-    folder = Path(checkpoint)
-    if not checkpoint or not folder.exists():
+    if not _exists(checkpoint):
         return FluxConfig()  # `load` reports it
-    metadata = read_metadata(folder)
+    metadata = read_metadata(checkpoint)
     missing = [part for part in parts if part not in metadata["parts"]]
     if missing:
         raise ValueError(
             f"--checkpoint {checkpoint} has no {', '.join(missing)}; expected {', '.join(parts)}"
         )
     return metadata["config"]
+
+
+def _exists(checkpoint: str) -> bool:
+    return checkpoint in bundled() or bool(checkpoint and Path(checkpoint).exists())
 
 
 def _load(args: argparse.Namespace) -> FluxParams:

@@ -1,16 +1,21 @@
-"""The picture to start from: `--image`, `--strength` and `--mask`."""
+"""Pictures that the result is made from: `--image`, `--strength`, `--mask`, `--control` and
+`--reference`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jitjax import command
 from jitjax.config import FluxConfig
+from jitjax.control import check_pictures
 from jitjax.encode import nearest_side
 from jitjax.latents import LARGEST_SIDE
 from jitjax.picture import parse_size
@@ -18,6 +23,12 @@ from jitjax.task import DEFAULT_STRENGTH, INPAINTING_STRENGTH
 
 GREY = 16
 """Largest difference between the channels of a grey pixel, of 255: JPEG makes small ones."""
+
+REFERENCE_PIXELS = 1024 * 1024
+"""Pixels to which a larger reference picture is scaled down: about those that Kontext has seen."""
+
+FILES = ("image", "mask", "control", "reference")
+"""Options that name the file of a picture; each is an argument of `sample`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --image, make a part of it anew (inpainting): a grey picture of the same size, "
         "white where the result is new, black where it stays as it is, grey for soft edges",
     )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="edges or depth of the result, for checkpoints of FLUX.1 Canny and Depth, which need "
+        "it: a picture of its size, or --size, to which it is resized",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="a picture that the prompt says how to change, for checkpoints of FLUX.1 Kontext. "
+        "Its size is that of the result unless there is --size. It is resized, with a note, if it "
+        "has more than 1024 x 1024 pixels or its sides are no multiples of 16",
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -54,15 +80,72 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in ("strength", "mask"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is for --image; expected both or neither")
-        return
+    given = [name for name in FILES if getattr(args, name) is not None]
     for name in ("prompts", "save_conditioning"):
-        if getattr(args, name) is not None:
+        if given and getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise ValueError(f"there are --image and --{option}; expected one of them")
+            raise ValueError(f"there are --{given[0]} and --{option}; expected one of them")
+    if args.image is None:
+        return
     if args.strength is None:
         args.strength = DEFAULT_STRENGTH if args.mask is None else INPAINTING_STRENGTH
     if not 0 < args.strength <= 1:
         raise ValueError(f"--strength is {args.strength}; expected above 0, at most 1")
+
+
+def check_model(args: argparse.Namespace, config: FluxConfig) -> None:
+    """Raise `ValueError` unless the checkpoint gets the pictures that it needs, and no others."""
+    given = [name for name in FILES if getattr(args, name) is not None]
+    check_pictures(given, config.transformer, spell=lambda name: f"--{name}")
+
+
+def files(args: argparse.Namespace) -> dict[str, str]:
+    """Return the names of the pictures' files by option, as `Picture` stores them."""
+    return {name: str(path) for name in FILES if (path := getattr(args, name)) is not None}
+
+
+def read_all(
+    args: argparse.Namespace, config: FluxConfig
+) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Read the pictures of the options.
+
+    Args:
+        args: the arguments of the command, checked.
+        config: the model's configuration.
+
+    Returns:
+        Arguments of `sample` by name; and the width and height that they give the result, None if
+        `--size` or nothing does.
+
+    Raises:
+        ValueError: as `read` and `read_with_mask`; or `--control` has another size than `--image`.
+        OSError: a file cannot be read.
+    """
+    task: dict[str, Any] = {"strength": args.strength}
+    if args.mask is not None:
+        task["image"], task["mask"] = read_with_mask(args.image, args.mask, args.size, config)
+    elif args.image is not None:
+        task["image"] = read(args.image, args.size, config)
+    if args.control is not None:
+        task["control"] = read(args.control, args.size, config, option="--control")
+    if args.reference is not None:
+        task["reference"] = read_reference(args.reference, config)
+        if not config.uses_reference:  # which also stands for unknown
+            command.note(
+                f"--checkpoint {args.checkpoint} does not say that it is FLUX.1 Kontext; other "
+                "models make little of --reference"
+            )
+    sizes = [
+        (task[name].shape[2], task[name].shape[1])
+        for name in ("image", "control", "reference")
+        if name in task
+    ]
+    if args.image is not None and args.control is not None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--control {args.control} is {_text(sizes[1])} pixels; expected {_text(sizes[0])}, as "
+            "--image, or --size, which resizes both"
+        )
+    return task, sizes[0] if sizes and args.size is None else None
 
 
 def read(
@@ -87,6 +170,28 @@ def read(
         OSError: the file cannot be read.
     """
     return _pixels(_resized(_open(path, option), path, size, config, option))
+
+
+def read_reference(path: Path, config: FluxConfig) -> np.ndarray:
+    """Read a reference picture for `sample`.
+
+    Above `REFERENCE_PIXELS` it is scaled down to about them; its sides become the nearest multiples
+    of 16. A note says so.
+
+    Args:
+        path: the file, see `read`.
+        config: the model's configuration.
+
+    Returns:
+        float32 [1, height, width, 3] in [0, 1].
+
+    Raises:
+        ValueError, OSError: as `read`.
+    """
+    image = _open(path, "--reference")
+    scale = min(1.0, math.sqrt(REFERENCE_PIXELS / (image.width * image.height)))
+    width, height = (nearest_side(round(side * scale), config) for side in image.size)
+    return _pixels(_resize(image, (width, height), "--reference"))
 
 
 def read_with_mask(
@@ -150,10 +255,15 @@ def _resized(
             f"{got}; expected multiples of {config.pixels_per_token} up to {LARGEST_SIDE}; "
             f"{hint} {_text(nearest)}{resizes}"
         )
-    if image.size != wanted:
-        command.note(f"{option}: resized from {_text(image.size)} to {_text(wanted)} pixels")
-        image = image.resize(wanted, Image.Resampling.LANCZOS)
-    return image
+    return _resize(image, wanted, option)
+
+
+def _resize(image: Image.Image, wanted: tuple[int, int], option: str) -> Image.Image:
+    """Return a picture in a size, with a note if it had another."""
+    if image.size == wanted:
+        return image
+    command.note(f"{option}: resized from {_text(image.size)} to {_text(wanted)} pixels")
+    return image.resize(wanted, Image.Resampling.LANCZOS)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

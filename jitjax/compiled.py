@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jitjax.checkpoint import FluxParams
 from jitjax.checkpoint.parameters import PARTS
+from jitjax.control import describe
 from jitjax.denoise import batch_keys, check_guidance
 from jitjax.latents import token_grid
 from jitjax.models.attention import check_implementation
@@ -103,13 +104,17 @@ def compile(
         attention: as for `sample`.
 
     Raises:
-        ValueError: the plan, the size, the batch or `attention` is not supported, or a model has no
-            parameters, or has them in host memory.
+        ValueError: the plan, the size, the batch or `attention` is not supported, a model has no
+            parameters, or has them in host memory, or the model needs pictures.
         TypeError: `params` are no parameters.
         FileNotFoundError: a tokenizer is missing.
     """
     check_params(params)
     config, plan = params.config, get_plan(plan)
+    if config.transformer.control_channels:
+        raise ValueError(
+            f"{describe(config.transformer)}, and `compile` is for prompts alone; expected `sample`"
+        )
     height = config.image_size if height is None else height
     width = config.image_size if width is None else width
     token_grid(height, width, config)

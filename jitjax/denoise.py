@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import EMBEDDING_SCALE, FluxConfig
+from jitjax.control import check_control, check_reference
 from jitjax.latents import draw_noise
 from jitjax.masks import inpaint_anchors
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
@@ -142,6 +143,9 @@ def denoise(
     key: Array | None = None,
     clean: Float[Array, "b n d"] | None = None,
     mask: Float[Array, "b n d"] | Float[np.ndarray, "b n d"] | None = None,
+    control: Float[Array, "b n c"] | None = None,
+    reference: Float[Array, "b r d"] | None = None,
+    reference_grid: Grid | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: str | diffrax.AbstractSolver | None = None,
@@ -177,6 +181,13 @@ def denoise(
             mask state + (1 - mask) ((1 - sigma) clean + sigma noise). The plan's stages do not
             count: all steps run on the anchors of `jitjax.masks.inpaint_anchors`; but if the mask
             is traced, on all tokens unless there are `first_anchors`.
+        control: what each token gets as further channels; needed by models with more input
+            channels, and taken by no others. The clean tokens of the control picture, from
+            `encode`, for FLUX.1 Canny and Depth (c = 64); those of `jitjax.fill.fill_tokens` for
+            FLUX.1 Fill (c = 320).
+        reference: clean tokens of a reference picture of any size, from `encode`, for FLUX.1
+            Kontext. They run beside the anchors in every step, at the positions (1, row, column).
+        reference_grid: rows and columns of `reference`; by default those of `grid`.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample;
             with `mask`, of all steps, n in unused slots.
@@ -227,6 +238,8 @@ def denoise(
             )
         check_finite_array("clean", clean_tokens)
         clean = over_batch(clean_tokens)
+    control = check_control(control, b, grid, config)
+    reference = check_reference(reference, reference_grid, grid, b, config)
     conditioning.check(params.config, batch=b)
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)
@@ -240,7 +253,11 @@ def denoise(
 
     transformer = params.part("transformer")
     plan = plan_for_device(plan, float_dtype(transformer))
-    budget = plan.budgets(n, conditioning.text.shape[1])[0]
+    # Tokens that run beside the anchors.
+    beside = conditioning.text.shape[1]
+    if reference is not None:
+        beside += reference.shape[1] * reference.shape[2]
+    budget = plan.budgets(n, beside)[0]
     must_draw = {
         "first_anchors": first_anchors is None,
         "microflow_noise": microflow_noise is None
@@ -287,10 +304,14 @@ def denoise(
         random_scores=random_scores,
         known=known,
         args=VelocityInputs(
-            transformer, conditioning, guidance if config.guidance_embeds else None
+            transformer,
+            conditioning,
+            guidance if config.guidance_embeds else None,
+            control=control,
+            reference=reference,
         ),
         solver=solver,
-        text_tokens=conditioning.text.shape[1],
+        text_tokens=beside,
         compiler_options=compiler_options(),
         progress=progress,
         check_finite=check_finite,

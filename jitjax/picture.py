@@ -30,6 +30,8 @@ class Picture:
         image: file of the picture to start from; None for noise.
         strength: the strength of image to image; None without `image`.
         mask: file of the mask of what is new in `image`; None for all of it.
+        control: file of the control picture, if any.
+        reference: file of the reference picture, if any.
     """
 
     prompt: str
@@ -44,6 +46,8 @@ class Picture:
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
+    control: str | None = None
+    reference: str | None = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -63,8 +67,9 @@ class Picture:
             settings["quantise"] = self.quantise
         if self.image is not None:
             settings |= {"image": self.image, "strength": self.strength}
-        if self.mask is not None:
-            settings["mask"] = self.mask
+        for name in ("mask", "control", "reference"):
+            if getattr(self, name) is not None:
+                settings[name] = getattr(self, name)
         return settings
 
 

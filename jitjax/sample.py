@@ -17,6 +17,7 @@ from tqdm import tqdm
 from jitjax.checkpoint import TEXT_ENCODERS, FluxParams
 from jitjax.config import AutoencoderConfig
 from jitjax.denoise import batch_keys, check_guidance, denoise
+from jitjax.fill import with_mask
 from jitjax.latents import draw_noise, token_grid, unpack
 from jitjax.masks import composite, mask_tokens
 from jitjax.memory.check import check_fits
@@ -37,6 +38,7 @@ from jitjax.task import (
     as_tokens,
     check_task,
     plan_and_inputs,
+    reference_grid,
     with_anchors,
     with_batch,
 )
@@ -58,7 +60,7 @@ def sample(
     chunk: int | None = None,
     **task: Unpack[Task],
 ) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
-    """Generate images from prompts, or from prompts and pictures (image to image, inpainting).
+    """Generate images from prompts, or from prompts and pictures (`Task`).
 
     Args:
         params: parameters, from `load`. If they are in host memory (`load(path, low_memory=True)`),
@@ -67,8 +69,8 @@ def sample(
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
             programs of other batch sizes round differently, by 1e-5 of the range in float32.
-        height, width: size in pixels, multiples of 16; by default that of `image`, or
-            `params.config.image_size`.
+        height, width: size in pixels, multiples of 16; by default that of `image`, `control` or
+            `reference`, or `params.config.image_size`.
         plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
             more closely. Models without guidance embeddings ignore it.
@@ -80,8 +82,8 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
-        **task: pictures to start from, and what belongs to them: the fields of `Task`, `image`,
-            `strength` and `mask`.
+        **task: pictures that the result is made from, and what belongs to them: the fields of
+            `Task`, `image`, `strength`, `mask`, `control` and `reference`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -96,8 +98,9 @@ def sample(
             conditioning does not fit, `chunk` is not a positive integer, `params` has no
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
             a picture does not fit the batch, the height and width or `encode`, `strength` is
-            outside (0, 1] or given without `image`, or a mask does not fit `image`, is 0
-            everywhere, or has values outside [0, 1].
+            outside (0, 1] or given without `image`, a mask does not fit `image`, is 0 everywhere,
+            or has values outside [0, 1], or the model needs pictures that are not given, or the
+            reverse.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -157,6 +160,7 @@ def sample(
             params,
             plan=plan,
             grid=grid,
+            reference_grid=reference_grid(given, config),
             attention=attention,
             reports=reports if progress else None,
         )
@@ -195,6 +199,7 @@ def _make_batch(
     *,
     plan: Plan,
     grid: Grid,
+    reference_grid: Grid | None,
     attention: str,
     reports: StepReports | None,
 ) -> Float[Array, "b height width 3"]:
@@ -203,7 +208,12 @@ def _make_batch(
     noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     if not isinstance(text, Conditioning):
         text = encode_tokens(params, *text)
-    mask = None if task.mask is None else mask_tokens(task.mask, params.config)
+    mask, control = None, as_tokens(params, task.control)
+    if params.config.transformer.control == "fill":
+        assert control is not None
+        control = with_mask(control, task.mask, params.config)
+    elif task.mask is not None:
+        mask = mask_tokens(task.mask, params.config)
     tokens = denoise(
         params,
         text,
@@ -215,6 +225,9 @@ def _make_batch(
         clean=as_tokens(params, task.clean),
         mask=mask,
         first_anchors=task.anchors,
+        control=control,
+        reference=as_tokens(params, task.reference),
+        reference_grid=reference_grid,
         attention=attention,
         progress=reports,
     )

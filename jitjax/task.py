@@ -12,8 +12,11 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
+from jitjax.control import check_pictures
 from jitjax.denoise import plan_at_strength
 from jitjax.encode import check_images, encode
+from jitjax.fill import masked_pictures
+from jitjax.latents import token_grid
 from jitjax.masks import check_mask, inpaint_anchors, is_all_new, mask_tokens
 from jitjax.sampler.checks import concrete
 from jitjax.sampler.entry import check_strength
@@ -54,12 +57,19 @@ class Task(TypedDict, total=False):
             through which gradients flow. [b or 1, height, width], also [..., 1], floating point
             numbers in [0, 1] or booleans. The result is mask * new + (1 - mask) * image. The
             network sees only the mask, its surroundings and the share `Plan.context` of all else;
-            but all of it if the mask is traced.
+            but all of it if the mask is traced. FLUX.1 Fill needs it, sees all of `image` outside
+            the mask, rounded to 0 and 1, and runs as without a mask.
+        control: control pictures (edges, depth, ...), one per prompt or one for all, for models
+            that take them: FLUX.1 Canny and Depth. Their size is that of the result.
+        reference: pictures to edit, one per prompt or one for all, for FLUX.1 Kontext. They may
+            have another size than the result, whose size is theirs if nothing else gives it.
     """
 
     image: Pictures | None
     strength: float | None
     mask: Masks | None
+    control: Pictures | None
+    reference: Pictures | None
 
 
 class TaskInputs(NamedTuple):
@@ -70,12 +80,16 @@ class TaskInputs(NamedTuple):
         image: pictures of which the result keeps a part.
         mask: pixels of them that are new, [b, height, width].
         anchors: tokens that the network sees; None for all.
+        control: pictures for the further channels of the tokens, or their clean tokens.
+        reference: reference pictures, or their clean tokens.
     """
 
     clean: Array | np.ndarray | None = None
     image: Array | np.ndarray | None = None
     mask: Array | np.ndarray | None = None
     anchors: Array | None = None
+    control: Array | np.ndarray | None = None
+    reference: Array | np.ndarray | None = None
 
 
 def check_task(
@@ -99,25 +113,39 @@ def check_task(
     if unknown:
         raise TypeError(f"sample got an unexpected keyword argument {unknown[0]!r}")
     task = {name: value for name, value in arguments.items() if value is not None}
+    check_pictures(task.keys(), config.transformer)
     if "image" in task:
         default = INPAINTING_STRENGTH if "mask" in task else DEFAULT_STRENGTH
         task["strength"] = check_strength(task.get("strength", default))
-        check_images("image", task["image"], config)
-        size = task["image"].shape[1:3]
-        for name, given, side in zip(("height", "width"), (height, width), size, strict=True):
-            if given is not None and given != side:
-                raise ValueError(f"{name} is {given!r}; expected {side}, that of image, or None")
-        height, width = size
-        if "mask" in task:
-            task["mask"] = check_mask(task["mask"], size)
     elif "mask" in task:
         raise ValueError("mask is given, but image is None; expected both or neither")
     elif "strength" in task:
         raise ValueError(
             f"strength is {task['strength']!r}, but image is None; expected both or neither"
         )
-    height = config.image_size if height is None else height
-    width = config.image_size if width is None else width
+    for name in ("image", "control", "reference"):
+        if name in task:
+            check_images(name, task[name], config)
+    if "mask" in task:
+        task["mask"] = check_mask(task["mask"], task["image"].shape[1:3])
+    size = {"height": height, "width": width}
+    source = ""
+    for name in ("image", "control"):
+        if name not in task:
+            continue
+        for side, expected in zip(size, task[name].shape[1:3], strict=True):
+            if size[side] not in (None, expected):
+                raise ValueError(
+                    f"{source}{side} is {size[side]!r}; expected {expected}, that of {name}, "
+                    "or None"
+                )
+            size[side] = expected
+        source = f"{name}'s "
+    default = task["reference"].shape[1:3] if "reference" in task else [config.image_size] * 2
+    height, width = (
+        expected if given is None else given
+        for given, expected in zip(size.values(), default, strict=True)
+    )
     return task, (height, width)
 
 
@@ -136,19 +164,30 @@ def plan_and_inputs(
     Raises:
         ValueError: the batch of an array is another.
     """
-    image = task.get("image")
+    for name in ("image", "control", "reference", "mask"):
+        if name in task:
+            check_batch(name, task[name], batch)
+    inputs = TaskInputs(control=task.get("control"), reference=task.get("reference"))
+    image, mask = task.get("image"), task.get("mask")
     if image is None:
-        return plan, TaskInputs()
-    check_batch("image", image, batch)
-    strength = task["strength"]
-    plan = plan_at_strength(plan, strength, grid=grid, config=config)
-    mask = task.get("mask")
-    if mask is not None:
-        check_batch("mask", mask, batch)
-        if not is_all_new(mask):
-            return plan, TaskInputs(clean=image, image=image, mask=mask)
+        return plan, inputs
+    plan = plan_at_strength(plan, task["strength"], grid=grid, config=config)
     # At strength 1 it is plain sampling.
-    return plan, TaskInputs(clean=None if strength == 1 else image)
+    clean = None if task["strength"] == 1 else image
+    if config.transformer.control == "fill":
+        control = masked_pictures(image, mask)
+        return plan, inputs._replace(clean=clean, image=image, mask=mask, control=control)
+    if mask is not None and not is_all_new(mask):
+        return plan, inputs._replace(clean=image, image=image, mask=mask)
+    return plan, inputs._replace(clean=clean)
+
+
+def reference_grid(task: Mapping[str, Any], config: FluxConfig) -> Grid | None:
+    """Return the token grid of a checked task's reference; None without one."""
+    if "reference" not in task:
+        return None
+    height, width = task["reference"].shape[1:3]
+    return token_grid(height, width, config)
 
 
 def check_batch(name: str, array: Any, batch: int) -> None:
@@ -171,8 +210,10 @@ def with_batch(params: FluxParams, inputs: TaskInputs, batch: int) -> TaskInputs
         numpy = np if isinstance(array, np.ndarray) else jnp
         return numpy.broadcast_to(array, (batch, *array.shape[1:]))
 
-    if inputs.clean is not None and inputs.clean.shape[0] != batch:
-        inputs = inputs._replace(clean=as_tokens(params, inputs.clean))
+    for name in ("clean", "control", "reference"):
+        pictures = getattr(inputs, name)
+        if pictures is not None and pictures.shape[0] != batch:
+            inputs = inputs._replace(**{name: as_tokens(params, pictures)})
     return jax.tree.map(repeat, inputs)
 
 
@@ -190,7 +231,8 @@ def with_anchors(
         keys: the keys of the pictures that `denoise` gets.
         config: the model's configuration.
     """
-    if inputs.mask is None or concrete(inputs.mask) is None:
+    is_fill = config.transformer.control == "fill"  # it runs as without a mask
+    if inputs.mask is None or is_fill or concrete(inputs.mask) is None:
         return inputs
     mask = mask_tokens(inputs.mask, config)
     return inputs._replace(anchors=inpaint_anchors(mask, plan=plan, grid=grid, key=keys))

@@ -13,6 +13,7 @@ from jitjax.conditioning import Conditioning
 from jitjax.config import TransformerConfig
 from jitjax.models.attention import check_implementation
 from jitjax.models.quantised import float_dtype
+from jitjax.sampler.grid import positions as grid_positions
 
 
 class VelocityInputs(NamedTuple):
@@ -22,11 +23,16 @@ class VelocityInputs(NamedTuple):
         params: the transformer's parameters.
         conditioning: the encoded prompts.
         guidance: guidance strength [b]; None for models without a guidance embedding.
+        control: what each token of the grid gets as further channels, for models that take a
+            control picture or a mask; None for others.
+        reference: clean tokens of a reference picture on its own grid, for FLUX.1 Kontext.
     """
 
     params: Any
     conditioning: Conditioning
     guidance: Float[Array, " b"] | None
+    control: Float[Array, "b rows columns c"] | None = None
+    reference: Float[Array, "b reference_rows reference_columns d"] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class FluxVelocity:
         """Return the velocities of the tokens.
 
         Args:
-            tokens: states of the tokens.
+            tokens: states of the tokens, without those of `reference`.
             positions: (0, row, column) of each token.
             sigma: sigma of the states, a scalar in [0, 1].
             valid: False in padded slots, [b, m]; None if there are none. Unless `attention` is
@@ -67,18 +73,51 @@ class FluxVelocity:
         """
         from jitjax.models.flux import FluxTransformer
 
-        params, conditioning, guidance = VelocityInputs(*args)
-        dtype = float_dtype(params)
+        inputs = args if isinstance(args, VelocityInputs) else VelocityInputs(*args)
+        count = tokens.shape[1]
+        if inputs.control is not None:
+            further = _at(positions, inputs.control).astype(tokens.dtype)
+            tokens = jnp.concatenate([tokens, further], axis=2)
+        if inputs.reference is not None:
+            # Before the anchors, so that padding stays last.
+            tokens, positions, valid = _after_reference(inputs.reference, tokens, positions, valid)
+        dtype = float_dtype(inputs.params)
         model = FluxTransformer(self.config, dtype=dtype, attention=self.attention)
         velocities = model.apply(
-            {"params": params},
+            {"params": inputs.params},
             tokens,
             positions,
-            conditioning.text,
-            conditioning.pooled,
+            inputs.conditioning.text,
+            inputs.conditioning.pooled,
             jnp.broadcast_to(sigma, tokens.shape[:1]),
-            guidance,
+            inputs.guidance,
             valid,
         )
         assert isinstance(velocities, jax.Array)
-        return velocities
+        return velocities if inputs.reference is None else velocities[:, -count:]
+
+
+def _at(positions: Int[Array, "b m 3"], field: Float[Array, "b h w c"]) -> Float[Array, "b m c"]:
+    """Return the values of a field at the positions of tokens; zeros in padded slots."""
+    take = jax.vmap(lambda f, p: f.at[p[:, 1], p[:, 2]].get(mode="fill", fill_value=0))
+    return take(field, positions)
+
+
+def _after_reference(
+    reference: Float[Array, "b h w d"],
+    tokens: Float[Array, "b m d"],
+    positions: Int[Array, "b m 3"],
+    valid: Array | None,
+) -> tuple[Array, Array, Array | None]:
+    """Put the tokens of a reference picture, at (1, row, column), before others."""
+    b, rows, columns, channels = reference.shape
+    own = grid_positions(jnp.arange(rows * columns), (rows, columns)).at[:, 0].set(1)
+    own = jnp.broadcast_to(own, (b, *own.shape)).astype(positions.dtype)
+    flat = reference.reshape(b, rows * columns, channels).astype(tokens.dtype)
+    if valid is not None:
+        valid = jnp.concatenate([jnp.ones(flat.shape[:2], bool), valid], axis=1)
+    return (
+        jnp.concatenate([flat, tokens], axis=1),
+        jnp.concatenate([own, positions], axis=1),
+        valid,
+    )

@@ -111,6 +111,35 @@ def check_pictures(kind: AxisType) -> None:
         np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} image")
 
 
+def check_control(kind: AxisType) -> None:
+    """Control and reference pictures with the batch over the mesh."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = build.small_params(Path(folder))
+    rng = np.random.default_rng(0)
+    pictures = rng.uniform(0, 1, (4, 32, 32, 3)).astype(np.float32)
+    text = jitjax.Conditioning(
+        jnp.asarray(rng.normal(size=(4, 12, 12)), jnp.float32),
+        jnp.asarray(rng.normal(size=(4, 8)), jnp.float32),
+    )
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    sparse, dense = jitjax.Plan(2, (0.5, 1.0), (0.5, 1.0)), jitjax.Plan(1)
+    for name, params, plan, transform in (
+        ("control", build.with_input_channels(small, 128), sparse, jax.jit),
+        ("reference", small, dense, lambda function: function),
+    ):
+
+        def run(text, given, params=params, plan=plan):
+            size = {"height": 32, "width": 32}
+            return jitjax.sample(params, text, key=jax.random.key(0), plan=plan, **size, **given)
+
+        expected = run(text, {name: pictures})
+        with jax.set_mesh(mesh):
+            divided = jax.device_put((text, {name: pictures}), NamedSharding(mesh, P("d")))
+            got = transform(run)(*divided)
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=f"{kind} {name}")
+        assert got.sharding.spec[0] == "d" or kind == AxisType.Auto
+
+
 if __name__ == "__main__":
     expected = solve(NOISE, WEIGHT, FIRST)
     slope = jax.grad(loss)(WEIGHT, NOISE, FIRST)
@@ -118,6 +147,7 @@ if __name__ == "__main__":
         for in_context in (False, True):
             check_mesh(kind, in_context, expected, slope)
     check_pictures(AxisType.Explicit)
+    check_control(AxisType.Explicit)
     with jax.default_device(jax.devices()[1]):
         check(solve(NOISE, WEIGHT, FIRST), expected, "default device")
     print("all equal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,13 @@ def small_params(folder: Path, seed: int = 0) -> FluxParams:
     return FluxParams(
         random.transformer, random.t5, random.clip, random.autoencoder, SMALL, str(folder)
     )
+
+
+def with_input_channels(params: FluxParams, channels: int, seed: int = 1) -> FluxParams:
+    """Return a pipeline with another random transformer, of so many input channels."""
+    transformer = dataclasses.replace(
+        params.config.transformer, in_channels=channels, out_channels=64
+    )
+    config = dataclasses.replace(params.config, transformer=transformer)
+    random = random_tree(abstract_params(config).transformer, seed)
+    return dataclasses.replace(params, transformer=random, config=config)
