@@ -19,6 +19,7 @@ from jitjax.latents import draw_noise
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.models.partitioning import over_batch
 from jitjax.models.quantised import float_dtype
+from jitjax.negative import check_negative
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
@@ -163,6 +164,8 @@ def denoise(
     guidance: float | Float[Array, ""] | Float[Array, " b"] = 3.5,
     key: Array | None = None,
     clean: Float[Array, "b n d"] | None = None,
+    negative: Conditioning | None = None,
+    true_guidance: float | Float[Array, ""] | Float[Array, " b"] | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: str | diffrax.AbstractSolver | None = None,
@@ -193,6 +196,12 @@ def denoise(
             (1 - sigma) clean + sigma noise, with the plan's first sigma. That of the named plans is
             1, at which `clean` does not matter; `plan_at_strength` returns plans that start lower.
             By default the first state is `noise`.
+        negative: encoded negative prompts, one for all samples or one per sample, with as many text
+            tokens as `conditioning`. Each step then runs the transformer twice on its anchors, one
+            pass after another, and the solve, the lifter, the importance of new anchors and their
+            clean prediction use negative + true_guidance * (positive - negative).
+        true_guidance: scale of true classifier-free guidance, 1 or more, one number or one per
+            sample; 2 by default. If all are known to be 1, the transformer runs once.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample.
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default.
@@ -245,10 +254,14 @@ def denoise(
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)
     guidance = check_guidance(guidance, b)
+    text_tokens = conditioning.text.shape[1]
+    negative, scale = check_negative(
+        "negative", negative, true_guidance, params.config, b, text_tokens
+    )
 
     transformer = params.part("transformer")
     plan = plan_for_device(plan, float_dtype(transformer))
-    budget = plan.budgets(n, conditioning.text.shape[1])[0]
+    budget = plan.budgets(n, text_tokens)[0]
     must_draw = {
         "first_anchors": first_anchors is None,
         "microflow_noise": microflow_noise is None
@@ -289,10 +302,14 @@ def denoise(
         microflow_noise=microflow_noise,
         random_scores=random_scores,
         args=VelocityInputs(
-            transformer, conditioning, guidance if config.guidance_embeds else None
+            transformer,
+            conditioning,
+            guidance if config.guidance_embeds else None,
+            negative,
+            scale,
         ),
         solver=solver,
-        text_tokens=conditioning.text.shape[1],
+        text_tokens=text_tokens,
         compiler_options=compiler_options(),
         progress=progress,
         check_finite=check_finite,

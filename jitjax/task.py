@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -14,9 +14,11 @@ from jitjax.checkpoint import FluxParams
 from jitjax.config import FluxConfig
 from jitjax.denoise import plan_at_strength
 from jitjax.encode import check_images, encode
+from jitjax.negative import TokenIds
 from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
+from jitjax.text import Conditioning, encode_tokens
 
 DEFAULT_STRENGTH = 0.6
 """The strength of image to image; that of diffusers' pipeline."""
@@ -36,10 +38,18 @@ class Task(TypedDict, total=False):
         strength: how far from `image` the result may be, in (0, 1]; 0.6 by default. That share of
             the plan's steps is run, from the picture with noise of the first of them; see
             `plan_at_strength`. At 1 the picture does not matter.
+        negative_prompt: what the pictures are not to show: strings or a `Conditioning`, one for all
+            prompts or one per prompt; the empty prompt if only `true_guidance` is given. The
+            transformer then runs twice per step (true classifier-free guidance).
+        true_guidance: how far to move away from `negative_prompt`, 1 or more; one number or one per
+            picture, 2 by default. If all are known to be 1, the transformer runs once, and
+            `negative_prompt` does not matter. It is diffusers' `true_cfg_scale`.
     """
 
     image: Pictures | None
     strength: float | None
+    negative_prompt: str | Sequence[str] | Conditioning | None
+    true_guidance: float | Float[Array, ""] | Float[Array, " b"] | None
 
 
 class TaskInputs(NamedTuple):
@@ -47,9 +57,13 @@ class TaskInputs(NamedTuple):
 
     Attributes:
         clean: pictures to start from, or their clean tokens.
+        negative: negative prompts, encoded or as token ids.
+        true_guidance: how far to move away from them.
     """
 
     clean: Array | np.ndarray | None = None
+    negative: Conditioning | TokenIds | None = None
+    true_guidance: Array | None = None
 
 
 def check_task(
@@ -127,8 +141,10 @@ def check_batch(name: str, array: Any, batch: int) -> None:
 def with_batch(params: FluxParams, inputs: TaskInputs, batch: int) -> TaskInputs:
     """Return arrays with the batch as their first axis.
 
-    A picture for all prompts is encoded here, once, instead of in every chunk.
+    A picture or negative prompt for all prompts is encoded here, once, instead of in every chunk.
     """
+    if isinstance(inputs.negative, tuple) and inputs.negative[0].shape[0] != batch:
+        inputs = inputs._replace(negative=encode_tokens(params, *inputs.negative))
 
     def repeat(array: Any) -> Any:
         if array.shape[0] == batch:
