@@ -29,6 +29,8 @@ class Picture:
         quantise: what its weights are quantised to when they are loaded; None for as stored.
         image: file of the picture to start from; None for noise.
         strength: the strength of image to image; None without `image`.
+        negative: the negative prompt; None for no true guidance.
+        true_guidance: its scale; None without it.
     """
 
     prompt: str
@@ -42,6 +44,8 @@ class Picture:
     quantise: str | None = None
     image: str | None = None
     strength: float | None = None
+    negative: str | None = None
+    true_guidance: float | None = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -61,6 +65,8 @@ class Picture:
             settings["quantise"] = self.quantise
         if self.image is not None:
             settings |= {"image": self.image, "strength": self.strength}
+        if self.negative is not None:
+            settings |= {"negative": self.negative, "true_guidance": self.true_guidance}
         return settings
 
 
