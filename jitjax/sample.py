@@ -137,7 +137,15 @@ def sample(
         task=inputs,
         chunk=chunk,
     )
-    check_fits(params, grid, chunk, plan, encode=bool(prompts))
+    check_fits(
+        params,
+        grid,
+        chunk,
+        plan,
+        encode=bool(prompts) or isinstance(negative, tuple),
+        image=inputs.clean is not None,
+        negative=negative is not None,
+    )
     keys = batch_keys(key, batch)
     if isinstance(prompt, Conditioning):
         text = prompt
