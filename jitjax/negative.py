@@ -18,8 +18,8 @@ from jitjax.text import Conditioning, as_prompts, encode_tokens, tokenize
 DEFAULT_TRUE_GUIDANCE = 2.0
 """The scale of a negative prompt without one; docs/pictures-in.md has what was measured."""
 
-TokenIds = tuple[Int[Array, "b _"] | Int[np.ndarray, "b _"], ...]
-"""Token ids of prompts for T5 and CLIP, from `tokenize`."""
+TokenIds = tuple[Int[Array, "_ _"] | Int[np.ndarray, "_ _"], ...]
+"""Token ids [b, length] of prompts for T5 and for CLIP, from `tokenize`."""
 
 
 def check_true_guidance(scale: Any, batch: int) -> Float[Array, " b"] | None:

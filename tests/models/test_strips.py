@@ -163,12 +163,12 @@ def test_bundled_encoder(tiny, monkeypatch):
 
 
 def test_gradient_of_the_encoder(monkeypatch):
-    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
-    params, images = encoder_params(CONFIG), random_latents(2, 24, 20, 3)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**5)
+    params, images = encoder_params(TWO_LEVELS), random_latents(2, 12, 10, 3)
 
     def gradient(encoder):
         def loss(params, images):
-            mean, logvar = encoder(CONFIG, params, images, jnp.float32)
+            mean, logvar = encoder(TWO_LEVELS, params, images, jnp.float32)
             return (jnp.sin(mean) + logvar).sum()
 
         return jax.jit(jax.grad(loss, (0, 1)))(params, images)
