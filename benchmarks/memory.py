@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jitjax.checkpoint import abstract_params
 from jitjax.config import AutoencoderConfig, CLIPConfig, FluxConfig, T5Config, TransformerConfig
 from jitjax.denoise import plan_for_device
+from jitjax.encode import _encode
 from jitjax.latents import token_grid
 from jitjax.memory import Program, estimate_memory
 from jitjax.models.devices import compiler_options
@@ -65,13 +66,14 @@ Shape = jax.ShapeDtypeStruct
 
 
 class Case(NamedTuple):
-    """A program: of "encoders", "decoder", or stage `stage` of a plan."""
+    """A program: of "encoders", "image encoder", "decoder", or stage `stage` of a plan."""
 
     part: str
     side: int
     batch: int
     plan: str = "dense"
     stage: int = 0
+    negative: bool = False
 
 
 CASES = (
@@ -81,6 +83,10 @@ CASES = (
     Case("transformer", 1024, 16, "4x", 1),
     Case("transformer", 1024, 16),
     Case("transformer", 2048, 4),
+    Case("transformer", 1024, 1, negative=True),
+    Case("transformer", 1024, 16, "4x", 1, negative=True),
+    Case("image encoder", 1024, 1),
+    Case("image encoder", 2048, 1),
     Case("decoder", 1024, 1),
     Case("decoder", 2048, 1),
 )
@@ -102,8 +108,9 @@ def lower_stage(
     number: int,
     dtype: str,
     quantise: str | None = None,
+    negative: bool = False,
 ) -> Any:
-    """Lower stage `number` of a plan, as `denoise` runs it."""
+    """Lower stage `number` of a plan, as `denoise` runs it; `negative`: with negative prompts."""
     settings = plan_for_device(get_plan(plan), jnp.dtype(dtype))
     grid = token_grid(side, side, config)
     n, text = grid[0] * grid[1], config.text_length
@@ -125,7 +132,9 @@ def lower_stage(
         Shape((batch, config.clip.hidden_size), jnp.float32),
     )
     transformer = abstract_params(config, dtype, quantise).transformer
-    args = transformer, conditioning, Shape((batch,), jnp.float32)
+    scale = Shape((batch,), jnp.float32)
+    guided = (conditioning, scale) if negative else ()
+    args = transformer, conditioning, scale, *guided
     y = Shape((batch, n, config.transformer.out_channels), jnp.float32)
     options = tuple(sorted((compiler_options() or {}).items()))
     return solve._programs(velocity, options).integrate.lower(
@@ -148,6 +157,13 @@ def lower_decoder(config: FluxConfig, side: int, batch: int, dtype: str) -> Any:
     )
 
 
+def lower_image_encoder(config: FluxConfig, side: int, batch: int, dtype: str) -> Any:
+    """Lower the autoencoder's encoder."""
+    images = Shape((batch, side, side, config.autoencoder.in_channels), jnp.float32)
+    weights = abstract_params(config, dtype).autoencoder
+    return _encode.lower(config.autoencoder, token_grid(side, side, config), weights, images, None)
+
+
 def account(lowered: Any) -> tuple[int, int, int]:
     """Return bytes of arguments, temporaries and results by XLA."""
     found = lowered.compile().memory_analysis()
@@ -167,11 +183,11 @@ def estimated(
         dtype=dtype,
         quantise=quantise,
         platform=platform,
+        image=True,
+        negative=case.negative,
     )
-    if case.part != "transformer":
-        return estimate.programs[0 if case.part == "encoders" else -1]
-    stages = [p for p in estimate.programs if p.name.startswith("transformer")]
-    return stages[case.stage]
+    name = "text encoders" if case.part == "encoders" else case.part
+    return [p for p in estimate.programs if p.name.startswith(name)][case.stage]
 
 
 def measure(
@@ -182,14 +198,17 @@ def measure(
         lowered = lower_encoders(config, case.batch, dtype, quantise)
     elif case.part == "decoder":
         lowered = lower_decoder(config, case.side, case.batch, dtype)
+    elif case.part == "image encoder":
+        lowered = lower_image_encoder(config, case.side, case.batch, dtype)
     else:
-        lowered = lower_stage(config, *case[1:], dtype, quantise)
+        lowered = lower_stage(config, *case[1:5], dtype, quantise, case.negative)
     arguments, temporaries, results = account(lowered)
     program = estimated(config, case, dtype, quantise, platform)
     return {
         "program": program.name,
         "side": case.side,
         "batch": case.batch,
+        "negative": case.negative,
         "xla": arguments + temporaries + results,
         "estimate": program.total,
         "xla_temporaries": temporaries,
@@ -218,6 +237,7 @@ def main() -> None:
         sizes = ("xla", "estimate", "xla_temporaries", "estimated_temporaries")
         cells = " | ".join(f"{row[name] / 1e9:.3g}" for name in sizes)
         name = f"{row['program']}, {case.side} px, batch {case.batch}"
+        name += ", negative prompts" if case.negative else ""
         print(f"| {name} | {cells} |", flush=True)
         if args.out:
             fields = {"model": args.model, "dtype": dtype, "quantise": args.quantise}

@@ -16,7 +16,16 @@ import numpy as np
 from platformdirs import user_cache_dir
 
 import jitjax
-from jitjax import cli_conditioning, cli_image, command, files, images, list_run, startup
+from jitjax import (
+    cli_conditioning,
+    cli_image,
+    cli_negative,
+    command,
+    files,
+    images,
+    list_run,
+    startup,
+)
 from jitjax.checkpoint import FluxParams, read_metadata
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
@@ -43,6 +52,7 @@ examples:
   jitjax "a house" --control edges.png --checkpoint flux-canny      FLUX.1 Canny; Depth likewise
   jitjax "make it red" --reference cat.jpg --checkpoint kontext     FLUX.1 Kontext changes a picture
   jitjax "a door" --image wall.png --mask m.png --checkpoint fill   FLUX.1 Fill paints a mask
+  jitjax "a red star" --negative "stripes" --true-guidance 2    away from another prompt
   jitjax --prompts list.txt -o pictures --batch 4    a prompt per line, four pictures at a time
   jitjax memory flux-dev --size 1024                 what that needs; see jitjax memory --help
   jitjax info flux-dev                               what a checkpoint holds
@@ -57,7 +67,7 @@ An existing file is replaced only with --overwrite; without -o the next free nam
 whatever the count. The prompt and the settings are stored in the text chunks of the PNG file.
 
 A list of prompts has one per line, or is JSON lines such as
-  {{"prompt": "a red star", "seed": 7, "size": "512x384", "plan": "dense"}}
+  {{"prompt": "a red star", "seed": 7, "size": "512x384", "plan": "dense", "negative": "blue"}}
 where the options give what a line does not; --count makes several pictures of each line. Blank
 lines and lines that begin with # do not count. Pictures are written as they are made, into a
 folder, as WORDS-SEED-HASH.png, where the hash is of the prompt and all settings. So after Ctrl-C, a
@@ -170,6 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bfloat16, int4 a quarter at a loss of quality (default: as they are stored)",
     )
     cli_image.add_arguments(parser)
+    cli_negative.add_arguments(parser)
     cli_conditioning.add_arguments(parser)
     return parser
 
@@ -226,6 +237,7 @@ def _clean_up() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     cli_image.check_arguments(args)
+    cli_negative.check_arguments(args)
     cli_conditioning.check_arguments(args)
     config = _read_config(args.checkpoint, cli_conditioning.needed_parts(args))
     # `load` reports a checkpoint that is not there; text encoders alone need no pictures.
@@ -241,12 +253,18 @@ def _run(args: argparse.Namespace) -> int:
         conditioning, prompt = cli_conditioning.read(args.conditioning)
         conditioning.check(config)
     task, size = cli_image.read_all(args, config)
+    negative = None
+    if args.negative_conditioning is not None:
+        negative, args.negative = cli_conditioning.read(
+            args.negative_conditioning, "--negative-conditioning"
+        )
+        negative.check(config)
     pictures = _pictures(args, config, Line(1, prompt, size=size))
     outputs = images.Outputs(args.out, [picture.seed for picture in pictures], args.overwrite)
     _prepare_jax()
     if args.save_conditioning is not None:
         return cli_conditioning.save(args, prompt)
-    params, conditioning = cli_conditioning.load(args, prompt, conditioning)
+    params, conditioning, negative = cli_conditioning.load(args, prompt, conditioning, negative)
     # One after another: memory does not grow with the count, all pictures share the compiled
     # programs, and a picture does not depend on the others (each batch size rounds differently).
     for i, picture in enumerate(pictures):
@@ -258,6 +276,8 @@ def _run(args: argparse.Namespace) -> int:
             width=picture.width,
             plan=picture.plan,
             guidance=picture.guidance,
+            negative_prompt=negative,
+            true_guidance=picture.true_guidance,
             progress=True,
             **task,
         )[0]
@@ -318,6 +338,7 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
         raise ValueError(f"--guidance is {args.guidance}; expected a finite number")
     if args.quantise is not None and args.quantise not in KINDS:
         raise ValueError(f"--quantise is {args.quantise!r}; expected one of {', '.join(KINDS)}")
+    negative = args.negative if line.negative is None else line.negative
     width = height = config.image_size
     if line.size or args.size is not None:
         width, height = line.size or parse_size(args.size)
@@ -338,6 +359,8 @@ def _pictures(args: argparse.Namespace, config: FluxConfig, line: Line) -> list[
             args.checkpoint,
             args.quantise,
             strength=args.strength,
+            negative=negative,
+            true_guidance=None if negative is None else args.true_guidance,
             **cli_image.files(args),
         )
         for seed in seeds

@@ -78,8 +78,8 @@ def needed_parts(args: argparse.Namespace) -> tuple[str, ...]:
     return DRAWING if args.conditioning else PARTS
 
 
-def read(path: Path) -> tuple[Conditioning, str]:
-    """Read the file of `--conditioning`; return the conditioning and its prompt, "" if unknown.
+def read(path: Path, option: str = "--conditioning") -> tuple[Conditioning, str]:
+    """Read the file of an option; return the conditioning and its prompt, "" if unknown.
 
     Raises:
         ValueError: it is no such file, or has several prompts.
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[Conditioning, str]:
     conditioning, prompts = read_conditioning(path)
     if (count := len(conditioning.text)) != 1:
         raise ValueError(
-            f"--conditioning {path} has {count} prompts; expected one (in Python, jitjax.sample "
+            f"{option} {path} has {count} prompts; expected one (in Python, jitjax.sample "
             "takes all)"
         )
     return conditioning, prompts[0] if prompts else ""
@@ -104,21 +104,25 @@ def save(args: argparse.Namespace, prompt: str) -> int:
 
 
 def load(
-    args: argparse.Namespace, prompt: str, conditioning: Conditioning | None
-) -> tuple[FluxParams, Conditioning]:
-    """Load the models that draw, and encode the prompt unless it is encoded.
+    args: argparse.Namespace,
+    prompt: str,
+    conditioning: Conditioning | None,
+    negative: Conditioning | None,
+) -> tuple[FluxParams, Conditioning, Conditioning | None]:
+    """Load the models that draw, and encode the prompts unless they are encoded.
 
     With `--low-memory` the text encoders are gone before the others are read, so that neither the
     host nor the device holds all of them.
     """
     load_parts = partial(jitjax.load, args.checkpoint, quantise=args.quantise)
     if conditioning is not None:
-        return load_parts(parts=DRAWING, low_memory=args.low_memory), conditioning
-    if not args.low_memory:
-        params = load_parts()
-        return params, jitjax.encode_prompt(params, prompt)
-    encoders = load_parts(parts=TEXT_ENCODERS)
+        return load_parts(parts=DRAWING, low_memory=args.low_memory), conditioning, negative
+    encoders = load_parts(parts=TEXT_ENCODERS) if args.low_memory else load_parts()
     encoded = jitjax.encode_prompt(encoders, prompt)
-    jax.block_until_ready(encoded)
+    if negative is None and args.negative is not None:
+        negative = jitjax.encode_prompt(encoders, args.negative)
+    if not args.low_memory:
+        return encoders, encoded, negative
+    jax.block_until_ready((encoded, negative))
     del encoders
-    return load_parts(parts=DRAWING, low_memory=True), encoded
+    return load_parts(parts=DRAWING, low_memory=True), encoded, negative

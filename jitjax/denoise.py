@@ -21,6 +21,7 @@ from jitjax.masks import inpaint_anchors
 from jitjax.models.devices import compiler_options, on_nvidia_gpu
 from jitjax.models.partitioning import over_batch
 from jitjax.models.quantised import float_dtype
+from jitjax.negative import check_negative
 from jitjax.offload import with_parts_on_device
 from jitjax.sampler.checks import as_array, concrete
 from jitjax.sampler.checks import check_finite as check_finite_array
@@ -146,6 +147,8 @@ def denoise(
     control: Float[Array, "b n c"] | None = None,
     reference: Float[Array, "b r d"] | None = None,
     reference_grid: Grid | None = None,
+    negative: Conditioning | None = None,
+    true_guidance: float | Float[Array, ""] | Float[Array, " b"] | None = None,
     microflow_noise: Float[Array, "b n d"] | None = None,
     first_anchors: Int[Array, "b k"] | Int[Array, " k"] | None = None,
     solver: str | diffrax.AbstractSolver | None = None,
@@ -188,6 +191,12 @@ def denoise(
         reference: clean tokens of a reference picture of any size, from `encode`, for FLUX.1
             Kontext. They run beside the anchors in every step, at the positions (1, row, column).
         reference_grid: rows and columns of `reference`; by default those of `grid`.
+        negative: encoded negative prompts, one for all samples or one per sample, with as many text
+            tokens as `conditioning`. Each step then runs the transformer twice on its anchors, one
+            pass after another, and the solve, the lifter, the importance of new anchors and their
+            clean prediction use negative + true_guidance * (positive - negative).
+        true_guidance: scale of true classifier-free guidance, 1 or more, one number or one per
+            sample; 2 by default. If all are known to be 1, the transformer runs once.
         microflow_noise: noise of the micro-flow's targets; overrides `plan.microflow_noise`.
         first_anchors: token indices of the first stage's anchors, for all samples or per sample;
             with `mask`, of all steps, n in unused slots.
@@ -244,6 +253,10 @@ def denoise(
     check_finite_array("Conditioning.text", conditioning.text)
     check_finite_array("Conditioning.pooled", conditioning.pooled)
     guidance = check_guidance(guidance, b)
+    text_tokens = conditioning.text.shape[1]
+    negative, scale = check_negative(
+        "negative", negative, true_guidance, params.config, b, text_tokens
+    )
 
     known = None
     if mask is not None:
@@ -254,7 +267,7 @@ def denoise(
     transformer = params.part("transformer")
     plan = plan_for_device(plan, float_dtype(transformer))
     # Tokens that run beside the anchors.
-    beside = conditioning.text.shape[1]
+    beside = text_tokens
     if reference is not None:
         beside += reference.shape[1] * reference.shape[2]
     budget = plan.budgets(n, beside)[0]
@@ -307,8 +320,10 @@ def denoise(
             transformer,
             conditioning,
             guidance if config.guidance_embeds else None,
-            control=control,
-            reference=reference,
+            negative,
+            scale,
+            control,
+            reference,
         ),
         solver=solver,
         text_tokens=beside,

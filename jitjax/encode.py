@@ -66,12 +66,12 @@ def _encode(
     images: Array,
     keys: Key[Array, " b"] | None,
 ) -> Array:
-    from jitjax.models.autoencoder import Autoencoder, to_latents
+    from jitjax.models.autoencoder import to_latents
+    from jitjax.models.strips import encode_images
 
     dtype = float_dtype(params)
     pixels = (2 * over_batch(images) - 1).astype(dtype)
-    model = Autoencoder(config, dtype=dtype)
-    moments: Any = model.apply({"params": params}, pixels, method="encode")
+    moments = encode_images(config, params, pixels, dtype)
     # The transformer's latents are float32 (or float64) for every dtype of the autoencoder.
     mean, logvar = (x.astype(jnp.promote_types(dtype, jnp.float32)) for x in moments)
     if keys is not None:

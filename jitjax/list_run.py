@@ -172,7 +172,9 @@ def _by_program(items: Sequence, picture_of: Callable[..., Picture]) -> dict[tup
     groups: dict[tuple, list] = {}
     for item in items:
         picture = picture_of(item)
-        groups.setdefault((picture.width, picture.height, picture.plan), []).append(item)
+        is_guided = picture.negative is not None
+        program = (picture.width, picture.height, picture.plan, is_guided)
+        groups.setdefault(program, []).append(item)
     return groups
 
 
@@ -194,11 +196,16 @@ def _refusal(params: FluxParams, item: Wanted) -> str | None:
         warnings.simplefilter("always")
         try:
             tokenize(params.tokenizer, item.picture.prompt, params.config)
+            if item.picture.negative is not None:
+                tokenize(
+                    params.tokenizer, item.picture.negative, params.config, name="negative_prompt"
+                )
         except ValueError as error:
             return str(error)
     for warning in caught:
-        text = str(warning.message).removeprefix("prompt[0]")
-        command.note(f"jitjax: the prompt of line {item.line}{text}")
+        name, _, text = str(warning.message).partition("[0]")
+        name = name.replace("_", " ")
+        command.note(f"jitjax: the {name} of line {item.line}{text}")
     return None
 
 
@@ -210,7 +217,7 @@ def _sample(
     first = pictures[0]
     share = len(pictures) / first.plan.steps
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"prompt\[\d+\] has more than")  # told by line already
+        warnings.filterwarnings("ignore", r".*prompt\[\d+\] has more than")  # told by line already
         made = jitjax.sample(
             params,
             [picture.prompt for picture in padded],
@@ -219,6 +226,8 @@ def _sample(
             width=first.width,
             plan=first.plan,
             guidance=first.guidance,
+            negative_prompt=None if first.negative is None else [x.negative or "" for x in padded],
+            true_guidance=first.true_guidance,
             # Sums of shares round; tqdm warns of more than all.
             progress=lambda steps: bar.update(min(share * steps, bar.total - bar.n)),
         )

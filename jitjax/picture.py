@@ -32,6 +32,8 @@ class Picture:
         mask: file of the mask of what is new in `image`; None for all of it.
         control: file of the control picture, if any.
         reference: file of the reference picture, if any.
+        negative: the negative prompt; None for no true guidance.
+        true_guidance: its scale; None without it.
     """
 
     prompt: str
@@ -48,6 +50,8 @@ class Picture:
     mask: str | None = None
     control: str | None = None
     reference: str | None = None
+    negative: str | None = None
+    true_guidance: float | None = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -70,6 +74,8 @@ class Picture:
         for name in ("mask", "control", "reference"):
             if getattr(self, name) is not None:
                 settings[name] = getattr(self, name)
+        if self.negative is not None:
+            settings |= {"negative": self.negative, "true_guidance": self.true_guidance}
         return settings
 
 

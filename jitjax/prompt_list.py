@@ -1,9 +1,9 @@
 """Prompts of the command line: one, or a list of them in a file.
 
 A list is UTF-8 text with a prompt per line. If its name ends in .jsonl or its first prompt begins
-with {, every line is a JSON object instead, with "prompt" and, if wanted, "seed", "size" and
-"plan". Blank lines, lines that begin with #, a byte order mark and the kind of line ends do not
-matter.
+with {, every line is a JSON object instead, with "prompt" and, if wanted, "seed", "size", "plan"
+and "negative". Blank lines, lines that begin with #, a byte order mark and the kind of line ends do
+not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST_PROMPT = 2**20
 """Bytes of a prompt; anything longer is taken for a mistake."""
 LONGEST_LIST = 2**28
 """Bytes of a list of prompts; anything longer is taken for a mistake."""
-KEYS = ("prompt", "seed", "size", "plan")
+KEYS = ("prompt", "seed", "size", "plan", "negative")
 """Keys of a line in JSON."""
 
 
@@ -39,6 +39,7 @@ class Line:
         seed: the seed.
         size: width and height in pixels.
         plan: name of the plan.
+        negative: the negative prompt.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Line:
     seed: int | None = None
     size: tuple[int, int] | None = None
     plan: str | None = None
+    negative: str | None = None
 
 
 def read_prompt(text: str) -> str:
@@ -55,11 +57,16 @@ def read_prompt(text: str) -> str:
         if not data:
             raise ValueError("standard input is empty; expected the prompt, which - reads")
         return _decode(data, "standard input")
+    return read_argument(text, "the prompt")
+
+
+def read_argument(text: str, source: str) -> str:
+    """Return a text of the command line; `source` says what it is, for messages."""
     data = text.encode(errors="surrogatepass")
     if "\\ud" in ascii(text):  # how Python passes bytes that are not of the locale's encoding
         with contextlib.suppress(UnicodeEncodeError):
             data = os.fsencode(text)
-    return _decode(data, "the prompt")
+    return _decode(data, source)
 
 
 def read_list(source: str) -> tuple[list[Line], dict[int, str]]:
@@ -119,14 +126,8 @@ def _parse_object(number: int, text: str) -> Line:
     if unknown or "prompt" not in raw:
         what = f"the unknown key {shown(unknown[0])}" if unknown else "no prompt"
         raise ValueError(f"it has {what}; expected the keys {', '.join(KEYS)}")
-    prompt = check(raw["prompt"], str, "prompt")
-    try:
-        _check_text(prompt.encode().decode(), "prompt")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt has half a character at position {error.start}; expected Unicode text"
-        ) from None
-    seed = size = plan = None
+    prompt = _parse_prompt(raw["prompt"], "prompt")
+    seed = size = plan = negative = None
     if raw.get("seed") is not None:
         seed = check(raw["seed"], int, "seed")
         consecutive_seeds(seed, 1, name="seed")
@@ -135,7 +136,19 @@ def _parse_object(number: int, text: str) -> Line:
     if raw.get("plan") is not None:
         plan = check(raw["plan"], str, "plan")
         get_plan(plan)
-    return Line(number, prompt, seed, size, plan)
+    if raw.get("negative") is not None:
+        negative = _parse_prompt(raw["negative"], "negative")
+    return Line(number, prompt, seed, size, plan, negative)
+
+
+def _parse_prompt(value: Any, name: str) -> str:
+    prompt = check(value, str, name)
+    try:
+        return _check_text(prompt.encode().decode(), name)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character at position {error.start}; expected Unicode text"
+        ) from None
 
 
 def _parse_size(value: Any) -> tuple[int, int]:

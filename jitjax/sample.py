@@ -24,6 +24,7 @@ from jitjax.memory.check import check_fits
 from jitjax.models.attention import check_implementation
 from jitjax.models.partitioning import over_batch
 from jitjax.models.quantised import float_dtype
+from jitjax.negative import TokenIds, encode_both, negative_inputs
 from jitjax.offload import with_parts_on_device
 from jitjax.processes import check_same_call, on_every_process
 from jitjax.sampler.checks import check_finite
@@ -42,7 +43,7 @@ from jitjax.task import (
     with_anchors,
     with_batch,
 )
-from jitjax.text import Conditioning, as_prompts, check_params, encode_tokens, tokenize
+from jitjax.text import Conditioning, as_prompts, check_params, tokenize
 
 
 @with_auto_axes("prompt", "key", "task")
@@ -82,8 +83,9 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
-        **task: pictures that the result is made from, and what belongs to them: the fields of
-            `Task`, `image`, `strength`, `mask`, `control` and `reference`.
+        **task: pictures that the result is made from, and negative prompts: the fields of `Task`,
+            `image`, `strength`, `mask`, `control`, `reference`, `negative_prompt` and
+            `true_guidance`.
 
     Returns:
         Images, float32 [b, height, width, 3] in [0, 1]. Values that are not finite are NaN. With
@@ -99,8 +101,8 @@ def sample(
             parameters for a model that is needed, the batch (or chunk) cannot fit the device,
             a picture does not fit the batch, the height and width or `encode`, `strength` is
             outside (0, 1] or given without `image`, a mask does not fit `image`, is 0 everywhere,
-            or has values outside [0, 1], or the model needs pictures that are not given, or the
-            reverse.
+            or has values outside [0, 1], the model needs pictures that are not given, or the
+            reverse, or the negative prompts or `true_guidance` do not fit.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -122,6 +124,9 @@ def sample(
     if batch == 0:
         raise ValueError("the conditioning has batch size 0; expected 1 or more")
     plan, inputs = plan_and_inputs(given, plan, grid, batch, config)
+    text_tokens = prompt.text.shape[1] if isinstance(prompt, Conditioning) else config.text_length
+    negative, scale = negative_inputs(given, params, batch, text_tokens)
+    inputs = inputs._replace(negative=negative, true_guidance=scale)
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
     chunks = 1 if chunk is None else -(-batch // int(chunk))
@@ -138,7 +143,15 @@ def sample(
         task=inputs,
         chunk=chunk,
     )
-    check_fits(params, grid, chunk, plan, encode=bool(prompts))
+    check_fits(
+        params,
+        grid,
+        chunk,
+        plan,
+        encode=bool(prompts) or isinstance(negative, tuple),
+        image=inputs.clean is not None,
+        negative=negative is not None,
+    )
     keys = batch_keys(key, batch)
     if isinstance(prompt, Conditioning):
         text = prompt
@@ -187,7 +200,7 @@ class _Rows(NamedTuple):
         task: the arrays of the task.
     """
 
-    text: Conditioning | tuple[Array | np.ndarray, ...]
+    text: Conditioning | TokenIds
     keys: Key[Array, " b"]
     guidance: Array
     task: TaskInputs
@@ -206,8 +219,7 @@ def _make_batch(
     """Make images."""
     text, keys, guidance, task = rows
     noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
-    if not isinstance(text, Conditioning):
-        text = encode_tokens(params, *text)
+    conditioning, negative = encode_both(params, text, task.negative)
     mask, control = None, as_tokens(params, task.control)
     if params.config.transformer.control == "fill":
         assert control is not None
@@ -216,7 +228,7 @@ def _make_batch(
         mask = mask_tokens(task.mask, params.config)
     tokens = denoise(
         params,
-        text,
+        conditioning,
         noise,
         plan=plan,
         grid=grid,
@@ -228,6 +240,8 @@ def _make_batch(
         control=control,
         reference=as_tokens(params, task.reference),
         reference_grid=reference_grid,
+        negative=negative,
+        true_guidance=task.true_guidance,
         attention=attention,
         progress=reports,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -18,10 +18,12 @@ from jitjax.encode import check_images, encode
 from jitjax.fill import masked_pictures
 from jitjax.latents import token_grid
 from jitjax.masks import check_mask, inpaint_anchors, is_all_new, mask_tokens
+from jitjax.negative import TokenIds
 from jitjax.sampler.checks import concrete
 from jitjax.sampler.entry import check_strength
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.plan import Plan
+from jitjax.text import Conditioning, encode_tokens
 
 DEFAULT_STRENGTH = 0.6
 """The strength of image to image; that of diffusers' pipeline."""
@@ -63,6 +65,12 @@ class Task(TypedDict, total=False):
             that take them: FLUX.1 Canny and Depth. Their size is that of the result.
         reference: pictures to edit, one per prompt or one for all, for FLUX.1 Kontext. They may
             have another size than the result, whose size is theirs if nothing else gives it.
+        negative_prompt: what the pictures are not to show: strings or a `Conditioning`, one for all
+            prompts or one per prompt; the empty prompt if only `true_guidance` is given. The
+            transformer then runs twice per step (true classifier-free guidance).
+        true_guidance: how far to move away from `negative_prompt`, 1 or more; one number or one per
+            picture, 2 by default. If all are known to be 1, the transformer runs once, and
+            `negative_prompt` does not matter. It is diffusers' `true_cfg_scale`.
     """
 
     image: Pictures | None
@@ -70,6 +78,8 @@ class Task(TypedDict, total=False):
     mask: Masks | None
     control: Pictures | None
     reference: Pictures | None
+    negative_prompt: str | Sequence[str] | Conditioning | None
+    true_guidance: float | Float[Array, ""] | Float[Array, " b"] | None
 
 
 class TaskInputs(NamedTuple):
@@ -82,6 +92,8 @@ class TaskInputs(NamedTuple):
         anchors: tokens that the network sees; None for all.
         control: pictures for the further channels of the tokens, or their clean tokens.
         reference: reference pictures, or their clean tokens.
+        negative: negative prompts, encoded or as token ids.
+        true_guidance: how far to move away from them.
     """
 
     clean: Array | np.ndarray | None = None
@@ -90,6 +102,8 @@ class TaskInputs(NamedTuple):
     anchors: Array | None = None
     control: Array | np.ndarray | None = None
     reference: Array | np.ndarray | None = None
+    negative: Conditioning | TokenIds | None = None
+    true_guidance: Array | None = None
 
 
 def check_task(
@@ -202,8 +216,10 @@ def check_batch(name: str, array: Any, batch: int) -> None:
 def with_batch(params: FluxParams, inputs: TaskInputs, batch: int) -> TaskInputs:
     """Return arrays with the batch as their first axis.
 
-    A picture for all prompts is encoded here, once, instead of in every chunk.
+    A picture or negative prompt for all prompts is encoded here, once, instead of in every chunk.
     """
+    if isinstance(inputs.negative, tuple) and inputs.negative[0].shape[0] != batch:
+        inputs = inputs._replace(negative=encode_tokens(params, *inputs.negative))
 
     def repeat(array: Any) -> Any:
         # Known values stay known, also inside transformations.

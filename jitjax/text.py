@@ -82,8 +82,8 @@ def check_params(params: Any) -> None:
         raise TypeError(f"params is {got}; expected FluxParams, from jitjax.load")
 
 
-def as_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """Return one prompt or a batch of prompts as a list.
+def as_prompts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+    """Return one prompt or a batch of prompts, the argument called `name`, as a list.
 
     Raises:
         ValueError: there are no prompts, or one has a character that UTF-8 cannot encode.
@@ -99,17 +99,17 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
         got = type(prompt).__name__
         if isinstance(prompt, np.ndarray):
             got = f"an array of shape {list(prompt.shape)}"
-        raise TypeError(f"prompt is {got}; expected a string or a sequence of strings")
+        raise TypeError(f"{name} is {got}; expected a string or a sequence of strings")
     if not prompts:
-        raise ValueError("prompt is empty; expected at least one string")
+        raise ValueError(f"{name} is empty; expected at least one string")
     for i, text in enumerate(prompts):
         if not isinstance(text, str):
-            raise TypeError(f"prompt[{i}] is {type(text).__name__}; expected a string")
+            raise TypeError(f"{name}[{i}] is {type(text).__name__}; expected a string")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"prompt[{i}] has {text[error.start]!a} at position {error.start}, half a "
+                f"{name}[{i}] has {text[error.start]!a} at position {error.start}, half a "
                 "character or a byte that could not be decoded; expected Unicode text"
             ) from None
     return prompts
@@ -153,7 +153,11 @@ def _compute_dtype(params: Any) -> Any:
 
 
 def tokenize(
-    tokenizer_folder: str | Path, prompts: str | Sequence[str], config: FluxConfig
+    tokenizer_folder: str | Path,
+    prompts: str | Sequence[str],
+    config: FluxConfig,
+    *,
+    name: str = "prompt",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize prompts, truncated and padded to a fixed length.
 
@@ -164,6 +168,7 @@ def tokenize(
         tokenizer_folder: folder with the subfolders `tokenizer` (CLIP) and `tokenizer_2` (T5).
         prompts: b strings, at least one; or one string.
         config: gives the lengths and the vocabulary sizes.
+        name: name of the argument that the prompts come from, for messages.
 
     Returns:
         t5_ids: int32 [b, text_length].
@@ -176,20 +181,22 @@ def tokenize(
         TypeError: a prompt is not a string.
         FileNotFoundError: a tokenizer or one of its files is missing.
     """
-    prompts = as_prompts(prompts)
+    prompts = as_prompts(prompts, name)
     folder = Path(tokenizer_folder)
     limit = _read_settings(folder / "tokenizer").get("model_max_length", CLIP_LENGTH)
     limit = check(limit, TokenLimit, f"{folder / 'tokenizer'}: model_max_length")
     clip_length = int(min(limit, CLIP_LENGTH, config.clip.max_position_embeddings))
     t5_ids = _encode(
-        folder / "tokenizer_2", "T5", prompts, config.text_length, config.t5.vocab_size
+        folder / "tokenizer_2", "T5", name, prompts, config.text_length, config.t5.vocab_size
     )
-    clip_ids = _encode(folder / "tokenizer", "CLIP", prompts, clip_length, config.clip.vocab_size)
+    clip_ids = _encode(
+        folder / "tokenizer", "CLIP", name, prompts, clip_length, config.clip.vocab_size
+    )
     return t5_ids, clip_ids
 
 
 def _encode(
-    folder: Path, encoder: str, prompts: Sequence[str], length: int, vocab_size: int
+    folder: Path, encoder: str, name: str, prompts: Sequence[str], length: int, vocab_size: int
 ) -> np.ndarray:
     """Token ids [b, length] by the tokenizer in `folder`, for the text encoder named `encoder`."""
     encodings = _load_tokenizer(str(folder), length).encode_batch(list(prompts))
@@ -201,7 +208,7 @@ def _encode(
             unseen = prompt[start:].strip()
             more = len(unseen) - LONGEST_QUOTE
             warnings.warn(
-                f"prompt[{i}] has more than {length} {encoder} tokens; {encoder} does not see "
+                f"{name}[{i}] has more than {length} {encoder} tokens; {encoder} does not see "
                 f"{unseen[:LONGEST_QUOTE]!r}"
                 + (f" and {more} more characters" if more > 0 else ""),
                 UserWarning,

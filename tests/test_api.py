@@ -184,7 +184,7 @@ def test_sample_names_a_missing_part_before_any_model_runs(small, monkeypatch, p
         raise AssertionError("a model runs")
 
     module = sys.modules["jitjax.sample"]  # `jitjax.sample` is the function
-    monkeypatch.setattr(module, "encode_tokens", fail)
+    monkeypatch.setattr(module, "encode_both", fail)
     monkeypatch.setattr(module, "denoise", fail)
     with pytest.raises(ValueError, match=part):
         jitjax.sample(dataclasses.replace(small, **{part: {}}), PROMPT, key=jax.random.key(0))

@@ -230,7 +230,7 @@ def test_errors_before_any_model_runs(small, images, monkeypatch, change, error,
     def fail(*arguments, **options):
         raise AssertionError("a model runs")
 
-    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_both")):
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"image": images, "key": jax.random.key(0)} | change
     with pytest.raises(error, match=message):

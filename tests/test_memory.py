@@ -15,6 +15,7 @@ from benchmarks.memory import (
     account,
     lower_decoder,
     lower_encoders,
+    lower_image_encoder,
     lower_stage,
 )
 from jitjax import memory
@@ -61,6 +62,25 @@ def test_middle_size_transformer(side, batch, plan, number):
 def test_middle_size_decoder(side):
     estimate = estimate_memory(MIDDLE, height=side, width=side, platform="cpu")
     compare(estimate.programs[-1], lower_decoder(MIDDLE, side, 1, "float32"), 0.1)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(512, 2), (2048, 1)])
+def test_middle_size_image_encoder(side, batch):
+    estimate = estimate_memory(
+        MIDDLE, height=side, width=side, batch=batch, platform="cpu", image=True
+    )
+    program = next(p for p in estimate.programs if p.name == "image encoder")
+    compare(program, lower_image_encoder(MIDDLE, side, batch, "float32"), 0.05)
+
+
+@pytest.mark.parametrize(("plan", "number"), [("7x", 0), ("dense", 0)])
+def test_negative_prompts(plan, number):
+    """Two passes take little more than one: a batch of two would take twice the temporaries."""
+    options = {"height": 512, "width": 512, "batch": 4, "plan": plan, "platform": "cpu"}
+    one = transformer_programs(estimate_memory(MIDDLE, **options))[number]
+    both = transformer_programs(estimate_memory(MIDDLE, **options, negative=True))[number]
+    compare(both, lower_stage(MIDDLE, 512, 4, plan, number, "float32", negative=True), 0.15)
+    assert one.temporaries < both.temporaries < 1.3 * one.temporaries
 
 
 def test_middle_size_text_encoders():

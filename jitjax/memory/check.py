@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -23,7 +23,14 @@ result, and what is added to it. (5 + 1 + 1 of 12 arrays in a block of the trans
 
 
 def check_fits(
-    params: FluxParams, grid: tuple[int, int], batch: int, plan: Plan, *, encode: bool
+    params: FluxParams,
+    grid: tuple[int, int],
+    batch: int,
+    plan: Plan,
+    *,
+    encode: bool,
+    image: bool = False,
+    negative: bool = False,
 ) -> None:
     """Raise if a batch cannot fit the device that the parameters are on.
 
@@ -38,6 +45,8 @@ def check_fits(
         batch: number of pictures.
         plan: the plan.
         encode: whether the text encoders run.
+        image: whether pictures are encoded.
+        negative: whether there are negative prompts.
 
     Raises:
         ValueError: it cannot; the message has the estimate, and what would fit.
@@ -55,15 +64,16 @@ def check_fits(
     if not limit or used is None:
         return
     low_memory = in_host_memory(leaves)
-    needed = _needed(params, grid, batch, plan, encode, low_memory, UNAVOIDABLE)
+    runs = _Runs(encode, image, negative, low_memory)
+    needed = _needed(params, grid, batch, plan, runs, UNAVOIDABLE)
     if used + needed <= limit:
         return
-    estimate = _needed(params, grid, batch, plan, encode, low_memory, 1.0)
+    estimate = _needed(params, grid, batch, plan, runs, 1.0)
     # The largest batch that fits, which is below this one: what is needed grows with the batch.
     fitting = bisect.bisect_right(
         range(1, batch),
         limit - used,
-        key=lambda b: _needed(params, grid, b, plan, encode, low_memory, 1.0),
+        key=lambda b: _needed(params, grid, b, plan, runs, 1.0),
     )
     height, width = (side * params.config.pixels_per_token for side in grid)
     hints = [f"a batch of {fitting}"] if fitting else ["a smaller size"]
@@ -80,13 +90,21 @@ def memory_statistics(device: Any) -> dict[str, int]:
     return device.memory_stats() or {}
 
 
+class _Runs(NamedTuple):
+    """What runs beside the transformer and the decoder; see `check_fits`."""
+
+    encode: bool
+    image: bool
+    negative: bool
+    low_memory: bool
+
+
 def _needed(
     params: FluxParams,
     grid: tuple[int, int],
     batch: int,
     plan: Plan,
-    encode: bool,
-    low_memory: bool,
+    runs: _Runs,
     share: float,
 ) -> float:
     """Bytes that the device has to have free, with a share of the temporaries."""
@@ -101,16 +119,19 @@ def _needed(
         Divisions(),
         "gpu",
         "cudnn",
+        runs.negative,
     )
     needed = [*programs.stages(settings), programs.decoder(settings)]
-    if encode:
+    if runs.image:
+        needed.append(programs.image_encoder(settings))
+    if runs.encode:
         needed.append(programs.encoders(settings))
     bytes_of = {part: _bytes(getattr(params, part)) for part in PARTS}
     return max(
         # Those of the text encoders are small.
         (0 if "t5" in program.parts else share * program.temporaries)
         + program.outputs
-        + (sum(bytes_of[part] for part in program.parts) if low_memory else 0)
+        + (sum(bytes_of[part] for part in program.parts) if runs.low_memory else 0)
         for program in needed
     )
 

@@ -25,6 +25,7 @@ examples:
   jitjax memory flux-dev --mesh 2x4                       each of 8 cards: data x model
   jitjax memory flux-dev --without-encoders               with a saved conditioning
   jitjax memory ./my-checkpoint                           a converted checkpoint
+  jitjax memory flux-dev --image --negative               from a picture, with a negative prompt
   jitjax memory --table                                   what fits where, in Markdown
 
 Nothing is loaded or compiled. A picture of the word itself: jitjax -- memory
@@ -66,6 +67,10 @@ def build_parser() -> command.Parser:
     )
     parser.add_argument(
         "--without-encoders", action="store_true", help="prompts are encoded already"
+    )
+    parser.add_argument("--image", action="store_true", help="there is a picture to start from")
+    parser.add_argument(
+        "--negative", action="store_true", help="there is a negative prompt: two passes per step"
     )
     parser.add_argument(
         "--platform", default="gpu", metavar="|".join(PLATFORMS), help="default: %(default)s"
@@ -115,6 +120,8 @@ def _run(arguments: Sequence[str]) -> int:
         mesh=args.mesh,
         parts=WITHOUT_ENCODERS if args.without_encoders else PARTS,
         platform=args.platform,
+        image=args.image,
+        negative=args.negative,
     )
     command.report(text_report(estimate))
     return 0

@@ -109,6 +109,8 @@ def estimate_memory(
     parts: Iterable[str] = PARTS,
     platform: str = "gpu",
     attention: str = "auto",
+    image: bool = False,
+    negative: bool = False,
 ) -> MemoryEstimate:
     """Compute what a call of `sample` needs, without loading or compiling anything.
 
@@ -131,6 +133,9 @@ def estimate_memory(
         parts: the parts that are loaded; without text encoders, a `Conditioning` is given.
         platform: "gpu" or "cpu".
         attention: "auto" (cuDNN's for 16 bits on a GPU, else XLA's), "cudnn" or "xla".
+        image: whether there are pictures to start from, which the autoencoder encodes.
+        negative: whether there are negative prompts: the transformer runs twice per step, one pass
+            after another, and the text encoders on twice as many prompts.
 
     Raises:
         ValueError: an argument has none of these values.
@@ -171,8 +176,12 @@ def estimate_memory(
     if attention == "auto":
         attention = "cudnn" if platform == "gpu" and is_16_bit else "xla"
     share = -(-batch // (divisions.data * divisions.fsdp))
-    settings = Settings(config, grid, share, plan, name, quantise, divisions, platform, attention)
+    settings = Settings(
+        config, grid, share, plan, name, quantise, divisions, platform, attention, negative
+    )
     needed = [*programs.stages(settings)]
+    if image and "autoencoder" in chosen:
+        needed.insert(0, programs.image_encoder(settings))
     if {"t5", "clip"} <= set(chosen):
         needed.insert(0, programs.encoders(settings))
     if "autoencoder" in chosen:

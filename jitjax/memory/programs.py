@@ -1,4 +1,4 @@
-"""Bytes that the compiled programs of a picture take: text encoders, stages, decoder.
+"""Bytes that the compiled programs of a picture take: text and picture encoder, stages, decoder.
 
 The account names the arrays that are alive when a program needs most. For "cpu" they are those that
 XLA's own account shows (`memory_analysis` of the full-size programs in float32, jax 0.10 to 0.12):
@@ -73,6 +73,7 @@ class Settings:
         divisions: the mesh.
         platform: "gpu" or "cpu".
         attention: "cudnn" or "xla".
+        guided: whether there are negative prompts, so that the transformer runs twice per step.
     """
 
     config: FluxConfig
@@ -84,6 +85,7 @@ class Settings:
     divisions: Divisions
     platform: str
     attention: str
+    guided: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -108,7 +110,7 @@ class Settings:
 
 def encoders(s: Settings) -> Program:
     """Account for T5 and CLIP, which run as one program."""
-    t5, text, b = s.config.t5, s.config.text_length, s.batch
+    t5, text, b = s.config.t5, s.config.text_length, s.batch * (2 if s.guided else 1)
     shards = s.divisions.model
     inner, kernels = t5.num_heads * t5.d_kv // shards, block_kernels(s.config, "t5", "blocks")
     logits = 2 * t5.num_heads // shards * text * text * FLOAT32  # with their softmax
@@ -141,7 +143,8 @@ def encoders(s: Settings) -> Program:
 
 def _conditioning(s: Settings) -> int:
     t5_width, clip_width = s.config.t5.d_model, s.config.clip.hidden_size
-    return FLOAT32 * s.batch * (s.config.text_length * t5_width + clip_width)
+    prompts = s.batch * (2 if s.guided else 1)
+    return FLOAT32 * prompts * (s.config.text_length * t5_width + clip_width)
 
 
 def stages(s: Settings) -> Iterator[Program]:
@@ -173,9 +176,20 @@ def stages(s: Settings) -> Iterator[Program]:
             ("transformer",),
             s.weights("transformer"),
             states + _conditioning(s) + anchors,
-            _transformer_temporaries(s, slots),
+            _transformer_temporaries(s, slots) + _both_passes(s, slots),
             results * states,
         )
+
+
+def _both_passes(s: Settings, slots: int) -> int:
+    """Bytes that a loop over two passes takes in addition to one pass."""
+    if not s.guided:
+        return 0
+    c = s.config.transformer
+    size = FLOAT32 if s.platform == "cpu" else s.itemsize
+    # Both conditionings as one array, both velocities, and the image stream before the blocks,
+    # which is the same in both passes.
+    return _conditioning(s) + s.batch * slots * (2 * FLOAT32 * c.in_channels + size * c.hidden)
 
 
 def _transformer_temporaries(s: Settings, slots: int) -> int:
@@ -227,6 +241,41 @@ def decoder(s: Settings) -> Program:
         s.batch * size * values,
         FLOAT32 * s.batch * height * width * config.out_channels,
     )
+
+
+def image_encoder(s: Settings) -> Program:
+    """Account for the autoencoder's encoder, in strips where `jitjax.models.strips` has them."""
+    config = s.config.autoencoder
+    height, width = (s.config.pixels_per_token * side for side in s.grid)
+    size = FLOAT32 if s.platform == "cpu" else s.itemsize
+    whole = height * width <= WHOLE_PIXELS
+    values = _whole_encoder(config, height, width) if whole else _strips_in(config, height, width)
+    return Program(
+        "image encoder",
+        ("autoencoder",),
+        s.weights("autoencoder", "encoder"),
+        FLOAT32 * s.batch * height * width * config.in_channels,
+        s.batch * size * values,
+        FLOAT32 * s.batch * s.tokens * s.config.transformer.in_channels,
+    )
+
+
+def _whole_encoder(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Values alive in a resnet of the first level: three arrays; and the result of the last."""
+    widths = config.block_out_channels
+    return (3 * widths[0] + widths[-1] // config.factor**2) * height * width
+
+
+def _strips_in(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Values alive when the first level is halved: its picture, the half, edges, two strips."""
+    widths = config.block_out_channels
+    multiple = 2 ** min(STRIPPED_LEVELS, len(widths) - 1)
+    count = -(-height // max(STRIP_PIXELS // width, LEAST_ROWS))
+    rows = max(-(-height // count), LEAST_ROWS)
+    rows = -(-rows // multiple) * multiple
+    count = -(-height // rows)
+    padded = count * rows * width
+    return widths[0] * (padded + padded // 4 + 4 * count * width + 2 * rows * width)
 
 
 def _whole_decoder(config: AutoencoderConfig, height: int, width: int) -> int:

@@ -22,6 +22,7 @@ def text_report(estimate: MemoryEstimate) -> str:
     batch = s.batch * mesh.data * mesh.fsdp
     header = [f"{estimate.name}, {width} x {height} pixels, batch {batch}, {s.dtype}"]
     header += [f"{s.quantise} kernels"] if s.quantise else []
+    header += ["negative prompts"] if s.guided else []
     if mesh.devices > 1:
         header.append(
             f"{mesh.devices} devices (data {mesh.data} x fsdp {mesh.fsdp} x model {mesh.model}), "

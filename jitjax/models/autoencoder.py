@@ -198,8 +198,7 @@ class Autoencoder(nn.Module):
                 f"Autoencoder.encode: images are {images.shape[1]} x {images.shape[2]} pixels; "
                 f"expected multiples of {factor}"
             )
-        mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30.0, 20.0)
+        return split_moments(self.encoder(images))
 
     def decode(self, latents: Float[Array, "b h w latent"]) -> Float[Array, "b height width out"]:
         """Decode latents to images.
@@ -218,6 +217,12 @@ class Autoencoder(nn.Module):
     ) -> Float[Array, "b height width out"]:
         """Decode the encoded mean. `init` calls this to create the parameters of both halves."""
         return self.decode(self.encode(images)[0])
+
+
+def split_moments(moments: Image) -> tuple[Image, Image]:
+    """Return the mean and the clipped log variance from the encoder's last channels."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
 def to_latents(

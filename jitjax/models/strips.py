@@ -1,13 +1,14 @@
-"""The decoder for large pictures, in horizontal strips, so that few activations are held at a time.
+"""The autoencoder for large pictures, in horizontal strips, so that few activations are held.
 
-    latents -> first levels, whole -> [last two levels, strip by strip] -> image
+    decoder:  latents -> first levels, whole -> [last two levels, strip by strip] -> image
+    encoder:  image -> [first two levels, strip by strip] -> last levels, whole -> mean, logvar
 
 Group norms need means and variances over the whole picture, so strips cannot run on their own from
 beginning to end. Each resnet reads all strips of its input three times: for the statistics of its
 first norm, for those of its second norm, and to compute its output. Only the input of a resnet is
 kept in full, and in its place the output; an upsampling before the resnet, and what lies within it,
 are computed again each time. A strip is read with the rows around it that its convolutions reach,
-and statistics of strips are merged exactly, so the image is that of the untiled decoder up to
+and statistics of strips are merged exactly, so the result is that of the untiled model up to
 rounding, without seams.
 
 The modules of `autoencoder` define the parameters. Source of the merged statistics: Chan, Golub and
@@ -26,17 +27,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jitjax.config import AutoencoderConfig
-from jitjax.models.autoencoder import Autoencoder, MidBlock, UpLevel, conv3x3
+from jitjax.models.autoencoder import (
+    Autoencoder,
+    DownLevel,
+    MidBlock,
+    UpLevel,
+    conv3x3,
+    group_norm,
+    split_moments,
+)
 from jitjax.models.layers import EPSILON
 from jitjax.models.linen import Conv
 from jitjax.models.precision import at_least_float32
 
 WHOLE_PIXELS = 1024 * 1024
-"""Most pixels of an image that is decoded as a whole."""
+"""Most pixels of an image that is encoded or decoded as a whole."""
 STRIPPED_LEVELS = 2
-"""Number of levels, the last ones, that run in strips. FLUX's levels before them have at most a
-sixteenth of the pixels and four times the channels of the last, so several of their activations fit
-into the memory of one of the last level's."""
+"""Number of levels, the largest ones, that run in strips. FLUX's others have at most a sixteenth of
+the pixels and four times the channels of the largest, so several of their activations fit into the
+memory of one of the largest level's."""
 STRIP_PIXELS = 2**17
 """Pixels of an image in a strip, about; a batch of b images has b times as many."""
 LEAST_ROWS = 2
@@ -107,11 +116,73 @@ def decode_in_strips(
     return _join(images)[:, : picture.height]
 
 
-def _split(x: Array, rows: int) -> Array:
-    """[b, h, w, c] to strips [n, b, r, w, c] of about `rows` rows; the last may be padded."""
+def encode_images(
+    config: AutoencoderConfig, params: dict, images: Float[Array, "b height width in"], dtype: Any
+) -> tuple[Float[Array, "b h w latent"], Float[Array, "b h w latent"]]:
+    """Encode images as `Autoencoder.encode` does, in strips above `WHOLE_PIXELS` pixels.
+
+    Args:
+        config: sizes.
+        params: the parameters of `Autoencoder`.
+        images: [b, height, width, in_channels] in [-1, 1].
+        dtype: dtype of the computation.
+
+    Returns:
+        mean, logvar: each [b, height / factor, width / factor, latent_channels], unscaled.
+    """
+    if images.shape[1] * images.shape[2] > WHOLE_PIXELS:
+        return encode_in_strips(config, params["encoder"], images, dtype)
+    moments: Any = Autoencoder(config, dtype).apply({"params": params}, images, method="encode")
+    return moments
+
+
+def encode_in_strips(
+    config: AutoencoderConfig, params: dict, images: Float[Array, "b height width in"], dtype: Any
+) -> tuple[Float[Array, "b h w latent"], Float[Array, "b h w latent"]]:
+    """Encode images in strips of rows, whatever their size.
+
+    A gradient keeps the inputs of the resnets and computes the rest again.
+
+    Args:
+        config, images, dtype: as for `encode_images`.
+        params: the parameters of `Encoder`.
+
+    Returns:
+        As `encode_images`.
+    """
+    widths = config.block_out_channels
+    in_strips = min(STRIPPED_LEVELS, len(widths) - 1)  # each ends with a downsampling
+    strips = _split(images, STRIP_PIXELS // images.shape[2], multiple=2**in_strips)
+    picture = Picture(strips, images.shape[1], None, dtype)
+    picture = picture.apply(lambda x: x.conv3x3(params["conv_in"]), 1)
+    for i in range(in_strips):
+        level = params[f"down_{i}"]
+        for j in range(config.layers_per_block):
+            picture = _resnet(picture, level[f"resnet_{j}"], config.norm_num_groups)
+        halved = picture.apply(lambda x, level=level: x.downsample(level["downsample"]), 1)
+        picture = replace(halved, height=picture.height // 2)
+    x: Any = _join(picture.strips)[:, : picture.height]
+    for i, width in list(enumerate(widths))[in_strips:]:
+        level = DownLevel(config, width, i + 1 < len(widths), dtype)
+        x = level.apply({"params": params[f"down_{i}"]}, x)
+    x = MidBlock(config, dtype).apply({"params": params["mid"]}, x)
+    x = group_norm(config, dtype, "norm_out").apply({"params": params["norm_out"]}, x)
+    conv_out = conv3x3(2 * config.latent_channels, dtype, "conv_out")
+    moments = conv_out.apply({"params": params["conv_out"]}, nn.silu(x))
+    assert isinstance(moments, jax.Array)
+    return split_moments(moments)
+
+
+def _split(x: Array, rows: int, multiple: int = 1) -> Array:
+    """[b, h, w, c] to strips [n, b, r, w, c] of about `rows` rows; the last may be padded.
+
+    `multiple` divides r.
+    """
     b, height, width, channels = x.shape
     count = -(-height // max(rows, LEAST_ROWS))
     rows = max(-(-height // count), LEAST_ROWS)
+    rows = -(-rows // multiple) * multiple
+    count = -(-height // rows)
     x = jnp.pad(x, ((0, 0), (0, count * rows - height), (0, 0), (0, 0)))
     return x.reshape(b, count, rows, width, channels).swapaxes(0, 1)
 
@@ -165,6 +236,18 @@ class Window:
         """Twice the resolution, by repeating pixels."""
         rows = self.rows.repeat(2, axis=1).repeat(2, axis=2)
         return replace(self, rows=rows, start=2 * self.start, height=2 * self.height)
+
+    def downsample(self, params: dict) -> Window:
+        """Half the resolution by a convolution; of the rows above it needs none, below one.
+
+        The first row of the strip is even in the picture.
+        """
+        rows = jnp.where(self.inside()[None], self.rows, jnp.zeros((), self.rows.dtype))[:, 1:]
+        padding = ((0, 0), (0, 1))
+        conv = Conv(params["kernel"].shape[-1], (3, 3), 2, padding, dtype=self.dtype)
+        rows = conv.apply({"params": params}, rows)
+        assert isinstance(rows, jax.Array)
+        return replace(self, rows=rows, start=(self.start + 1) // 2, height=self.height // 2)
 
     def trim(self, count: int) -> Window:
         """Remove the same number of rows above and below, so that `count` are left."""

@@ -1,4 +1,4 @@
-"""The decoder in strips: that it computes what the untiled decoder does."""
+"""The autoencoder in strips: that it computes what the untiled one does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jitjax
 from jitjax.config import AutoencoderConfig
 from jitjax.models import param_shapes, strips
 from jitjax.models.autoencoder import Autoencoder
-from jitjax.models.strips import decode_in_strips
+from jitjax.models.strips import decode_in_strips, encode_in_strips
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -119,6 +119,64 @@ def test_vmap_is_a_batch(monkeypatch):
     images = jax.jit(jax.vmap(decode))(latents)
     flat = jax.jit(decode)(latents.reshape(6, 6, 5, 4))
     np.testing.assert_allclose(images.reshape(flat.shape), flat, atol=1e-5)
+
+
+def untiled_encoder(config, params, images, dtype=jnp.float32):
+    model = Autoencoder(config, dtype)
+    return model.apply({"params": {"encoder": params}}, images, method="encode")
+
+
+def encoder_params(config):
+    return random_tree(param_shapes.autoencoder(config)["encoder"], 0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWO_LEVELS], ids=["three levels", "two levels"])
+@pytest.mark.parametrize(
+    ("shape", "pixels"),
+    [
+        ((1, 48, 40, 3), 1),  # the lowest possible strips
+        ((2, 36, 28, 3), 2**9),  # a last strip of fewer rows than the others
+        ((1, 20, 64, 3), 2**20),  # one strip
+        ((1, 4, 8, 3), 1),  # one row of the result
+    ],
+)
+def test_latents_are_those_of_the_untiled_encoder(config, shape, pixels, monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", pixels)
+    params, images = encoder_params(config), random_latents(*shape)
+    got = jax.jit(lambda p, x: encode_in_strips(config, p, x, jnp.float32))(params, images)
+    expected = jax.jit(lambda p, x: untiled_encoder(config, p, x))(params, images)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert float(jnp.std(b)) > 0.1
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_bundled_encoder(tiny, monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**12)
+    config, params = tiny.config.autoencoder, tiny.part("autoencoder")["encoder"]
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    images = jax.random.uniform(jax.random.key(0), (2, 112, 176, 3), minval=-1, maxval=1)
+    got = jax.jit(lambda p, x: encode_in_strips(config, p, x, jnp.float32))(params, images)
+    expected = jax.jit(lambda p, x: untiled_encoder(config, p, x))(params, images)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_gradient_of_the_encoder(monkeypatch):
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 2**5)
+    params, images = encoder_params(TWO_LEVELS), random_latents(2, 12, 10, 3)
+
+    def gradient(encoder):
+        def loss(params, images):
+            mean, logvar = encoder(TWO_LEVELS, params, images, jnp.float32)
+            return (jnp.sin(mean) + logvar).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(params, images)
+
+    got, expected = gradient(encode_in_strips), gradient(untiled_encoder)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 def test_statistics_do_not_cancel():

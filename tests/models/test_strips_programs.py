@@ -1,4 +1,4 @@
-"""The decoder in strips: when it is used, and the memory of the full-size program."""
+"""The autoencoder in strips: when they are used, and the memory of the full-size programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jitjax.config import AutoencoderConfig
 from jitjax.latents import unpack
 from jitjax.models import param_shapes, strips
 from jitjax.models.autoencoder import Autoencoder, from_latents
-from jitjax.models.strips import decode_latents
+from jitjax.models.strips import decode_latents, encode_images
 from jitjax.sampler.plan import Plan
 
 FULL = AutoencoderConfig()
@@ -55,6 +55,17 @@ def test_full_size_memory(side):
     memory = jitted.lower(*arguments).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 2 * side**2 * FULL.block_out_channels[0] * 4
+
+
+@pytest.mark.parametrize(("height", "width", "most"), [(1024, 1024, 392), (1024, 1040, 200)])
+def test_full_size_memory_of_the_encoder(height, width, most):
+    """Values of temporaries per pixel: the whole encoder holds three arrays of the first level."""
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    jitted = jax.jit(lambda p, x: encode_images(FULL, p, x, jnp.float32))
+    memory = jitted.lower(param_shapes.autoencoder(FULL), images).compile().memory_analysis()
+    assert memory is not None
+    values = memory.temp_size_in_bytes / 4 / height / width
+    assert 0.9 * most < values < 1.01 * most
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])

@@ -1,0 +1,332 @@
+"""`sample(negative_prompt=, true_guidance=)` and `denoise(negative=, true_guidance=)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jitjax
+from jitjax.denoise import _draw, batch_keys, flux_sigmas
+from jitjax.models import flux
+from jitjax.negative import DEFAULT_TRUE_GUIDANCE, negative_inputs
+from jitjax.sampler.grid import positions
+from jitjax.sampler.plan import Plan
+from jitjax.sampler.solve import jit_solve
+from jitjax.velocity import FluxVelocity, VelocityInputs
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+PROMPT, NEGATIVE = "a large red circle", "blue square"
+GRID, SIZE = (4, 4), {"height": 64, "width": 64}
+SPARSE = Plan(3, (0.5, 0.75, 1.0), (0.4, 0.7, 1.0))
+"""Stages of 1 step each, on 8, 12 and 16 tokens."""
+SHORT = Plan(2, (0.5, 1.0), (0.5, 1.0))
+"""Stages of 1 step each, on 8 and 16 tokens: which become anchors is no question."""
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def text(small) -> jitjax.Conditioning:
+    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+
+
+@pytest.fixture(scope="module")
+def negative(small) -> jitjax.Conditioning:
+    return jitjax.encode_prompt(small, [NEGATIVE, "grey"])
+
+
+def first(conditioning: jitjax.Conditioning) -> jitjax.Conditioning:
+    return jax.tree.map(lambda x: x[:1], conditioning)
+
+
+def evaluate(small, conditioning, *guided, tokens=None, valid=None):
+    tokens = jax.random.normal(jax.random.key(4), (2, 16, 64)) if tokens is None else tokens
+    where = jnp.broadcast_to(positions(jnp.arange(16), GRID), (2, 16, 3))
+    inputs = VelocityInputs(small.transformer, conditioning, jnp.array([3.5, 1.0]), *guided)
+    return FluxVelocity(small.config.transformer)(tokens, where, jnp.float32(0.6), valid, inputs)
+
+
+def test_the_velocity_combines_those_of_both_prompts(small, text, negative):
+    scale = np.array([1.5, 4.0], np.float32)
+    positive, of_negative = (np.asarray(evaluate(small, c)) for c in (text, negative))
+    expected = of_negative + scale[:, None, None] * (positive - of_negative)
+    got = evaluate(small, text, negative, jnp.asarray(scale))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(got - positive).max() > 0.1  # it is not the positive one
+    shared = evaluate(small, text, first(negative), jnp.asarray(scale))
+    np.testing.assert_allclose(shared[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padded_slots_do_not_matter(small, text, negative):
+    tokens = jax.random.normal(jax.random.key(4), (2, 16, 64))
+    valid = jnp.arange(16)[None] < jnp.array([[12], [9]])
+    broken = jnp.where(valid[:, :, None], tokens, jnp.nan)
+    got, expected = (
+        evaluate(small, text, negative, jnp.array([3.0, 2.0]), tokens=x, valid=valid)
+        for x in (broken, tokens)
+    )
+    np.testing.assert_array_equal(got, expected)
+    assert (np.asarray(got)[~np.asarray(valid)] == 0).all()
+
+
+def denoise(small, text, negative, scale=3.0, **options):
+    noise = jax.random.normal(jax.random.key(1), (text.text.shape[0], 16, 64))
+    guided = {"negative": negative, "true_guidance": scale}
+    return jitjax.denoise(small, text, noise, **{"plan": SPARSE, "key": KEY} | guided | options)
+
+
+def test_everything_after_the_network_uses_the_combination(small, text, negative):
+    """Lifter, importance, micro-flow, history: as a solve of two separate passes, combined."""
+    plan, scale = SPARSE.replace(solver="multistep", microflow="hit"), jnp.array([3.0, 2.0])
+    tokens, trace = denoise(small, text, negative, scale, plan=plan, trace=True)
+    network = FluxVelocity(small.config.transformer)
+
+    def combined(tokens, positions, sigma, valid, args):
+        params, both = args
+        positive, of_negative = (
+            network(tokens, positions, sigma, valid, (params, c, jnp.full((2,), 3.5))) for c in both
+        )
+        return of_negative + scale[:, None, None] * (positive - of_negative)
+
+    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
+    drawn = _draw(plan, GRID, 8, 64, batch_keys(KEY, 2))
+    expected, other = jit_solve(
+        combined,
+        noise,
+        jnp.asarray(flux_sigmas(plan, 16, small.config)),
+        plan=plan,
+        grid=GRID,
+        first_anchors=drawn[0],
+        microflow_noise=drawn[1],
+        args=(small.transformer, (text, negative)),
+        trace=True,
+    )
+    np.testing.assert_allclose(tokens, expected, rtol=1e-3, atol=1e-4)
+    for got, wanted in zip(trace.anchors, other.anchors, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    for got, wanted in zip(trace.transitions, other.transitions, strict=True):
+        np.testing.assert_allclose(got.scores, wanted.scores, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(got.target, wanted.target, rtol=1e-3, atol=1e-4)
+    assert trace.evaluations == plan.steps
+
+
+def test_both_passes_run_on_the_anchors_only_one_after_another(small, text, negative, monkeypatch):
+    traced: list[tuple[int, ...]] = []
+    check = flux._check_inputs
+
+    def record(config, tokens, *others):
+        traced.append(tokens.shape[:2])
+        check(config, tokens, *others)
+
+    monkeypatch.setattr(flux, "_check_inputs", record)
+    plan = Plan(2, (0.3, 1.0), (0.5, 1.0))  # of no other test, so that it is traced
+    jaxpr = jax.make_jaxpr(lambda: denoise(small, text, negative, plan=plan))()
+    assert set(traced) == {(2, 4), (2, 16)}
+    # Traced once for both prompts: a loop of two passes, around the loops over the blocks.
+    assert len(traced) == 2
+    assert "length=2" in str(jaxpr)
+
+
+def test_scale_1_and_no_negative_prompt_run_the_same_program(small, text, negative):
+    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
+
+    def run(scale, of_negative):
+        return lambda noise: jitjax.denoise(
+            small, text, noise, plan=SPARSE, key=KEY, negative=of_negative, true_guidance=scale
+        )
+
+    plain, off, also_off = (
+        str(jax.make_jaxpr(run(*options))(noise))
+        for options in ((None, None), (1.0, negative), (jnp.ones(2), first(negative)))
+    )
+    assert plain == off == also_off
+    assert str(jax.make_jaxpr(run(2.0, negative))(noise)) != plain
+    default = str(jax.make_jaxpr(run(None, negative))(noise))
+    assert default == str(jax.make_jaxpr(run(DEFAULT_TRUE_GUIDANCE, negative))(noise))
+    # A traced scale of 1 costs a second pass, and gives the same up to rounding.
+    traced = jax.jit(lambda scale: denoise(small, text, negative, scale, plan=SHORT))(1.0)
+    plain = jitjax.denoise(small, text, noise, plan=SHORT, key=KEY)
+    np.testing.assert_allclose(traced, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sampled(small):
+    """Pictures of three prompts, each with its negative prompt and scale."""
+    return sample(small)
+
+
+PROMPTS = [PROMPT, "a small blue square", "a red square"]
+NEGATIVES = [NEGATIVE, "grey", "the background"]
+SCALES = jnp.array([3.0, 1.0, 2.0])
+
+
+def sample(small, prompts=PROMPTS, negatives=NEGATIVES, scale=SCALES, key=KEY, **options):
+    options = {"plan": SHORT, **SIZE} | options
+    return jitjax.sample(
+        small, prompts, key=key, negative_prompt=negatives, true_guidance=scale, **options
+    )
+
+
+def test_sample_is_encode_denoise_decode(small, sampled):
+    noise_keys, denoise_keys = jnp.swapaxes(jax.vmap(jax.random.split)(batch_keys(KEY, 3)), 0, 1)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (16, 64)))(noise_keys)
+    tokens = jitjax.denoise(
+        small,
+        jitjax.encode_prompt(small, PROMPTS),
+        noise,
+        plan=SHORT,
+        key=denoise_keys,
+        negative=jitjax.encode_prompt(small, NEGATIVES),
+        true_guidance=SCALES,
+    )
+    np.testing.assert_allclose(jitjax.decode(small, tokens, grid=GRID), sampled, atol=1e-4)
+    plain = jitjax.sample(small, PROMPTS, key=KEY, plan=SHORT, **SIZE)
+    np.testing.assert_allclose(plain[1], sampled[1], atol=1e-4)  # its scale is 1
+    assert np.abs(plain[0] - sampled[0]).max() > 1e-2
+
+
+def test_ways_to_give_the_negative_prompts(small, sampled):
+    """One per prompt or one for all, strings or encoded, with prompts that are strings or not."""
+    encoded = jitjax.encode_prompt(small, NEGATIVES)
+    for prompts, negatives in (
+        (PROMPTS, encoded),
+        (jitjax.encode_prompt(small, PROMPTS), NEGATIVES),
+    ):
+        np.testing.assert_allclose(sample(small, prompts, negatives), sampled, atol=1e-4)
+    repeated = sample(small, negatives=[NEGATIVE] * 3)
+    np.testing.assert_allclose(repeated[0], sampled[0], atol=1e-4)
+    for shared in (NEGATIVE, [NEGATIVE], first(encoded)):
+        np.testing.assert_allclose(sample(small, negatives=shared), repeated, atol=1e-4)
+    # Without one it is the empty prompt.
+    empty = sample(small, negatives="")
+    np.testing.assert_array_equal(sample(small, negatives=None), empty)
+    assert np.abs(empty - repeated).max() > 1e-3
+
+
+def test_a_shared_negative_prompt_is_encoded_once(small, monkeypatch):
+    rows: list[int] = []
+    encode = sys.modules["jitjax.text"].encode_tokens
+
+    def record(params, t5_ids, clip_ids):
+        rows.append(t5_ids.shape[0])
+        return encode(params, t5_ids, clip_ids)
+
+    # Nothing but the encoders is of interest.
+    monkeypatch.setattr(sys.modules["jitjax.sample"], "denoise", lambda *args, **_: args[2])
+    for module in ("negative", "task"):
+        monkeypatch.setattr(sys.modules[f"jitjax.{module}"], "encode_tokens", record)
+    sample(small, negatives=NEGATIVE, chunk=2)
+    assert rows == [1, 2, 2]
+    rows.clear()
+    sample(small)
+    assert rows == [6]
+
+
+def test_batches_chunks_progress_and_keys(small, sampled):
+    keys = batch_keys(KEY, 3)
+    alone = sample(small, PROMPTS[:1], NEGATIVES[:1], SCALES[:1], keys[:1])
+    np.testing.assert_allclose(alone[0], sampled[0], atol=1e-4)
+    calls: list[int] = []
+    chunked = sample(small, chunk=2, progress=calls.append)
+    np.testing.assert_allclose(chunked, sampled, atol=1e-4)
+    assert calls == [1] * 4  # 2 steps, in two chunks
+    jitted = jax.jit(lambda scale: sample(small, scale=scale, chunk=2))(SCALES)
+    np.testing.assert_allclose(jitted, sampled, atol=1e-4)
+
+
+def test_parameters_in_host_memory(small, sampled):
+    host = jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), small
+    )
+    np.testing.assert_allclose(sample(host), sampled, atol=1e-4)
+
+
+def test_vmap_and_gradients(small, text, negative):
+    def run(of_negative, scale, row):
+        one = jax.tree.map(lambda x: x[None], (row, of_negative))
+        return denoise(small, *one, scale, plan=SHORT)
+
+    scales = jnp.array([3.0, 2.0])
+    expected = [run(*jax.tree.map(lambda x, i=i: x[i], (negative, scales, text))) for i in range(2)]
+    mapped = jax.vmap(run)(negative, scales, text)
+    np.testing.assert_allclose(mapped, expected, rtol=1e-3, atol=1e-4)
+
+    def loss(of_negative, scale):
+        return (denoise(small, text, of_negative, scale, plan=SHORT) ** 2).mean()
+
+    at = negative, scales
+    gradients = jax.grad(loss, argnums=(0, 1))(*at)
+    assert all((jnp.abs(leaf) > 0).any() for leaf in jax.tree.leaves(gradients))
+    # Against a difference along one direction of both arguments.
+    along = jax.tree.map(lambda x: jax.random.normal(jax.random.key(9), x.shape), at)
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, along)))
+    step = 1e-3
+    ends = [loss(*jax.tree.map(lambda x, d, s=s: x + s * d, at, along)) for s in (-step, step)]
+    np.testing.assert_allclose(slope, (ends[1] - ends[0]) / (2 * step), rtol=0.02)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"true_guidance": 0.5}, ValueError, "true_guidance is 0.5; expected finite .* 1 or more"),
+        ({"true_guidance": -3}, ValueError, "true_guidance is -3"),
+        ({"true_guidance": np.nan}, ValueError, "true_guidance is nan"),
+        ({"true_guidance": [2.0, np.inf]}, ValueError, "expected finite numbers"),
+        ({"true_guidance": 1e39}, ValueError, "expected finite numbers"),
+        ({"true_guidance": np.ones(3)}, ValueError, r"shape \[3\].* expected .* \[\] or \[2\]"),
+        ({"true_guidance": "2"}, ValueError, "true_guidance is a str; expected an array"),
+        ({"true_guidance": 2j}, ValueError, "expected real numbers"),
+        ({"negative_prompt": 3}, TypeError, "negative_prompt is int; expected a string"),
+        ({"negative_prompt": ["a", 3]}, TypeError, r"negative_prompt\[1\] is int"),
+        ({"negative_prompt": []}, ValueError, "negative_prompt is empty"),
+        ({"negative_prompt": "\ud800"}, ValueError, r"negative_prompt\[0\] has '\\ud800'"),
+        ({"negative_prompt": ["a"] * 3}, ValueError, "has 3 strings; expected 1 or 2"),
+        # What does not matter is checked too.
+        ({"negative_prompt": 3, "true_guidance": 1}, TypeError, "negative_prompt is int"),
+    ],
+)
+def test_errors_before_any_model_runs(small, monkeypatch, change, error, message):
+    def fail(*arguments, **options):
+        raise AssertionError("a model runs")
+
+    for module, name in (("sample", "denoise"), ("sample", "encode_both")):
+        monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
+    arguments = {"negative_prompt": NEGATIVE, "key": KEY, "plan": SPARSE, **SIZE} | change
+    with pytest.raises(error, match=message):
+        jitjax.sample(small, PROMPTS[:2], **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_encoded_negative_prompts(small, text, negative):
+    def fails(of_negative, message, scale=None):
+        with pytest.raises(ValueError, match=message):
+            denoise(small, text, of_negative, scale)
+        if of_negative is not None:
+            message = message.replace("negative ", "negative_prompt ")
+            with pytest.raises(ValueError, match=message):
+                sample(small, PROMPTS[:2], of_negative, scale)
+
+    fails(None, "true_guidance is given, but negative is None; expected both", 2.0)
+    cut = dataclasses.replace(negative, text=negative.text[:, :5])
+    fails(cut, "negative has 5 text tokens; expected 12, as the prompts have")
+    three = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), negative)
+    fails(three, "negative has batch size 3; expected 1 or 2, the number of prompts")
+    infinite = dataclasses.replace(negative, pooled=negative.pooled.at[0, 0].set(jnp.inf))
+    fails(infinite, r"negative.*\.pooled has 1 values that are not finite")
+    short = dataclasses.replace(text, text=text.text[:, :5])
+    with pytest.raises(ValueError, match="negative_prompt has 12 text tokens; expected 5"):
+        sample(small, short, NEGATIVE, 2.0)
+    without = dataclasses.replace(small, t5={}, clip={})
+    with pytest.raises(ValueError, match="no t5"):
+        sample(without, text, NEGATIVE, 2.0)
+
+
+def test_a_negative_prompt_that_is_too_long_is_told(small):
+    with pytest.warns(UserWarning, match=r"negative_prompt\[0\] has more than 12 T5 tokens"):
+        negative_inputs({"negative_prompt": "red " * 20}, small, 1, 12)
