@@ -226,6 +226,7 @@ def _convert_with_file_size_limit(arguments: list[str], limit: int) -> None:
     os._exit(main(arguments))
 
 
+@pytest.mark.slow
 def test_killed_conversions_leave_no_partial_checkpoint(folder, small, tmp_path):
     """Twelve conversions are killed at random moments."""
     target = tmp_path / "killed"
