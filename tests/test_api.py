@@ -62,7 +62,13 @@ def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
     np.testing.assert_allclose(padded[0], batch[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("plan", [Plan(2, schedule="shifted"), PLAN], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan(2, schedule="shifted"), id="dense"),
+        pytest.param(PLAN, id="sparse", marks=pytest.mark.slow),
+    ],
+)
 def test_in_bfloat16_other_batches_differ_by_rounding(plan):
     """A mean of 0.5 % was measured: bfloat16 has 8 bits, and rounding is amplified by the steps.
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_all_meshes_give_the_result_of_one_device():
     """In a process of its own, because the number of devices is fixed when JAX starts."""
     program = Path(__file__).with_name("mesh_program.py")
