@@ -49,12 +49,18 @@ def folder(small, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def checkpoint(folder, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def converted(folder, tmp_path_factory) -> Path:
     """A checkpoint converted from `folder`."""
-    target = tmp_path / "checkpoint"
+    target = tmp_path_factory.mktemp("converted") / "checkpoint"
     assert main([str(folder), "--dtype", "auto", "--out", str(target)]) == 0
     return target
+
+
+@pytest.fixture
+def checkpoint(converted, tmp_path) -> Path:
+    """A copy of `converted`, which a test may damage."""
+    return Path(shutil.copytree(converted, tmp_path / "checkpoint"))
 
 
 def data_files(path: Path) -> list[Path]:
