@@ -52,6 +52,7 @@ def check_gradients(loss, inputs) -> None:
         assert derivative == pytest.approx(difference, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_gradients_of_denoise_equal_finite_differences(small):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), small)
@@ -113,6 +114,7 @@ def test_gradients_of_jit_solve_equal_finite_differences(lift):
         check_gradients(loss, {name: jnp.asarray(value) for name, value in inputs.items()})
 
 
+@pytest.mark.slow
 def test_gradient_memory_is_close_to_a_checkpointed_scan():
     """Compares the temporary memory of the compiled gradients, as reported by XLA."""
     config = build.SMALL.transformer

@@ -74,6 +74,7 @@ def peak(monkeypatch, load):
     return max(number for _, number in seen)
 
 
+@pytest.mark.slow
 def test_the_device_holds_the_largest_part_and_not_the_sum(folder, monkeypatch):
     """`jax.live_arrays` counts all arrays; states and embeddings are the slack."""
     low = peak(monkeypatch, lambda: jitjax.load(folder, low_memory=True))
