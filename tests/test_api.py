@@ -140,6 +140,7 @@ def test_microflow_noise_argument(small, conditioning, noise):
     assert float(jnp.abs(run(fresh, key=jax.random.key(0)) - initial).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_denoise_under_jit_vmap_and_grad(small, conditioning, noise):
     plan = PLAN.replace(densities=(0.5, 1.0), stage_ends=(0.5, 1.0))
 

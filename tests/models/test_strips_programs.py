@@ -42,7 +42,7 @@ def test_images_up_to_1024_squared_are_decoded_by_the_same_program_as_before(hei
     assert (texts[0] == texts[1]) == whole
 
 
-@pytest.mark.parametrize("side", [2048, 4096])
+@pytest.mark.parametrize("side", [2048, pytest.param(4096, marks=pytest.mark.slow)])
 def test_full_size_memory(side):
     """Untiled, 2048 x 2048 take 14 GiB; 1024 x 1024, the most that is decoded untiled, 3.5 GiB.
 
