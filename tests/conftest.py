@@ -40,9 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-        flags = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"
-        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+    flag, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    if jaxlib < (0, 11) and flag not in flags:  # workers inherit it
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}"
 
 
 # Derandomised for reproducible runs; no deadline, because an example may include compilation.
