@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -18,6 +19,7 @@ from benchmarks.gaussian_field import Field, ideal_velocity
 from jitjax.sampler.grid import positions
 from jitjax.sampler.schedule import beta_sigmas
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Field(8)
 STEPS = "DsDssDDsD"
 
@@ -33,9 +35,9 @@ def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
-@pytest.mark.parametrize("prediction", ["clean", "velocity"])
-@pytest.mark.parametrize("compare_with", ["sparse", "dense", "kept"])
-@pytest.mark.parametrize("forecast", ["constant", "linear"])
+@pytest.mark.parametrize("prediction", ["clean", slow("velocity")])
+@pytest.mark.parametrize("compare_with", ["sparse", slow("dense"), slow("kept")])
+@pytest.mark.parametrize("forecast", [slow("constant"), "linear"])
 def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with, forecast):
     plan = CachingPlan(
         STEPS,
@@ -64,9 +66,9 @@ def fading_velocity(x, places, sigma, valid, args):
     return (x - clean[..., None]) / sigma
 
 
-@pytest.mark.parametrize("compare_with", ["sparse", "dense"])
-@pytest.mark.parametrize("prediction", ["clean", "velocity"])
-@pytest.mark.parametrize("lift", ["blur", "linear", "nearest"])
+@pytest.mark.parametrize("compare_with", [slow("sparse"), "dense"])
+@pytest.mark.parametrize("prediction", [slow("clean"), "velocity"])
+@pytest.mark.parametrize("lift", ["blur", "linear", slow("nearest")])
 def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, lift):
     # The details stay, and what changes is a constant. The last step is sparse, since a dense one
     # would end at the same picture from any state.

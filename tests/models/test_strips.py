@@ -43,7 +43,13 @@ def tiny():
     return jitjax.load("tiny")
 
 
-@pytest.mark.parametrize("config", [CONFIG, TWO_LEVELS], ids=["three levels", "two levels"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="three levels", marks=pytest.mark.slow),
+        pytest.param(TWO_LEVELS, id="two levels"),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "pixels"),
     [
@@ -64,6 +70,7 @@ def test_image_is_that_of_the_untiled_decoder(config, shape, pixels, monkeypatch
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bundled_decoder(tiny, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**12)
     config, params = tiny.config.autoencoder, tiny.part("autoencoder")["decoder"]
@@ -87,7 +94,7 @@ def test_bundled_decoder(tiny, monkeypatch):
     assert errors[untiled] / 2 < 1 / 255  # images are in [-1, 1]
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", [pytest.param("reverse", marks=pytest.mark.slow), "forward"])
 def test_derivatives(mode, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
     params, latents = decoder_params(CONFIG), random_latents(2, 6, 5, 4)
