@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from jitjax.convert.lora import merge_loras
 from jitjax.convert.sources.diffusers_folder import read_folder
 from jitjax.convert.tables.engine import ConversionError
 from jitjax.loading import BUNDLED
-from jitjax.models.quantised import KINDS, dequantise, is_quantised
+from jitjax.models.quantised import dequantise, is_quantised
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TINY = str(BUNDLED / "tiny")
 
 
@@ -38,7 +40,7 @@ def plain(states) -> FluxParams:
     return FluxParams(tree, {}, {}, {}, FluxConfig(**CONFIGS), "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", slow("int4"), slow("float8")])
 def test_quantising_at_conversion_is_quantising_at_load(tmp_path, kind):
     arguments = [TINY, "--parts", "transformer", "clip", "--dtype", "float32"]
     assert main([*arguments, "--quantise", kind, "--out", str(tmp_path / kind)]) == 0
@@ -77,7 +79,7 @@ def weights(tree):
     return jax.tree.map(weight, tree, is_leaf=is_quantised)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("int8"), slow("int4"), "float8"])
 def test_lora_is_added_exactly(tmp_path, states, plain, kind):
     """What a LoRA changes is the same as without quantisation, however coarse the values are."""
     update, other = random_update(4), random_update(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -30,6 +31,8 @@ from jitjax.convert.targets.checkpoint import ArrayPool
 
 # orbax leaves reads unfinished if a file is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["jitjax.convert.__main__", "orbax.checkpoint.experimental.v1"])
@@ -74,7 +77,9 @@ def flip_bit(path: Path, offset: int, bit: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("split_bytes", [0, diffusers_folder.SPLIT_BYTES])
+@pytest.mark.parametrize(
+    "split_bytes", [0, pytest.param(diffusers_folder.SPLIT_BYTES, marks=pytest.mark.slow)]
+)
 def test_splitting_does_not_change_the_result(folder, small, tmp_path, monkeypatch, split_bytes):
     """Small limits split small leaves like large ones; orbax alone reads the same arrays."""
     monkeypatch.setattr(diffusers_folder, "SPLIT_BYTES", split_bytes)
@@ -187,7 +192,7 @@ def test_verify_and_load_detect_a_flipped_bit(checkpoint, capsys):
     assert main(["--verify", str(checkpoint)]) == 0
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [PARTS[0], *(slow(part) for part in PARTS[1:])])
 def test_verify_and_load_detect_a_truncated_file(checkpoint, part):
     files = [p for p in data_files(checkpoint) if p.is_relative_to(checkpoint / "params" / part)]
     path = max(files, key=lambda p: p.stat().st_size)
@@ -197,7 +202,7 @@ def test_verify_and_load_detect_a_truncated_file(checkpoint, part):
         jitjax.load(checkpoint)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*(slow(part) for part in PARTS[:-1]), PARTS[-1]])
 def test_verify_and_load_detect_a_missing_file(checkpoint, part):
     path = next(p for p in data_files(checkpoint) if p.is_relative_to(checkpoint / "params" / part))
     path.unlink()
