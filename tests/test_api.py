@@ -41,7 +41,7 @@ def test_images_are_float32_in_0_to_1(small):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(2, schedule="shifted"),
+        pytest.param(Plan(2, schedule="shifted"), marks=pytest.mark.slow),
         PLAN,
         PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
     ],
@@ -62,13 +62,8 @@ def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
     np.testing.assert_allclose(padded[0], batch[1], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        pytest.param(Plan(2, schedule="shifted"), id="dense"),
-        pytest.param(PLAN, id="sparse", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [Plan(2, schedule="shifted"), PLAN], ids=["dense", "sparse"])
 def test_in_bfloat16_other_batches_differ_by_rounding(plan):
     """A mean of 0.5 % was measured: bfloat16 has 8 bits, and rounding is amplified by the steps.
 
@@ -245,6 +240,7 @@ def test_decode_rejects_tokens_that_do_not_fit_the_grid(small):
         jitjax.decode(small, jnp.zeros((1, 4, 64)), grid=(2, 3))
 
 
+@pytest.mark.slow
 def test_torch_is_never_imported():
     program = (
         "import sys, jax, jitjax, jitjax.cli\n"

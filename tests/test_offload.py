@@ -114,6 +114,7 @@ def test_each_function_alone(folder, on_host):
     assert len(jax.live_arrays()) <= count + 8  # constants of programs; a model has dozens
 
 
+@pytest.mark.slow
 def test_dtype_and_sharding_of_load(folder):
     device = jax.local_devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)

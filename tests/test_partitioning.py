@@ -40,7 +40,7 @@ def full_size_shapes(*parts: str) -> dict[str, tuple[int, ...]]:
         pytest.param("pictures", marks=pytest.mark.slow),
         pytest.param("all axes", marks=pytest.mark.slow),
         "programs",
-        "quantised",
+        pytest.param("quantised", marks=pytest.mark.slow),
         pytest.param("quantised pictures", marks=pytest.mark.slow),
         pytest.param("gradients", marks=pytest.mark.slow),
     ],
@@ -178,6 +178,7 @@ def test_arguments_of_load():
         jitjax.load("tiny", mesh=one, sharding=NamedSharding(one, P()))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing(small, tmp_path):
     jitjax.save(small, tmp_path / "saved")
     params = jitjax.load(tmp_path / "saved", mesh=mesh_of(data=1, fsdp=1, model=1))

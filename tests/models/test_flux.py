@@ -173,7 +173,10 @@ def test_gradient_reaches_every_parameter(params):
     assert not [name for name, value in largest.items() if not 0 < value < np.inf]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 0.1), (jnp.float16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.bfloat16, 0.1), pytest.param(jnp.float16, 0.02, marks=pytest.mark.slow)],
+)
 def test_narrow_dtypes(params, dtype, tolerance: float):
     inputs = random_inputs(2)
     narrow = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}

@@ -116,6 +116,7 @@ def test_derivatives(mode, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch(monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
     params, latents = decoder_params(CONFIG), random_latents(3, 2, 6, 5, 4)

@@ -15,6 +15,7 @@ from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.models.strips import decode_latents
 from jitjax.sampler.plan import Plan
 
+OTHERS = ("cuda", "tpu", "rocm")
 FULL = AutoencoderConfig()
 
 
@@ -57,7 +58,9 @@ def test_full_size_memory(side):
     assert memory.temp_size_in_bytes < 2 * side**2 * FULL.block_out_channels[0] * 4
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
+@pytest.mark.parametrize(
+    "platform", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_full_size_program_has_no_array_of_all_logits(platform):
     """The mid block attends over 65536 latent pixels at 2048 x 2048.
 
