@@ -77,9 +77,8 @@ def flip_bit(path: Path, offset: int, bit: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "split_bytes", [0, pytest.param(diffusers_folder.SPLIT_BYTES, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("split_bytes", [0, diffusers_folder.SPLIT_BYTES])
 def test_splitting_does_not_change_the_result(folder, small, tmp_path, monkeypatch, split_bytes):
     """Small limits split small leaves like large ones; orbax alone reads the same arrays."""
     monkeypatch.setattr(diffusers_folder, "SPLIT_BYTES", split_bytes)
