@@ -193,6 +193,7 @@ def test_steps_of_a_stage_change_and_its_sigmas_stay():
     assert sigmas(earlier)[5] > sigmas(fewer)[5]
 
 
+@pytest.mark.slow
 def test_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = f"--field-side 12 --groups 7 --tried change --out {out}"
@@ -212,6 +213,7 @@ def test_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert f"{rows[1]['wasserstein']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoint_judges_every_kind_of_plan(small):
     judge = caching.PictureJudge(small, 6, "dev", 64, 6, seed=0)
     dense = caching.Row(7, "dense", "dense 2", jitjax.Plan(2, solver="multistep"))

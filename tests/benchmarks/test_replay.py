@@ -75,6 +75,7 @@ def test_recording_with_required_arrays_only(tmp_path, capsys):
     assert run_replay(tmp_path / "truncated.npz", capsys)[0] == 2
 
 
+@pytest.mark.slow
 def test_relax_steps_0_sets_new_tokens_to_their_target(params):
     arrays = replay.read_recording(build.HERE / "jit_7x_16x16.npz")
     arrays["microflow_relax_steps"] = np.array(0)

@@ -108,6 +108,7 @@ def test_the_formula_agrees_with_xla(config, tokens, text):
     assert 0.999 < ratio < 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "4x", "7x"])
 def test_the_formula_of_a_plan_agrees_with_xla(name):
     """The whole solve: every step of every stage, with the lifter and the transitions."""
@@ -162,6 +163,7 @@ def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):
     np.testing.assert_allclose(by_hand(), by_diffrax(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_row(small_model, monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = "--model middle --json --size 64 --text 8 --rounds 2 --matmul 64"
