@@ -57,6 +57,7 @@ def test_the_papers_equation_is_one_option(tmp_path):
     assert not np.array_equal(hit, blend)
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_one_option(tmp_path):
     """`--quantise int8` is stored, and the picture is nearly the same."""
     common = ("a blue star", "--size", 64, "--steps", 4)
