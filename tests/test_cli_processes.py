@@ -193,7 +193,7 @@ def test_missing_backend_is_one_line(environment, tmp_path):
         slow('"$@" 2> /dev/full', 0),
         slow('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
         slow('PYTHONIOENCODING=ascii "$@"', 0),
-        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
+        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
     ],
 )
 def test_streams(environment, tmp_path, script, status):
@@ -217,6 +217,7 @@ def test_streams_of_help(environment, script, status, option):
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.slow
 def test_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
     (tmp_path / "file").touch()
     bad = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file")}

@@ -143,6 +143,7 @@ def small_model(monkeypatch):
     monkeypatch.setitem(speed_models.MODELS, "middle", SMALL)
 
 
+@pytest.mark.slow
 def test_the_linear_plan_is_the_plan_with_another_velocity(small_model):
     """Only the velocity differs: dense, the linear map's solution is known."""
     bench = speed_models.Bench("middle", 64, 8, "float32", "auto")
@@ -153,7 +154,7 @@ def test_the_linear_plan_is_the_plan_with_another_velocity(small_model):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("pad_to", [1, 16])
+@pytest.mark.parametrize("pad_to", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):
     bench = speed_models.Bench("middle", 128, 8, "float32", "auto")
     by_diffrax, by_hand = solver_loop.stage_pair(
