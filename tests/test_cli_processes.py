@@ -92,7 +92,7 @@ SWALLOW = """
         (WAIT, 2, "Ctrl-C"),
         slow(WAIT, 15, "SIGTERM"),
         slow(SWALLOW, 2, "Ctrl-C"),
-        (SWALLOW, 15, "SIGTERM"),
+        slow(SWALLOW, 15, "SIGTERM"),
     ],
 )
 def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text, wait):
@@ -228,6 +228,7 @@ def test_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
     assert len(notes) <= 1, notes
 
 
+@pytest.mark.slow
 def test_prompt_from_standard_input(environment, tmp_path):
     out = tmp_path / "a.png"
     done = run("-", *QUICK[1:], "-o", out, environment=environment, input="a green ring\n")

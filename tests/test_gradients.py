@@ -180,7 +180,7 @@ def wide_loss(plan):
     return loss, (args, noise)
 
 
-@pytest.mark.parametrize("name", ["dense", "4x"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("4x", marks=pytest.mark.slow)])
 def test_a_step_more_keeps_one_state_more_for_the_gradient(name):
     """An activation that is kept as well would be 64 states more in each step."""
     kept, compiled = {}, {}

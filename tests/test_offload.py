@@ -93,6 +93,7 @@ def test_same_picture_to_the_bit(folder, on_host):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_each_function_alone(folder, on_host):
     params, count = jitjax.load(folder), len(jax.live_arrays())
     conditioning = jitjax.encode_prompt(on_host, "a red circle")

@@ -94,7 +94,7 @@ def slow(*values, id):
         slow(Plan(3), Multistep(), id="dense-multistep"),
         slow(SPARSE, None, id="sparse-Euler"),
         slow(SPARSE, AdamsBashforth2(), id="sparse-AB2"),
-        pytest.param(SPARSE, Multistep(), id="sparse-multistep"),
+        slow(SPARSE, Multistep(), id="sparse-multistep"),
     ],
 )
 def test_forward_mode_and_second_derivatives_equal_finite_differences(plan, solver):

@@ -34,6 +34,7 @@ def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
     return linear_map(SMALL, jitjax.Plan(len(steps), solver=solver)).initial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
 @pytest.mark.parametrize("prediction", ["clean", slow("velocity")])
 @pytest.mark.parametrize("compare_with", ["sparse", slow("dense"), slow("kept")])
@@ -52,6 +53,7 @@ def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with,
     np.testing.assert_allclose(ours, dense_map(STEPS, solver), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_dense_steps_alone_have_the_scores_of_the_sampler():
     ours = caching.field_map(SMALL, CachingPlan("D" * 7)).scores()
     theirs = linear_map(SMALL, jitjax.Plan(7, solver="multistep")).scores()

@@ -153,6 +153,7 @@ def test_the_linear_plan_is_the_plan_with_another_velocity(small_model):
     np.testing.assert_allclose(bench.linear_plan(plan)(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("pad_to", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):

@@ -152,6 +152,7 @@ def test_order_of_tokens_does_not_matter(params):
     assert_close(forward(params, permuted), forward(params, inputs)[:, order])
 
 
+@pytest.mark.slow
 def test_scalar_sigma_equals_one_sigma_per_sample(params):
     inputs = random_inputs(2)
     scalars = inputs | {"sigma": 0.25, "guidance": jnp.float32(3.5)}

@@ -55,7 +55,7 @@ def tiny():
     [
         ((1, 12, 10, 4), 1),  # the lowest possible strips
         ((2, 9, 7, 4), 2**9),  # a last strip of fewer rows than the others
-        ((1, 5, 16, 4), 2**20),  # one strip
+        pytest.param((1, 5, 16, 4), 2**20, marks=pytest.mark.slow),  # one strip
         ((1, 1, 8, 4), 1),  # a picture that is lower than a strip
     ],
 )

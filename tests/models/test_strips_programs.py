@@ -26,7 +26,12 @@ def abstract_decode(decoder, height, width):
 
 @pytest.mark.parametrize(
     ("height", "width", "whole"),
-    [(1024, 1024, True), (512, 2048, True), (1024, 1040, False), (2064, 512, False)],
+    [
+        (1024, 1024, True),
+        pytest.param(512, 2048, True, marks=pytest.mark.slow),
+        (1024, 1040, False),
+        pytest.param(2064, 512, False, marks=pytest.mark.slow),
+    ],
 )
 def test_images_up_to_1024_squared_are_decoded_by_the_same_program_as_before(height, width, whole):
     def before(params, latents):
