@@ -68,6 +68,7 @@ def fading_velocity(x, places, sigma, valid, args):
     return (x - clean[..., None]) / sigma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compare_with", [slow("sparse"), "dense"])
 @pytest.mark.parametrize("prediction", [slow("clean"), "velocity"])
 @pytest.mark.parametrize("lift", ["blur", "linear", slow("nearest")])

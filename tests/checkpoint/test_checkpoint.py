@@ -166,6 +166,7 @@ def test_failed_save_leaves_no_files(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_load_places_arrays_on_the_requested_sharding(saved):
     code = (
         "import sys, jax, numpy as np, jitjax\n"
