@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,23 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the quick set, also its processes, compile in a third of the time that users need.
+
+    It leaves out LLVM's optimisations, and the newer way to emit fused loops, which XLA has no
+    switch for since jax 0.11. Every other set, as `-m slow` and `-m parity`, compiles as users do.
+    """
+    if "not slow" not in config.option.markexpr:
+        return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+    flag, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    if jaxlib < (0, 11) and flag not in flags:  # workers inherit it
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}"
+
+
 # Derandomised for reproducible runs; no deadline, because an example may include compilation.
 settings.register_profile("jitjax", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("jitjax")
@@ -41,11 +59,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
 
 @pytest.fixture(scope="module")
 def unoptimised() -> Iterator[None]:
-    """Compile a module's programs without LLVM's optimisations, in about half the time.
+    """Compile a module's programs without LLVM's optimisations in every set of tests.
 
-    For tests of what is computed on analytic examples, to a tolerance. Other tests compile as users
-    do, and get no program from these.
+    For tests of what is computed on analytic examples, to a tolerance. Tests of other modules get
+    no program from these.
     """
+    if jax.config.read("jax_disable_most_optimizations"):  # as in all of the quick set
+        yield
+        return
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield

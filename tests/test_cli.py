@@ -44,6 +44,7 @@ def test_functions_and_the_command_line_have_the_same_default_plan():
     assert DEFAULT_PLAN in PLANS
 
 
+@pytest.mark.slow
 def test_the_papers_equation_is_one_option(tmp_path):
     """`--microflow hit` is the paper's micro-flow; it is stored, and changes the picture."""
     common = ("a blue star", "--size", 64, "--plan", "7x", "--solver", "multistep")
@@ -56,6 +57,7 @@ def test_the_papers_equation_is_one_option(tmp_path):
     assert not np.array_equal(hit, blend)
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_one_option(tmp_path):
     """`--quantise int8` is stored, and the picture is nearly the same."""
     common = ("a blue star", "--size", 64, "--steps", 4)
@@ -67,6 +69,7 @@ def test_quantised_weights_are_one_option(tmp_path):
     assert 0 < np.abs(plain - int8).mean() < 8  # of 255
 
 
+@pytest.mark.slow
 def test_count_gives_the_images_of_consecutive_seeds(tmp_path):
     common = ("a blue star", "--size", 64, "--steps", 1, "--plan", "dense")
     run(*common, "-o", tmp_path / "batch.png", "--count", 2, "--seed", 8)

@@ -72,6 +72,7 @@ def test_the_picture_is_the_same_on_every_way(capsys, folder, tmp_path, loaded):
     assert json.loads(Image.open(kept).info["settings"])["seed"] == 0
 
 
+@pytest.mark.slow
 def test_parts_that_are_not_needed_may_be_missing(capsys, small, tmp_path, folder):
     encoders, drawing = tmp_path / "encoders", tmp_path / "drawing"
     jitjax.save(jitjax.load(folder, parts=TEXT_ENCODERS), encoders)

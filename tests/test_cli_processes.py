@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from jitjax.loading import BUNDLED
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 QUICK = ("a circle", "--size", "32", "--plan", "dense", "--steps", "1")
 COMMAND = [sys.executable, "-m", "jitjax"]
@@ -83,8 +86,15 @@ SWALLOW = """
 """
 
 
-@pytest.mark.parametrize(("signum", "text"), [(2, "Ctrl-C"), (15, "SIGTERM")])
-@pytest.mark.parametrize("wait", [WAIT, SWALLOW])
+@pytest.mark.parametrize(
+    ("wait", "signum", "text"),
+    [
+        (WAIT, 2, "Ctrl-C"),
+        slow(WAIT, 15, "SIGTERM"),
+        slow(SWALLOW, 2, "Ctrl-C"),
+        slow(SWALLOW, 15, "SIGTERM"),
+    ],
+)
 def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text, wait):
     program = SLOW_WRITER.format(wait=wait)
     command = [sys.executable, "-c", program, *QUICK, "-o", "a.png"]
@@ -103,6 +113,7 @@ def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_pictures_that_are_made(environment, tmp_path):
     command = [*COMMAND, *QUICK, "--count", "100000", "-o", "a.png"]
     process = start(command, environment, cwd=tmp_path)
@@ -174,15 +185,15 @@ def test_missing_backend_is_one_line(environment, tmp_path):
     ("script", "status"),
     [
         ('set -o pipefail; "$@" | true', 0),  # nobody reads what is printed
-        ('"$@" 2>&-', 0),
-        ('"$@" >&-', 0),
-        ('"$@" <&-', 0),
+        slow('"$@" 2>&-', 0),
+        slow('"$@" >&-', 0),
+        slow('"$@" <&-', 0),
         ('"$@" >&- 2>&- <&-', 0),
-        ('"$@" > /dev/full', 0),
-        ('"$@" 2> /dev/full', 0),
-        ('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
-        ('PYTHONIOENCODING=ascii "$@"', 0),
-        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
+        slow('"$@" > /dev/full', 0),
+        slow('"$@" 2> /dev/full', 0),
+        slow('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
+        slow('PYTHONIOENCODING=ascii "$@"', 0),
+        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
     ],
 )
 def test_streams(environment, tmp_path, script, status):
@@ -198,7 +209,7 @@ def test_streams(environment, tmp_path, script, status):
     ("script", "status"),
     [('"$@" > /dev/full', 2), ('set -o pipefail; "$@" | true', 0), ('"$@" >&-', 0)],
 )
-@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("option", ["--help", slow("--version")])
 def test_streams_of_help(environment, script, status, option):
     done = shell(script, option, environment=environment)
     assert done.returncode == status
@@ -206,6 +217,7 @@ def test_streams_of_help(environment, script, status, option):
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.slow
 def test_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
     (tmp_path / "file").touch()
     bad = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file")}
@@ -216,6 +228,7 @@ def test_cache_that_cannot_be_written_is_one_line(environment, tmp_path):
     assert len(notes) <= 1, notes
 
 
+@pytest.mark.slow
 def test_prompt_from_standard_input(environment, tmp_path):
     out = tmp_path / "a.png"
     done = run("-", *QUICK[1:], "-o", out, environment=environment, input="a green ring\n")
@@ -253,8 +266,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("signum", "text"), [(2, "Ctrl-C"), (15, "SIGTERM")])
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(
+    ("repeats", "signum", "text"),
+    [
+        (1, 2, "Ctrl-C"),
+        slow(1, 15, "SIGTERM"),
+        slow(2, 2, "Ctrl-C"),
+        slow(2, 15, "SIGTERM"),
+    ],
+)
 def test_a_stopped_conversion_leaves_nothing(environment, tmp_path, signum, text, repeats):
     source = str(BUNDLED / "tiny")
     command = [sys.executable, "-c", SLOW_CONVERSION, source, "--out", "out"]

@@ -290,6 +290,7 @@ def test_what_the_encoders_do_not_see_is_told_by_line(run):
     assert "prompt[" not in error
 
 
+@pytest.mark.slow
 def test_names_of_any_prompt(run, tmp_path):
     long = "x" * 300
     assert run(["Ein GRÜNER Kreis, 3/4 & ../..", "一只猫", "猫", long])[0] == 0

@@ -50,6 +50,7 @@ def start(tmp_path):
     return start_command
 
 
+@pytest.mark.slow
 def test_every_picture_is_made_once_and_whole(start, tmp_path):
     folder = tmp_path / "list-pictures"
     made: dict[str, tuple[int, int]] = {}

@@ -104,7 +104,7 @@ def test_compiler_options_reach_xla_and_are_ignored_under_jit():
     np.testing.assert_allclose(under_jit, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_each_full_size_stage_exports_from_a_cpu(platform):
     """All of `4x`, with abstract weights, where there is neither a GPU nor a TPU."""
     config = FluxConfig()

@@ -53,6 +53,7 @@ def check_gradients(loss, inputs) -> None:
         assert derivative == pytest.approx(difference, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_gradients_of_denoise_equal_finite_differences(small):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), small)
@@ -114,6 +115,7 @@ def test_gradients_of_jit_solve_equal_finite_differences(lift):
         check_gradients(loss, {name: jnp.asarray(value) for name, value in inputs.items()})
 
 
+@pytest.mark.slow
 def test_gradient_memory_is_close_to_a_checkpointed_scan():
     """Compares the temporary memory of the compiled gradients, as reported by XLA."""
     config = build.SMALL.transformer
@@ -179,7 +181,7 @@ def wide_loss(plan):
     return loss, (args, noise)
 
 
-@pytest.mark.parametrize("name", ["dense", "4x"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("4x", marks=pytest.mark.slow)])
 def test_a_step_more_keeps_one_state_more_for_the_gradient(name):
     """An activation that is kept as well would be 64 states more in each step."""
     kept, compiled = {}, {}

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_all_meshes_give_the_result_of_one_device():
     """In a process of its own, because the number of devices is fixed when JAX starts."""
     program = Path(__file__).with_name("mesh_program.py")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # it spends its time on compilation
     }
     process = subprocess.run(

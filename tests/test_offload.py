@@ -74,6 +74,7 @@ def peak(monkeypatch, load):
     return max(number for _, number in seen)
 
 
+@pytest.mark.slow
 def test_the_device_holds_the_largest_part_and_not_the_sum(folder, monkeypatch):
     """`jax.live_arrays` counts all arrays; states and embeddings are the slack."""
     low = peak(monkeypatch, lambda: jitjax.load(folder, low_memory=True))
@@ -92,6 +93,7 @@ def test_same_picture_to_the_bit(folder, on_host):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_each_function_alone(folder, on_host):
     params, count = jitjax.load(folder), len(jax.live_arrays())
     conditioning = jitjax.encode_prompt(on_host, "a red circle")
@@ -113,6 +115,7 @@ def test_each_function_alone(folder, on_host):
     assert len(jax.live_arrays()) <= count + 8  # constants of programs; a model has dozens
 
 
+@pytest.mark.slow
 def test_dtype_and_sharding_of_load(folder):
     device = jax.local_devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)

@@ -35,24 +35,25 @@ def full_size_shapes(*parts: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "checks",
+    "check",
     [
-        ("pictures",),
-        ("all axes",),
-        ("programs", "quantised"),
-        ("quantised pictures",),
-        ("gradients",),
+        pytest.param("pictures", marks=pytest.mark.slow),
+        pytest.param("all axes", marks=pytest.mark.slow),
+        "programs",
+        pytest.param("quantised", marks=pytest.mark.slow),
+        pytest.param("quantised pictures", marks=pytest.mark.slow),
+        pytest.param("gradients", marks=pytest.mark.slow),
     ],
 )
-def test_over_eight_devices(checks):
+def test_over_eight_devices(check):
     """In a process of its own, because the number of devices is fixed when JAX starts."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # it spends its time on compilation
     }
     program = Path(__file__).with_name("partitioning_program.py")
     process = subprocess.run(
-        [sys.executable, program, *checks], capture_output=True, text=True, env=environment
+        [sys.executable, program, check], capture_output=True, text=True, env=environment
     )
     assert process.stdout.strip() == "all equal", process.stdout + process.stderr[-3000:]
 
@@ -177,9 +178,11 @@ def test_arguments_of_load():
         jitjax.load("tiny", mesh=one, sharding=NamedSharding(one, P()))
 
 
-def test_a_mesh_of_one_device_changes_nothing():
-    params = jitjax.load("tiny", mesh=mesh_of(data=1, fsdp=1, model=1))
-    plain = jitjax.load("tiny")
+@pytest.mark.slow
+def test_a_mesh_of_one_device_changes_nothing(small, tmp_path):
+    jitjax.save(small, tmp_path / "saved")
+    params = jitjax.load(tmp_path / "saved", mesh=mesh_of(data=1, fsdp=1, model=1))
+    plain = jitjax.load(tmp_path / "saved")
     options = {"key": jax.random.key(0), "plan": jitjax.Plan(2), "height": 64, "width": 64}
     images = jitjax.sample(params, "a ring", **options)
     np.testing.assert_array_equal(images, jitjax.sample(plain, "a ring", **options))

@@ -17,6 +17,8 @@ from golden import build
 
 import jitjax
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "devices.md"
 WAIT = 240  # seconds for what takes 15 on an idle machine
 BOUND = 45  # seconds for the end of a process after the other's death; the heartbeat's are 10

@@ -300,7 +300,7 @@ def test_encode_prompt(params):
     np.testing.assert_allclose(single.pooled, pooled, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_encode_prompt_in_the_parameters_dtype(params, dtype):
     narrow = {
         name: jax.tree.map(lambda x: x.astype(dtype), vars(params)[name]) for name in ("t5", "clip")

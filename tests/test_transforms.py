@@ -82,10 +82,21 @@ def test_denoise_with_closed_over_noise_key_and_conditioning(small):
     np.testing.assert_allclose(mapped[1], run(3.5), rtol=1e-4, atol=1e-4)
 
 
+def slow(*values, id):
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "solver", [None, AdamsBashforth2(), Multistep()], ids=["Euler", "AB2", "multistep"]
+    ("plan", "solver"),
+    [
+        pytest.param(Plan(3), None, id="dense-Euler"),
+        slow(Plan(3), AdamsBashforth2(), id="dense-AB2"),
+        slow(Plan(3), Multistep(), id="dense-multistep"),
+        slow(SPARSE, None, id="sparse-Euler"),
+        slow(SPARSE, AdamsBashforth2(), id="sparse-AB2"),
+        slow(SPARSE, Multistep(), id="sparse-multistep"),
+    ],
 )
-@pytest.mark.parametrize("plan", [Plan(3), SPARSE], ids=["dense", "sparse"])
 def test_forward_mode_and_second_derivatives_equal_finite_differences(plan, solver):
     with jax.enable_x64(True):
         noise = NOISE.astype(jnp.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -18,6 +19,7 @@ from benchmarks.gaussian_field import Field, ideal_velocity
 from jitjax.sampler.grid import positions
 from jitjax.sampler.schedule import beta_sigmas
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Field(8)
 STEPS = "DsDssDDsD"
 
@@ -32,10 +34,11 @@ def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
     return linear_map(SMALL, jitjax.Plan(len(steps), solver=solver)).initial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
-@pytest.mark.parametrize("prediction", ["clean", "velocity"])
-@pytest.mark.parametrize("compare_with", ["sparse", "dense", "kept"])
-@pytest.mark.parametrize("forecast", ["constant", "linear"])
+@pytest.mark.parametrize("prediction", ["clean", slow("velocity")])
+@pytest.mark.parametrize("compare_with", ["sparse", slow("dense"), slow("kept")])
+@pytest.mark.parametrize("forecast", [slow("constant"), "linear"])
 def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with, forecast):
     plan = CachingPlan(
         STEPS,
@@ -50,6 +53,7 @@ def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with,
     np.testing.assert_allclose(ours, dense_map(STEPS, solver), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_dense_steps_alone_have_the_scores_of_the_sampler():
     ours = caching.field_map(SMALL, CachingPlan("D" * 7)).scores()
     theirs = linear_map(SMALL, jitjax.Plan(7, solver="multistep")).scores()
@@ -64,9 +68,10 @@ def fading_velocity(x, places, sigma, valid, args):
     return (x - clean[..., None]) / sigma
 
 
-@pytest.mark.parametrize("compare_with", ["sparse", "dense"])
-@pytest.mark.parametrize("prediction", ["clean", "velocity"])
-@pytest.mark.parametrize("lift", ["blur", "linear", "nearest"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compare_with", [slow("sparse"), "dense"])
+@pytest.mark.parametrize("prediction", [slow("clean"), "velocity"])
+@pytest.mark.parametrize("lift", ["blur", "linear", slow("nearest")])
 def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, lift):
     # The details stay, and what changes is a constant. The last step is sparse, since a dense one
     # would end at the same picture from any state.
@@ -191,6 +196,7 @@ def test_steps_of_a_stage_change_and_its_sigmas_stay():
     assert sigmas(earlier)[5] > sigmas(fewer)[5]
 
 
+@pytest.mark.slow
 def test_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = f"--field-side 12 --groups 7 --tried change --out {out}"
@@ -210,6 +216,7 @@ def test_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert f"{rows[1]['wasserstein']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoint_judges_every_kind_of_plan(small):
     judge = caching.PictureJudge(small, 6, "dev", 64, 6, seed=0)
     dense = caching.Row(7, "dense", "dense 2", jitjax.Plan(2, solver="multistep"))

@@ -107,6 +107,7 @@ def test_dense_steps_of_a_periodic_field(exponent):
     assert scores.distance == pytest.approx(np.sqrt(between), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_many_steps_reach_the_exact_flow():
     coarse, fine = (
         gaussian.linear_map(SMALL, jitjax.Plan(steps, schedule="shifted")).scores().distance
@@ -160,6 +161,7 @@ def test_transport_moves_the_pictures_to_the_field():
     assert sampler.scores().wasserstein == pytest.approx(cost, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_pictures_of_another_linear_map():
     # Estimated beside the fixed grid, and known exactly.
     plan = jitjax.PLANS["7x"].replace(activation="grid")
@@ -178,6 +180,7 @@ def test_pictures_of_another_linear_map():
     assert set(none.values()) == {0}
 
 
+@pytest.mark.slow
 def test_importance_is_judged_by_pictures():
     plan = jitjax.PLANS["4x"]
     with pytest.raises(ValueError, match="importance"):
@@ -203,6 +206,7 @@ PUBLISHED = {
 """Squared Wasserstein distances of the issue that asked for this judge."""
 
 
+@pytest.mark.slow
 def test_figures_that_were_published():
     figures = {name: PUBLISHED[name] for name, _ in gaussian.plans() if name in PUBLISHED}
     assert figures.keys() == PUBLISHED.keys()
@@ -216,6 +220,7 @@ def test_figures_that_were_published():
             assert distance == pytest.approx(expected, rel=tolerance), (name, solver)
 
 
+@pytest.mark.slow
 def test_history_that_is_kept_over_transitions_pays():
     plan = dict(gaussian.plans())["7x, hit"]
     kept, restarted = (

@@ -120,6 +120,7 @@ def test_choices_keep_to_their_budgets():
             assert 0.8 * 50 / budget < plan_scores.evaluations(plan) <= plan_scores.allowed(budget)
 
 
+@pytest.mark.slow
 def test_searches_find_better_plans():
     fields = [Field(8, 2.5), Field(8, 4)]
     family = FAMILIES["beta"]

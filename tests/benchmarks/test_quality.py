@@ -290,6 +290,7 @@ def test_teacache_without_reuse_is_euler_and_threshold_meets_the_count():
     np.testing.assert_allclose(full, euler(decay), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_indicator_is_the_first_blocks_modulated_input(small):
     """Compares with the transformer's own intermediate values."""
     config = dataclasses.replace(small.config.transformer, num_layers=1, num_single_layers=1)
@@ -358,6 +359,7 @@ def test_interval_has_its_nominal_coverage():
     assert scores.interval(np.ones(5)) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_methods_run_on_a_small_model(small):
     grid = (4, 4)
     peer_names = ["teacache-11", "teacache-7", "taylor-7"]

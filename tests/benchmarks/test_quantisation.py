@@ -11,6 +11,7 @@ from jitjax.models.quantised import KINDS
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
+@pytest.mark.slow
 def test_errors_grow_with_the_rounding():
     rows = {row["kind"]: np.array(row["errors"]) for row in quantisation.errors("tiny", 64)}
     assert rows.keys() == {"bfloat16", *KINDS}
@@ -20,6 +21,7 @@ def test_errors_grow_with_the_rounding():
     assert (rows["int4"] < 0.5).all()
 
 
+@pytest.mark.slow
 def test_files_have_the_bytes_of_memory():
     rows = {row["kind"]: row for row in quantisation.sizes("tiny")}
     for row in rows.values():

@@ -108,6 +108,7 @@ def test_the_formula_agrees_with_xla(config, tokens, text):
     assert 0.999 < ratio < 1.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "4x", "7x"])
 def test_the_formula_of_a_plan_agrees_with_xla(name):
     """The whole solve: every step of every stage, with the lifter and the transitions."""
@@ -142,6 +143,7 @@ def small_model(monkeypatch):
     monkeypatch.setitem(speed_models.MODELS, "middle", SMALL)
 
 
+@pytest.mark.slow
 def test_the_linear_plan_is_the_plan_with_another_velocity(small_model):
     """Only the velocity differs: dense, the linear map's solution is known."""
     bench = speed_models.Bench("middle", 64, 8, "float32", "auto")
@@ -151,8 +153,9 @@ def test_the_linear_plan_is_the_plan_with_another_velocity(small_model):
     np.testing.assert_allclose(bench.linear_plan(plan)(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("pad_to", [1, 16])
+@pytest.mark.parametrize("pad_to", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):
     bench = speed_models.Bench("middle", 128, 8, "float32", "auto")
     by_diffrax, by_hand = solver_loop.stage_pair(
@@ -162,6 +165,7 @@ def test_the_loop_by_hand_is_the_first_stage(small_model, linear, pad_to):
     np.testing.assert_allclose(by_hand(), by_diffrax(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_row(small_model, monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = "--model middle --json --size 64 --text 8 --rounds 2 --matmul 64"

@@ -134,7 +134,10 @@ def test_load_rejects_a_truncated_file(copy):
         jitjax.load(copy)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize(
+    "delay",
+    [pytest.param(0.0, marks=pytest.mark.slow), 0.05, pytest.param(0.2, marks=pytest.mark.slow)],
+)
 def test_killed_save_leaves_the_old_or_the_new_checkpoint(small, copy, delay):
     code = (
         "import sys, jitjax\n"
@@ -163,6 +166,7 @@ def test_failed_save_leaves_no_files(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_load_places_arrays_on_the_requested_sharding(saved):
     code = (
         "import sys, jax, numpy as np, jitjax\n"

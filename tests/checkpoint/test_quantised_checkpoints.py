@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tracemalloc
 from pathlib import Path
@@ -18,10 +19,11 @@ from jitjax.checkpoint.array_layout import Digest
 from jitjax.checkpoint.array_reader import StoredLeaf
 from jitjax.checkpoint.saving import digest_of_config
 from jitjax.models import quantised
-from jitjax.models.quantised import KINDS, as_dicts, is_quantisable
+from jitjax.models.quantised import as_dicts, is_quantisable
 from jitjax.nested import flatten
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 KERNEL = "single_blocks/out/kernel"
 
 
@@ -41,7 +43,7 @@ def int8(small, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int4", slow("int8"), slow("float8")])
 def test_quantised_parameters_are_saved_and_loaded_as_they_are(kind, small, saved, tmp_path):
     params = quantise_params(small, kind)
     assert_equal(jitjax.load(saved, quantise=kind), params)

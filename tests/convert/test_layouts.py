@@ -366,6 +366,7 @@ def test_parts_are_saved_and_loaded(tmp_path, states):
         jitjax.load(tmp_path / "saved", parts="transformer")
 
 
+@pytest.mark.slow
 def test_command_with_models_from_several_files(tmp_path, states, trees, capsys):
     """Single files given by option, then a folder with another transformer."""
     for name in ("tokenizer", "tokenizer_2"):

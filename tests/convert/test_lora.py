@@ -144,6 +144,7 @@ def test_peft_metadata(tmp_path, states, params, rslora):
     assert_close(merge_loras(params, [(path, 1.0)]).transformer, expected)
 
 
+@pytest.mark.slow
 def test_load_merges_updates(tmp_path, states, params):
     """`load` returns merged device arrays of the requested dtype; the checkpoint is unchanged."""
     update, folder = random_update(4), tmp_path / "checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jitjax.loading import BUNDLED
 from jitjax.models.quantised import KINDS, dequantise, is_quantised
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TINY = str(BUNDLED / "tiny")
 
 
@@ -38,7 +40,7 @@ def plain(states) -> FluxParams:
     return FluxParams(tree, {}, {}, {}, FluxConfig(**CONFIGS), "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", slow("int4"), slow("float8")])
 def test_quantising_at_conversion_is_quantising_at_load(tmp_path, kind):
     arguments = [TINY, "--parts", "transformer", "clip", "--dtype", "float32"]
     assert main([*arguments, "--quantise", kind, "--out", str(tmp_path / kind)]) == 0
@@ -52,6 +54,7 @@ def test_quantising_at_conversion_is_quantising_at_load(tmp_path, kind):
         jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
+@pytest.mark.slow
 def test_a_quantised_checkpoint_has_no_diffusers_folder(tmp_path, capsys):
     checkpoint, folder = str(tmp_path / "int8"), tmp_path / "back"
     assert main([TINY, "--quantise", "int8", "--out", checkpoint]) == 0
@@ -77,6 +80,7 @@ def weights(tree):
     return jax.tree.map(weight, tree, is_leaf=is_quantised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_is_added_exactly(tmp_path, states, plain, kind):
     """What a LoRA changes is the same as without quantisation, however coarse the values are."""
@@ -135,6 +139,7 @@ def test_other_updates_are_refused(tmp_path, plain):
         merge_loras(params, [(tmp_path / "diff.safetensors", 1.0)])
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_in_the_dtype(tmp_path, plain):
     update = {name: (a, 1e6 * b) for name, (a, b) in random_update(2).items()}
     file = write(tmp_path, "large", peft(update))

@@ -110,7 +110,7 @@ def expected(tmp_path_factory, state):
     return output
 
 
-@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("by_block", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_output(
     tmp_path, state, expected, layout, by_block, monkeypatch

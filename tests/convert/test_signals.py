@@ -55,9 +55,14 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("grace", "signals"), [(0.5, 1), (600, 2)], ids=["after the grace period", "second signal"]
+    ("grace", "signals", "replaces"),
+    [
+        pytest.param(0.5, 1, True, id="after the grace period, replacing"),
+        pytest.param(0.5, 1, False, id="after the grace period", marks=pytest.mark.slow),
+        pytest.param(600, 2, True, id="second signal, replacing", marks=pytest.mark.slow),
+        pytest.param(600, 2, False, id="second signal"),
+    ],
 )
-@pytest.mark.parametrize("replaces", [False, True])
 def test_forced_end_removes_the_hidden_folder(source, tmp_path, grace, signals, replaces):
     arguments = ["--transformer", str(source), "--out", str(tmp_path / "out")]
     if replaces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -31,6 +32,8 @@ from jitjax.convert.targets.checkpoint import ArrayPool
 # orbax leaves reads unfinished if a file is damaged.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["jitjax.convert.__main__", "orbax.checkpoint.experimental.v1"])
 
@@ -49,12 +52,18 @@ def folder(small, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def checkpoint(folder, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def converted(folder, tmp_path_factory) -> Path:
     """A checkpoint converted from `folder`."""
-    target = tmp_path / "checkpoint"
+    target = tmp_path_factory.mktemp("converted") / "checkpoint"
     assert main([str(folder), "--dtype", "auto", "--out", str(target)]) == 0
     return target
+
+
+@pytest.fixture
+def checkpoint(converted, tmp_path) -> Path:
+    """A copy of `converted`, which a test may damage."""
+    return Path(shutil.copytree(converted, tmp_path / "checkpoint"))
 
 
 def data_files(path: Path) -> list[Path]:
@@ -68,6 +77,7 @@ def flip_bit(path: Path, offset: int, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split_bytes", [0, diffusers_folder.SPLIT_BYTES])
 def test_splitting_does_not_change_the_result(folder, small, tmp_path, monkeypatch, split_bytes):
     """Small limits split small leaves like large ones; orbax alone reads the same arrays."""
@@ -181,7 +191,7 @@ def test_verify_and_load_detect_a_flipped_bit(checkpoint, capsys):
     assert main(["--verify", str(checkpoint)]) == 0
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [PARTS[0], *(slow(part) for part in PARTS[1:])])
 def test_verify_and_load_detect_a_truncated_file(checkpoint, part):
     files = [p for p in data_files(checkpoint) if p.is_relative_to(checkpoint / "params" / part)]
     path = max(files, key=lambda p: p.stat().st_size)
@@ -191,7 +201,7 @@ def test_verify_and_load_detect_a_truncated_file(checkpoint, part):
         jitjax.load(checkpoint)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*(slow(part) for part in PARTS[:-1]), PARTS[-1]])
 def test_verify_and_load_detect_a_missing_file(checkpoint, part):
     path = next(p for p in data_files(checkpoint) if p.is_relative_to(checkpoint / "params" / part))
     path.unlink()
@@ -226,6 +236,7 @@ def _convert_with_file_size_limit(arguments: list[str], limit: int) -> None:
     os._exit(main(arguments))
 
 
+@pytest.mark.slow
 def test_killed_conversions_leave_no_partial_checkpoint(folder, small, tmp_path):
     """Twelve conversions are killed at random moments."""
     target = tmp_path / "killed"

@@ -152,6 +152,7 @@ def test_order_of_tokens_does_not_matter(params):
     assert_close(forward(params, permuted), forward(params, inputs)[:, order])
 
 
+@pytest.mark.slow
 def test_scalar_sigma_equals_one_sigma_per_sample(params):
     inputs = random_inputs(2)
     scalars = inputs | {"sigma": 0.25, "guidance": jnp.float32(3.5)}
@@ -173,7 +174,10 @@ def test_gradient_reaches_every_parameter(params):
     assert not [name for name, value in largest.items() if not 0 < value < np.inf]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 0.1), (jnp.float16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.bfloat16, 0.1), pytest.param(jnp.float16, 0.02, marks=pytest.mark.slow)],
+)
 def test_narrow_dtypes(params, dtype, tolerance: float):
     inputs = random_inputs(2)
     narrow = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}

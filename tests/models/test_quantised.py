@@ -44,7 +44,10 @@ def dequantised(tree):
     return jax.tree.map(lambda x: restored(x) if is_leaf(x) else x, tree, is_leaf=is_leaf)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "float8")]
+
+
+@pytest.fixture(scope="module", params=["int4", *SLOW_KINDS])
 def pair(request, small):
     """The small pipeline, quantised, and with the same weights dequantised."""
     params = quantise_params(small, request.param)
@@ -163,6 +166,7 @@ def test_t5_computes_with_the_dequantised_weights(pair):
     np.testing.assert_allclose(got, expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_vmap_over_pictures_and_over_weights(small):
     params = quantise_params(small, "int4").transformer
     tokens, conditioning = inputs(small, batch=2)

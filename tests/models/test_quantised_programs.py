@@ -33,7 +33,12 @@ WIDE = FluxConfig(
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("int8", "bfloat16"), ("int4", "float32"), ("float8", "float32")]
+    ("kind", "dtype"),
+    [
+        pytest.param("int8", "bfloat16", marks=pytest.mark.slow),
+        ("int4", "float32"),
+        pytest.param("float8", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_no_stack_is_ever_dequantised(kind, dtype):
     """No array of the compiled program has the size of a stack, other than the quantised ones."""

@@ -43,13 +43,19 @@ def tiny():
     return jitjax.load("tiny")
 
 
-@pytest.mark.parametrize("config", [CONFIG, TWO_LEVELS], ids=["three levels", "two levels"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="three levels", marks=pytest.mark.slow),
+        pytest.param(TWO_LEVELS, id="two levels"),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "pixels"),
     [
         ((1, 12, 10, 4), 1),  # the lowest possible strips
         ((2, 9, 7, 4), 2**9),  # a last strip of fewer rows than the others
-        ((1, 5, 16, 4), 2**20),  # one strip
+        pytest.param((1, 5, 16, 4), 2**20, marks=pytest.mark.slow),  # one strip
         ((1, 1, 8, 4), 1),  # a picture that is lower than a strip
     ],
 )
@@ -64,6 +70,7 @@ def test_image_is_that_of_the_untiled_decoder(config, shape, pixels, monkeypatch
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bundled_decoder(tiny, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**12)
     config, params = tiny.config.autoencoder, tiny.part("autoencoder")["decoder"]
@@ -87,7 +94,7 @@ def test_bundled_decoder(tiny, monkeypatch):
     assert errors[untiled] / 2 < 1 / 255  # images are in [-1, 1]
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("mode", [pytest.param("reverse", marks=pytest.mark.slow), "forward"])
 def test_derivatives(mode, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
     params, latents = decoder_params(CONFIG), random_latents(2, 6, 5, 4)
@@ -109,6 +116,7 @@ def test_derivatives(mode, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch(monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
     params, latents = decoder_params(CONFIG), random_latents(3, 2, 6, 5, 4)

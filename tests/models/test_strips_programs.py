@@ -15,6 +15,7 @@ from jitjax.models.autoencoder import Autoencoder, from_latents
 from jitjax.models.strips import decode_latents, encode_images
 from jitjax.sampler.plan import Plan
 
+OTHERS = ("cuda", "tpu", "rocm")
 FULL = AutoencoderConfig()
 
 
@@ -25,7 +26,12 @@ def abstract_decode(decoder, height, width):
 
 @pytest.mark.parametrize(
     ("height", "width", "whole"),
-    [(1024, 1024, True), (512, 2048, True), (1024, 1040, False), (2064, 512, False)],
+    [
+        (1024, 1024, True),
+        pytest.param(512, 2048, True, marks=pytest.mark.slow),
+        (1024, 1040, False),
+        pytest.param(2064, 512, False, marks=pytest.mark.slow),
+    ],
 )
 def test_images_up_to_1024_squared_are_decoded_by_the_same_program_as_before(height, width, whole):
     def before(params, latents):
@@ -42,7 +48,7 @@ def test_images_up_to_1024_squared_are_decoded_by_the_same_program_as_before(hei
     assert (texts[0] == texts[1]) == whole
 
 
-@pytest.mark.parametrize("side", [2048, 4096])
+@pytest.mark.parametrize("side", [2048, pytest.param(4096, marks=pytest.mark.slow)])
 def test_full_size_memory(side):
     """Untiled, 2048 x 2048 take 14 GiB; 1024 x 1024, the most that is decoded untiled, 3.5 GiB.
 
@@ -68,7 +74,9 @@ def test_full_size_memory_of_the_encoder(height, width, most):
     assert 0.9 * most < values < 1.01 * most
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
+@pytest.mark.parametrize(
+    "platform", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_full_size_program_has_no_array_of_all_logits(platform):
     """The mid block attends over 65536 latent pixels at 2048 x 2048.
 

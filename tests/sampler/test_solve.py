@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2, Multistep
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 GRID = (6, 7)
 N = GRID[0] * GRID[1]
@@ -79,7 +82,7 @@ def solve(plan=PLAN, batch=2, *, seed=0, nan_in_padding=False, counted=False, **
     )
 
 
-@pytest.mark.parametrize("plan", [PLAN, PLAN.replace(pad_to=32), Plan(5)])
+@pytest.mark.parametrize("plan", [slow(PLAN), PLAN.replace(pad_to=32), Plan(5)])
 @pytest.mark.parametrize("progress", [None, lambda done: COUNT.update(["progress"])])
 def test_velocity_is_evaluated_once_per_step(plan, progress):
     COUNT.clear()
@@ -223,7 +226,11 @@ OPTIONS = [
 ] + [{"microflow": m, "microflow_steps": 3} for m in CHOICES["microflow"]]
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=str)
+QUICK = OPTIONS[:: len(OPTIONS) // 4]  # tests of each choice are in `test_anchors.py` and others
+SLOW = [pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS if option not in QUICK]
+
+
+@pytest.mark.parametrize("option", [*QUICK, *SLOW], ids=str)
 def test_every_option_runs_and_ignores_padding(option):
     plan = PLAN.replace(**option)
     scores = jax.random.uniform(jax.random.key(5), (2, N))
@@ -266,7 +273,10 @@ def test_activation_random_follows_the_random_scores():
     assert new[0].tolist() == others[::-1][: new.shape[1]].tolist()
 
 
-@pytest.mark.parametrize("plan", [PLAN, PLAN.replace(pad_to=32), Plan(5)])
+@pytest.mark.parametrize(
+    "plan",
+    [slow(PLAN), PLAN.replace(pad_to=32), slow(Plan(5))],
+)
 @pytest.mark.parametrize("progress", [None, lambda done: None])
 def test_trace_agrees_with_the_solve_and_does_not_change_it(plan, progress):
     plain = solve(plan)

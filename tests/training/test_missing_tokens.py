@@ -89,6 +89,7 @@ def test_subsets_hold_the_layout_or_the_most_important_tokens():
     assert 20 < (free > 700).sum() < 44
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_falls(scenes):
     keys = iter(jax.random.split(jax.random.key(4), 200))
 
