@@ -102,6 +102,9 @@ def compile(
         batch: number of images per call.
         attention: as for `sample`.
 
+    Returns:
+        A function of `batch` prompts, a key and a guidance.
+
     Raises:
         ValueError: the plan, the size, the batch or `attention` is not supported, or a model has no
             parameters, or has them in host memory.

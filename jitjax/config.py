@@ -273,6 +273,14 @@ class FluxConfig:
             their number.
         base_seq, max_seq: numbers of image tokens.
         shift: shift if `dynamic_shift` is False.
+
+    Raises:
+        ValueError: a field has another type, is out of range, or does not fit another.
+
+    Examples:
+        >>> config = jitjax.FluxConfig()
+        >>> config.transformer.hidden, config.pixels_per_token
+        (3072, 16)
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)

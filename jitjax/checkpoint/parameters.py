@@ -56,7 +56,10 @@ class FluxParams:
         return f"FluxParams({', '.join(parts)})"
 
     def part(self, name: str) -> dict[str, Any]:
-        """Return the parameters of one of `PARTS`.
+        """Return the parameters of one part.
+
+        Args:
+            name: "transformer", "t5", "clip" or "autoencoder".
 
         Raises:
             ValueError: the part is not loaded.
@@ -136,6 +139,12 @@ def quantise_params(params: FluxParams, kind: str) -> FluxParams:
 
     Raises:
         ValueError: `kind` is unknown, does not fit a layer, or weights are quantised to another.
+
+    Examples:
+        >>> params = jitjax.load("tiny", parts=("transformer",))
+        >>> size = lambda params: sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        >>> round(size(params) / size(jitjax.quantise_params(params, "int8")), 1)
+        3.3
     """
     trees = {part: quantise_tree(part, getattr(params, part), kind) for part in PARTS}
     return dataclasses.replace(params, **trees)

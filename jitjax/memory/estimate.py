@@ -132,9 +132,19 @@ def estimate_memory(
         platform: "gpu" or "cpu".
         attention: "auto" (cuDNN's for 16 bits on a GPU, else XLA's), "cudnn" or "xla".
 
+    Returns:
+        Bytes of each part and of each program, and what they add up to.
+
     Raises:
         ValueError: an argument has none of these values.
         FileNotFoundError: there is no such model.
+
+    Examples:
+        >>> estimate = jitjax.estimate_memory("flux-dev", quantise="int8")
+        >>> f"{estimate.device / 1e9:.1f} GB, {estimate.low_memory / 1e9:.1f} GB"
+        '19.2 GB, 12.5 GB'
+        >>> estimate.fits(24), estimate.fits(16), estimate.fits(16, low_memory=True)
+        (True, False, True)
     """
     for name, value, allowed in (
         ("platform", platform, PLATFORMS),
