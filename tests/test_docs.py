@@ -64,9 +64,7 @@ def sections(documented: Any) -> dict[str, set[str]]:
 def test_reference_has_every_public_name():
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     shown = {path: find(path) for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
-    missing = [
-        name for name in NAMES if not any(found is public(name) for found in shown.values())
-    ]
+    missing = [name for name in NAMES if not any(found is public(name) for found in shown.values())]
     assert not missing
 
 
