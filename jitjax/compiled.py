@@ -30,7 +30,8 @@ class CompiledSampler:
     Attributes:
         params: the parameters that it was compiled with.
         plan: the plan.
-        height, width: size of the images in pixels.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
         batch: number of images.
         executable: the program, a `jax.stages.Compiled`: it has `memory_analysis()`.
     """

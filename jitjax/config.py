@@ -265,13 +265,17 @@ class FluxConfig:
     `scheduler/scheduler_config.json`; see `jitjax.sampler.schedule.Shift`.
 
     Attributes:
-        transformer, t5, clip, autoencoder: configurations of the models.
+        transformer: configuration of the transformer.
+        t5: configuration of the T5 encoder.
+        clip: configuration of the CLIP text encoder.
+        autoencoder: configuration of the autoencoder.
         text_length: number of T5 tokens that every prompt is truncated and padded to.
         image_size: default height and width of an image, in pixels.
         dynamic_shift: whether the shift depends on the number of image tokens.
-        base_shift, max_shift: dynamic shift at `base_seq` and at `max_seq` image tokens, linear in
-            their number.
-        base_seq, max_seq: numbers of image tokens.
+        base_shift: dynamic shift at `base_seq` image tokens; linear in their number.
+        max_shift: dynamic shift at `max_seq` image tokens.
+        base_seq: number of image tokens at which the shift is `base_shift`.
+        max_seq: number of image tokens at which it is `max_shift`; more than `base_seq`.
         shift: shift if `dynamic_shift` is False.
 
     Raises:

@@ -45,7 +45,10 @@ def public(path: str) -> Any:
 
 
 def sections(documented: Any) -> dict[str, set[str]]:
-    """Return the names of the entries of each section of a docstring."""
+    """Return the names of the entries of each section of a docstring.
+
+    An entry of "Args" may have several names; the site shows only the first of "Attributes".
+    """
     found: dict[str, set[str]] = {}
     lines = inspect.cleandoc(documented.__doc__).splitlines()
     if lines[0].startswith("Return "):
@@ -58,6 +61,7 @@ def sections(documented: Any) -> dict[str, set[str]]:
             section = None
         elif section is not None and (entry := re.match(r" {4}([\w*]+(?:, [\w*]+)*):", line)):
             section |= {name.lstrip("*") for name in entry[1].split(", ")}
+            assert section is not found.get("Attributes") or ", " not in entry[1]
     return found
 
 

@@ -29,9 +29,12 @@ class FluxParams:
     is a summary, which copies nothing from the devices.
 
     Attributes:
-        transformer, t5, clip, autoencoder: nested dictionaries of arrays, with the blocks stacked
-            along the first axis; empty if the part is not loaded. Quantised kernels are
+        transformer: nested dictionaries of arrays, with the blocks stacked along the first axis;
+            empty if the part is not loaded. Quantised kernels are
             `jitjax.models.quantised.Quantised`, a pytree of two arrays.
+        t5: those of the T5 encoder.
+        clip: those of the CLIP text encoder.
+        autoencoder: those of the autoencoder; no stacks.
         config: configuration of all parts, including those that are not loaded.
         tokenizer: path of the folder with `tokenizer/` (CLIP) and `tokenizer_2/` (T5); "" if there
             is none.
