@@ -106,7 +106,18 @@ def test_examples_in_docstrings():
 @pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("page", ["index.md", "recipes.md"])
 def test_snippets_run(page, tmp_path, monkeypatch):
-    """The Python blocks of a page run one after another, as one program."""
+    """The Python blocks of a page run one after another, as one program.
+
+    They run as they stand, but the default size of a picture is 64 px.
+    """
+    load = jitjax.load
+
+    def load_small(*arguments, **settings):
+        params = load(*arguments, **settings)
+        config = dataclasses.replace(params.config, image_size=64)
+        return dataclasses.replace(params, config=config)
+
+    monkeypatch.setattr(jitjax, "load", load_small)
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
