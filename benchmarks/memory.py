@@ -35,7 +35,7 @@ from jitjax.sampler.solvers import named_solver, with_last_velocity
 from jitjax.sampler.static import split_arrays
 from jitjax.sampler.terms import SagArgs
 from jitjax.text import Conditioning, encode_ids
-from jitjax.velocity import FluxVelocity
+from jitjax.velocity import FluxVelocity, VelocityInputs
 
 FULL = FluxConfig()
 MIDDLE = FluxConfig(
@@ -134,7 +134,7 @@ def lower_stage(
     transformer = abstract_params(config, dtype, quantise).transformer
     scale = Shape((batch,), jnp.float32)
     guided = (conditioning, scale) if negative else ()
-    args = transformer, conditioning, scale, *guided
+    args = VelocityInputs(transformer, conditioning, scale, *guided)
     y = Shape((batch, n, config.transformer.out_channels), jnp.float32)
     options = tuple(sorted((compiler_options() or {}).items()))
     return solve._programs(velocity, options).integrate.lower(
@@ -144,6 +144,7 @@ def lower_stage(
         y,
         Shape((3,), jnp.float32),
         SagArgs(lifter, args),
+        None,
         None,
     )
 

@@ -31,7 +31,8 @@ class CompiledSampler:
     Attributes:
         params: the parameters that it was compiled with.
         plan: the plan.
-        height, width: size of the images in pixels.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
         batch: number of images.
         executable: the program, a `jax.stages.Compiled`: it has `memory_analysis()`.
     """
@@ -102,6 +103,9 @@ def compile(
         height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
         batch: number of images per call.
         attention: as for `sample`.
+
+    Returns:
+        A function of `batch` prompts, a key and a guidance.
 
     Raises:
         ValueError: the plan, the size, the batch or `attention` is not supported, a model has no

@@ -38,6 +38,10 @@ class Conditioning:
     Attributes:
         text: [b, t, d] T5 embeddings, one per token, padding included.
         pooled: [b, p] CLIP embeddings, one per prompt.
+
+    Examples:
+        >>> jitjax.Conditioning(jnp.zeros((1, 512, 4096)), jnp.zeros((1, 768)))
+        Conditioning(text=float32[1, 512, 4096], pooled=float32[1, 768])
     """
 
     text: Float[Array, "b t d"]
@@ -51,7 +55,15 @@ class Conditioning:
         return f"Conditioning({', '.join(shapes)})"
 
     def check(self, config: FluxConfig, batch: int | None = None) -> None:
-        """Raise `ValueError` unless the shapes fit `config` and, if it is given, `batch`."""
+        """Check the shapes.
+
+        Args:
+            config: configuration of the models, which gives the widths.
+            batch: the number of prompts; None for any.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
         t5_width, clip_width = config.t5.d_model, config.clip.hidden_size
         b = "batch" if batch is None else batch
         for name, value, expected in (
@@ -116,6 +128,9 @@ class Conditioning:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Conditioning:
         """Load embeddings that `save` has written, on to the default device.
+
+        Args:
+            path: the file.
 
         Raises:
             FileNotFoundError: there is no file.

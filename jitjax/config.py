@@ -308,16 +308,28 @@ class FluxConfig:
     `scheduler/scheduler_config.json`; see `jitjax.sampler.schedule.Shift`.
 
     Attributes:
-        transformer, t5, clip, autoencoder: configurations of the models.
+        transformer: configuration of the transformer.
+        t5: configuration of the T5 encoder.
+        clip: configuration of the CLIP text encoder.
+        autoencoder: configuration of the autoencoder.
         text_length: number of T5 tokens that every prompt is truncated and padded to.
         image_size: default height and width of an image, in pixels.
         dynamic_shift: whether the shift depends on the number of image tokens.
-        base_shift, max_shift: dynamic shift at `base_seq` and at `max_seq` image tokens, linear in
-            their number.
-        base_seq, max_seq: numbers of image tokens.
+        base_shift: dynamic shift at `base_seq` image tokens; linear in their number.
+        max_shift: dynamic shift at `max_seq` image tokens.
+        base_seq: number of image tokens at which the shift is `base_shift`.
+        max_seq: number of image tokens at which it is `max_shift`; more than `base_seq`.
         shift: shift if `dynamic_shift` is False.
         uses_reference: whether the model is known to be FLUX.1 Kontext, which edits a reference
             picture. Its shapes are FLUX.1-dev's, so False also stands for unknown.
+
+    Raises:
+        ValueError: a field has another type, is out of range, or does not fit another.
+
+    Examples:
+        >>> config = jitjax.FluxConfig()
+        >>> config.transformer.hidden, config.pixels_per_token
+        (3072, 16)
     """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)

@@ -90,6 +90,11 @@ def load(
             does not go with how the checkpoint is quantised; a requested part is missing; an update
             does not fit the parameters; or an axis of `mesh` is unknown or does not divide the
             heads or features (raised before any array is read).
+
+    Examples:
+        >>> params = jitjax.load("tiny", parts=("transformer",), dtype="bfloat16")
+        >>> params.part("transformer")["image_in"]["kernel"].dtype
+        dtype(bfloat16)
     """
     # `convert/` is mapped into the package at installation, which type checkers do not follow.
     from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]

@@ -51,7 +51,8 @@ def encode_prompt(params: FluxParams, prompt: str | Sequence[str]) -> Conditioni
             empty prompt.
 
     Returns:
-        float32 embeddings.
+        float32 embeddings: `text` [b, t, d] of T5, where t is `params.config.text_length`, and
+        `pooled` [b, p] of CLIP.
 
     Raises:
         ValueError: `params` has no text encoders, there are no prompts, one has a character that

@@ -147,7 +147,10 @@ def compare(
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in [0, 1], in dB.
+    """Return the peak signal-to-noise ratio of two pictures, in dB; infinite if they are equal.
+
+    Args:
+        image, reference: pictures of one shape, in [0, 1].
 
     Raises:
         ValueError: their shapes differ.
@@ -171,6 +174,10 @@ def frames(
         trace: the record of a run, from `denoise(..., trace=True)`.
         grid: rows and columns of tokens.
         sample: index in the batch.
+
+    Returns:
+        One picture per step and one more, [height, width, 3] in [0, 1]; enlarged by a whole factor
+        if they have fewer than 384 rows.
 
     Raises:
         ValueError: the grid or the sample does not fit.

@@ -48,6 +48,7 @@ def loaded(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_the_picture_is_the_same_on_every_way(capsys, folder, tmp_path, loaded):
     prompt, common = "a red circle", ("--checkpoint", folder)
     path = tmp_path / "red.safetensors"

@@ -47,6 +47,7 @@ def picture(path):
         return np.asarray(image).astype(int), json.loads(image.text["settings"])
 
 
+@pytest.mark.slow
 def test_the_picture_is_that_of_sample_on_every_way(run, small, tmp_path):
     out = {name: tmp_path / f"{name}.png" for name in ("text", "low", "saved", "empty")}
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]

@@ -129,6 +129,7 @@ def test_a_picture_for_all_prompts_in_chunks(canny, pictures):
     assert np.abs(chunked[1] - shared[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_grad(canny, text, pictures):
     def run(picture, key, text, pooled):
         one = jitjax.Conditioning(text[None], pooled[None])
@@ -208,6 +209,7 @@ def test_fill_in_chunks_with_a_mask_for_all(fill, pictures):
     np.testing.assert_allclose(everything[0], everything[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fill_with_a_traced_mask_and_gradients(fill, text, pictures):
     """Gradients reach the picture, and the mask by what is composited."""
     one = jax.tree.map(lambda leaf: leaf[:1], text)
@@ -248,7 +250,7 @@ def fail(*arguments, **options):
 def test_a_model_that_needs_pictures_and_the_reverse(
     request, pictures, monkeypatch, model, arguments, message
 ):
-    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_both")):
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     given = {"image": pictures[:1], "control": pictures[:1], "mask": MASK}
     with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, (2, 32, 48, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_decode_inverts_encode_on_a_picture_of_the_trained_model():
     """`tiny` has an autoencoder that is trained: its own pictures come back."""
     params = jitjax.load("tiny")
@@ -49,6 +50,7 @@ def moments(params, images):
     return np.asarray(mean), np.asarray(logvar)
 
 
+@pytest.mark.slow
 def test_mean_and_samples_have_the_distribution_of_the_autoencoder(small, images):
     config = small.config.autoencoder
     mean, logvar = moments(small, images)
@@ -89,6 +91,7 @@ def test_encode_under_jit_vmap_and_grad(small, images):
     assert (jnp.abs(gradient).max((1, 2, 3)) > 0).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_give_float32_tokens(small, images):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small)
     got, expected = jitjax.encode(half, images), jitjax.encode(small, images)

@@ -149,6 +149,7 @@ def test_the_trace_starts_at_the_picture_and_new_anchors_hit_their_noise(small, 
     assert trace.evaluations == plan.steps
 
 
+@pytest.mark.slow
 def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
     params = jitjax.load("tiny")
     picture = jitjax.sample(
@@ -169,6 +170,7 @@ def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.slow
 def test_keys_chunks_and_progress(small, images, shared):
     prompts, key = [PROMPT, "a small blue square", PROMPT], jax.random.key(3)
     pictures = images[:1] if shared else np.concatenate([images, images[:1]])
@@ -191,6 +193,7 @@ def test_keys_chunks_and_progress(small, images, shared):
     np.testing.assert_allclose(jitted, batch, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_image_to_image_under_vmap_and_grad(small, images):
     text = jitjax.encode_prompt(small, PROMPT)
 

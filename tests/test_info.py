@@ -27,6 +27,7 @@ def test_parts_of_a_checkpoint(small, tmp_path):
     assert info["format"] == 5
 
 
+@pytest.mark.slow
 def test_a_quantised_checkpoint_has_the_same_parameters_in_fewer_bytes(small, tmp_path):
     quantised = jitjax.quantise_params(small, "int8")
     jitjax.save(quantised, tmp_path / "checkpoint")

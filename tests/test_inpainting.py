@@ -379,6 +379,7 @@ def test_a_known_mask_under_jit_runs_on_its_anchors(small, images, texts):
     np.testing.assert_allclose(got, run(images[:1], KEY), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_inpainting_under_vmap_and_grad(small, images, texts):
     """A traced mask runs on all tokens; gradients reach the picture and the soft edge."""
 
@@ -462,7 +463,7 @@ def test_errors_before_any_model_runs(small, images, monkeypatch, change, error,
     def fail(*arguments, **options):
         raise AssertionError("a model runs")
 
-    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_both")):
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"image": images, "mask": SMALL, "key": jax.random.key(0)} | change
     with pytest.raises(error, match=message):

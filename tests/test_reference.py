@@ -226,7 +226,7 @@ def fail(*arguments, **options):
     ],
 )
 def test_errors_before_any_model_runs(small, pictures, monkeypatch, change, error, message):
-    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_tokens")):
+    for module, name in (("task", "encode"), ("sample", "denoise"), ("sample", "encode_both")):
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"reference": pictures, "key": KEY} | change
     with pytest.raises(error, match=message):

@@ -227,6 +227,7 @@ def test_a_shared_negative_prompt_is_encoded_once(small, monkeypatch):
     assert rows == [6]
 
 
+@pytest.mark.slow
 def test_batches_chunks_progress_and_keys(small, sampled):
     keys = batch_keys(KEY, 3)
     alone = sample(small, PROMPTS[:1], NEGATIVES[:1], SCALES[:1], keys[:1])
@@ -246,6 +247,7 @@ def test_parameters_in_host_memory(small, sampled):
     np.testing.assert_allclose(sample(host), sampled, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_and_gradients(small, text, negative):
     def run(of_negative, scale, row):
         one = jax.tree.map(lambda x: x[None], (row, of_negative))

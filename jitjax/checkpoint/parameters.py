@@ -29,9 +29,12 @@ class FluxParams:
     is a summary, which copies nothing from the devices.
 
     Attributes:
-        transformer, t5, clip, autoencoder: nested dictionaries of arrays, with the blocks stacked
-            along the first axis; empty if the part is not loaded. Quantised kernels are
+        transformer: nested dictionaries of arrays, with the blocks stacked along the first axis;
+            empty if the part is not loaded. Quantised kernels are
             `jitjax.models.quantised.Quantised`, a pytree of two arrays.
+        t5: those of the T5 encoder.
+        clip: those of the CLIP text encoder.
+        autoencoder: those of the autoencoder; no stacks.
         config: configuration of all parts, including those that are not loaded.
         tokenizer: path of the folder with `tokenizer/` (CLIP) and `tokenizer_2/` (T5); "" if there
             is none.
@@ -56,7 +59,10 @@ class FluxParams:
         return f"FluxParams({', '.join(parts)})"
 
     def part(self, name: str) -> dict[str, Any]:
-        """Return the parameters of one of `PARTS`.
+        """Return the parameters of one part.
+
+        Args:
+            name: "transformer", "t5", "clip" or "autoencoder".
 
         Raises:
             ValueError: the part is not loaded.
@@ -136,6 +142,12 @@ def quantise_params(params: FluxParams, kind: str) -> FluxParams:
 
     Raises:
         ValueError: `kind` is unknown, does not fit a layer, or weights are quantised to another.
+
+    Examples:
+        >>> params = jitjax.load("tiny", parts=("transformer",))
+        >>> size = lambda params: sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        >>> round(size(params) / size(jitjax.quantise_params(params, "int8")), 1)
+        3.3
     """
     trees = {part: quantise_tree(part, getattr(params, part), kind) for part in PARTS}
     return dataclasses.replace(params, **trees)

@@ -137,9 +137,19 @@ def estimate_memory(
         negative: whether there are negative prompts: the transformer runs twice per step, one pass
             after another, and the text encoders on twice as many prompts.
 
+    Returns:
+        Bytes of each part and of each program, and what they add up to.
+
     Raises:
         ValueError: an argument has none of these values.
         FileNotFoundError: there is no such model.
+
+    Examples:
+        >>> estimate = jitjax.estimate_memory("flux-dev", quantise="int8")
+        >>> f"{estimate.device / 1e9:.1f} GB, {estimate.low_memory / 1e9:.1f} GB"
+        '19.2 GB, 12.5 GB'
+        >>> estimate.fits(24), estimate.fits(16), estimate.fits(16, low_memory=True)
+        (True, False, True)
     """
     for name, value, allowed in (
         ("platform", platform, PLATFORMS),

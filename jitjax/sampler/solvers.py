@@ -113,6 +113,14 @@ class AdamsBashforth2(_TwoStepSolver):
     the ratio of the step sizes. The first step of every stage is an Euler step, because the
     velocities are discontinuous between stages. The state is (velocity, step size, mean velocity)
     of the last step.
+
+    Source: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", III.5, for
+    steps of different sizes.
+
+    Examples:
+        >>> plan = jitjax.PLANS["4x"].replace(solver=jitjax.AdamsBashforth2())
+        >>> plan.steps
+        18
     """
 
     def step(

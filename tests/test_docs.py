@@ -1,0 +1,137 @@
+"""The documentation: every public name is in it and described, and its examples run."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import jitjax
+
+DOCS = Path(__file__).parent.parent / "docs"
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+NAMES = jitjax.__all__
+FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(jitjax, name))]
+FUNCTIONS += [f"viz.{name}" for name in jitjax.viz.__all__] + ["CompiledSampler.__call__"]
+CLASSES = [name for name in NAMES if inspect.isclass(getattr(jitjax, name))]
+
+
+def find(path: str) -> Any:
+    """Return the object of a dotted path that begins with the name of a module."""
+    head, _, name = path.rpartition(".")
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        return getattr(find(head), name)
+
+
+def public(path: str) -> Any:
+    """Return the object of a path within `jitjax`, where `jitjax.sample` is the function."""
+    found: Any = jitjax
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def sections(documented: Any) -> dict[str, set[str]]:
+    """Return the names of the entries of each section of a docstring.
+
+    An entry of "Args" may have several names; the site shows only the first of "Attributes".
+    """
+    found: dict[str, set[str]] = {}
+    lines = inspect.cleandoc(documented.__doc__).splitlines()
+    if lines[0].startswith("Return "):
+        found["Returns"] = set()
+    section = None
+    for line in lines:
+        if line.rstrip(":") in SECTIONS:
+            section = found.setdefault(line.rstrip(":"), set())
+        elif line and not line.startswith(" "):
+            section = None
+        elif section is not None and (entry := re.match(r" {4}([\w*]+(?:, [\w*]+)*):", line)):
+            section |= {name.lstrip("*") for name in entry[1].split(", ")}
+            assert section is not found.get("Attributes") or ", " not in entry[1]
+    return found
+
+
+def test_reference_has_every_public_name():
+    pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    shown = {path: find(path) for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
+    missing = [name for name in NAMES if not any(found is public(name) for found in shown.values())]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_described(name):
+    function = inspect.unwrap(public(name))
+    signature = inspect.signature(function)
+    found = sections(function)
+    assert found.get("Args", set()) == signature.parameters.keys() - {"self"}
+    assert "Raises" in found
+    assert "Returns" in found or signature.return_annotation in (None, "None")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fields_are_described(name):
+    cls = public(name)
+    if dataclasses.is_dataclass(cls):
+        fields = {field.name for field in dataclasses.fields(cls)}
+    else:
+        fields = set(getattr(cls, "_fields", ()))
+    assert sections(cls).get("Attributes", set()) == fields
+
+
+def test_examples_in_docstrings():
+    names = {"jax": jax, "jnp": jnp, "jitjax": jitjax}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for name in NAMES:
+        for test in finder.find(public(name), name, module=False, globs=dict(names)):
+            runner.run(test)
+    assert runner.summarize().attempted > 0
+    assert runner.summarize().failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("page", ["index.md", "recipes.md"])
+def test_snippets_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run one after another, as one program.
+
+    They run as they stand, but the default size of a picture is 64 px.
+    """
+    load = jitjax.load
+
+    def load_small(*arguments, **settings):
+        params = load(*arguments, **settings)
+        config = dataclasses.replace(params.config, image_size=64)
+        return dataclasses.replace(params, config=config)
+
+    monkeypatch.setattr(jitjax, "load", load_small)
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (96, 96, 3), np.uint8)).save("picture.png")
+    width = jitjax.load("tiny", parts=("transformer",)).config.transformer.hidden
+    layer = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    shapes = {"A": (2, width), "B": (width, 2)}
+    lora = {f"{layer}{m}.weight": random.normal(size=shapes[m]) for m in shapes}
+    save_file({name: x.astype(np.float32) for name, x in lora.items()}, "style.safetensors")
+
+    text = (DOCS / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        above = "\n" * text.count("\n", 0, block.start(1))  # for the line numbers of tracebacks
+        exec(compile(above + block[1], str(DOCS / page), "exec"), names)
