@@ -29,10 +29,11 @@ import time
 
 import jax
 import matplotlib.pyplot as plt
+import numpy as np
 
 import jitjax
 
-print(jax.default_backend(), jax.devices())
+print(f"running on {jax.default_backend()}: {jax.devices()}")
 
 # %% [markdown]
 # `load` returns a pytree of arrays with the configuration attached. `tiny` is a complete FLUX
@@ -80,6 +81,45 @@ figure, axes = plt.subplots(1, 4, figsize=(10, 2.6))
 for axis, image in zip(axes, images, strict=True):
     axis.imshow(image)
     axis.axis("off")
+
+# %% [markdown]
+# ## Pictures in
+#
+# Start from a picture (`strength` is the share of the steps that is run), draw within a mask (the
+# rest of the picture stays to the bit), or move away from a negative prompt.
+
+# %%
+
+ground = "on a grey background"
+
+
+def draw(prompt, seed, **options):
+    return np.asarray(jitjax.sample(params, prompt, key=jax.random.key(seed), **options))
+
+
+square = draw(f"a large blue square {ground}", 4)
+pair = draw(f"a medium blue square left of a medium red circle {ground}", 5)
+mask = np.zeros((1, 512, 512), np.float32)
+mask[:, 112:400, 264:504] = 1
+images = {
+    "a picture": square,
+    "image to image:\nred": draw(f"a large red square {ground}", 4, image=square, strength=0.6),
+    "another picture": pair,
+    "within a mask:\na yellow star": draw(
+        f"a medium blue square left of a medium yellow star {ground}", 6, image=pair, mask=mask
+    ),
+    "a large square,\nbut not blue": draw(
+        "a large square", 4, negative_prompt="a large blue square"
+    ),
+}
+figure, axes = plt.subplots(1, 5, figsize=(12, 3))
+for axis, (title, image) in zip(axes, images.items(), strict=True):
+    axis.imshow(image[0])
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+kept = mask[0] == 0
+same = (images["within a mask:\na yellow star"][0][kept] == pair[0][kept]).all()
+print(f"outside the mask nothing has changed: {same}")
 
 # %% [markdown]
 # ## In your own program
