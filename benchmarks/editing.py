@@ -181,13 +181,13 @@ def _negative(scale: float, strength: float) -> Way:
 
 TASKS: dict[str, dict[str, Way]] = {
     "recolour": {
-        **{f"strength {value}": _strength(value) for value in (0.5, 0.6, 0.7)},
-        **{f"mask, strength {value:g}": _masked(value) for value in (0.6, 0.8, 1.0)},
+        **{f"strength {value}": _strength(value) for value in (0.6, 0.5, 0.7)},
+        "mask": _masked(1.0),
     },
     "add": {"mask": _masked(1.0), "strength 0.7": _strength(0.7)},
     "plain": {
-        "prompt alone": _strength(0.6),
-        **{f"negative, {scale:g}": _negative(scale, 0.6) for scale in (2.0, 3.0, 5.0)},
+        "prompt alone": _strength(0.4),
+        **{f"negative, {scale:g}": _negative(scale, 0.4) for scale in (4.0, 2.0)},
     },
 }
 """Ways of each task by name; the first two are shown on the sheet."""

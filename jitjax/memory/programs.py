@@ -189,7 +189,7 @@ def _both_passes(s: Settings, slots: int) -> int:
     size = FLOAT32 if s.platform == "cpu" else s.itemsize
     # Both conditionings as one array, both velocities, and the image stream before the blocks,
     # which is the same in both passes.
-    return _conditioning(s) + s.batch * slots * (2 * FLOAT32 * c.in_channels + size * c.hidden)
+    return _conditioning(s) + s.batch * slots * (2 * FLOAT32 * c.out_channels + size * c.hidden)
 
 
 def _transformer_temporaries(s: Settings, slots: int) -> int:
@@ -256,7 +256,7 @@ def image_encoder(s: Settings) -> Program:
         s.weights("autoencoder", "encoder"),
         FLOAT32 * s.batch * height * width * config.in_channels,
         s.batch * size * values,
-        FLOAT32 * s.batch * s.tokens * s.config.transformer.in_channels,
+        FLOAT32 * s.batch * s.tokens * s.config.transformer.out_channels,
     )
 
 
