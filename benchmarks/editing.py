@@ -2,7 +2,7 @@
 
     python -m benchmarks.editing                         three tasks of 60 cases
     python -m benchmarks.editing recolour --cases 12     one task, fewer cases
-    python -m benchmarks.editing --sheet docs/editing.webp    and a contact sheet of the first cases
+    python -m benchmarks.editing --sheets docs           and contact sheets of the first cases
 
 Pictures to start from are drawn by `training.scenes`, and the checker of `benchmarks.checker`
 judges the results. Cases depend on their number only, and every way of a task has the same noise.
@@ -190,7 +190,7 @@ TASKS: dict[str, dict[str, Way]] = {
         **{f"negative, {scale:g}": _negative(scale, 0.4) for scale in (4.0, 2.0)},
     },
 }
-"""Ways of each task by name; the first two are shown on the sheet."""
+"""Ways of each task by name."""
 
 
 def run(params: jitjax.FluxParams, cases: list[Case], way: Way, plan: str) -> np.ndarray:
@@ -233,7 +233,9 @@ def main() -> None:
     parser.add_argument("--plan", default=DEFAULT_PLAN, help="default: %(default)s")
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--out", type=Path, help="append the rows to a file, too")
-    parser.add_argument("--sheet", type=Path, help="draw the first cases: a WebP or PNG file")
+    parser.add_argument(
+        "--sheets", type=Path, metavar="FOLDER", help="draw the first cases: editing-TASK.webp"
+    )
     args = parser.parse_args()
     unknown = [task for task in args.tasks if task not in TASKS]
     if unknown:
@@ -241,23 +243,18 @@ def main() -> None:
     if args.cases < 1:
         parser.error(f"--cases is {args.cases}; expected 1 or more")
     params = jitjax.load(args.checkpoint)
-    rows: dict[str, list[np.ndarray]] = {}
-    captions: list[str] = []
     for task in args.tasks or TASKS:
         cases = [case(task, number) for number in range(min(SHOWN, args.cases))]
-        rows.setdefault("picture", []).extend(_picture(wanted)[0] for wanted in cases)
-        captions += [wanted.prompt for wanted in cases]
-        for i, (row, images) in enumerate(measure(params, task, args.cases, args.plan)):
+        shown = {"the picture": np.concatenate([_picture(wanted) for wanted in cases])}
+        for row, images in measure(params, task, args.cases, args.plan):
             print(json.dumps(row), flush=True)
             if args.out is not None:
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-            if i < 2:
-                rows.setdefault(f"way {i + 1}", []).extend(images[:SHOWN])
-    if args.sheet is not None:
-        sheet({name: np.stack(images) for name, images in rows.items()}, captions).save(
-            args.sheet, quality=90
-        )
+            shown[row["way"].replace(", ", ",\n")] = images[:SHOWN]
+        if args.sheets is not None:
+            file = args.sheets / f"editing-{task}.webp"
+            sheet(shown, [wanted.prompt for wanted in cases]).save(file, quality=85)
 
 
 if __name__ == "__main__":
