@@ -134,7 +134,8 @@ def lower_stage(
     transformer = abstract_params(config, dtype, quantise).transformer
     scale = Shape((batch,), jnp.float32)
     guided = (conditioning, scale) if negative else ()
-    args = VelocityInputs(transformer, conditioning, scale, *guided)
+    inputs: list[Any] = [transformer, conditioning, scale, *guided]  # shapes instead of arrays
+    args = VelocityInputs(*inputs)
     y = Shape((batch, n, config.transformer.out_channels), jnp.float32)
     options = tuple(sorted((compiler_options() or {}).items()))
     return solve._programs(velocity, options).integrate.lower(
