@@ -130,6 +130,17 @@ def run(
         return 128 + signum
 
 
+def run_report(body: Callable[[], int], *, error_prefix: str) -> int:
+    """Run the body of a command that only prints, as `run` does; return the exit status."""
+    return run(
+        body,
+        error_prefix=error_prefix,
+        cleanup=lambda: None,
+        grace=1.0,
+        memory_hint="there is too little to start",
+    )
+
+
 def _explain(error: Exception, memory_hint: str) -> str:
     """Return the text of an error that the user can cause; raise the error if it is another."""
     text = str(error)

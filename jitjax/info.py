@@ -187,13 +187,7 @@ def main(arguments: Sequence[str]) -> int:
     Args:
         arguments: what follows `jitjax info`.
     """
-    return command.run(
-        lambda: _run(arguments),
-        error_prefix=ERROR,
-        cleanup=lambda: None,
-        grace=1.0,
-        memory_hint="there is too little to start",
-    )
+    return command.run_report(lambda: _run(arguments), error_prefix=ERROR)
 
 
 def _run(arguments: Sequence[str]) -> int:
