@@ -34,10 +34,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jitjax.config import TransformerConfig
-
-# `convert/` is mapped into the package at installation, which type checkers do not follow.
-from jitjax.convert.components import component_of  # pyright: ignore[reportMissingImports]
-from jitjax.convert.tables.engine import leaf_shapes  # pyright: ignore[reportMissingImports]
+from jitjax.convert.components import component_of
+from jitjax.convert.tables.engine import leaf_shapes
 
 COMMAND = [sys.executable, "-m", "jitjax.convert"]
 

@@ -31,14 +31,8 @@ if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" \
         "$WHEELS"/*.whl || echo "cannot install the wheels of $WHEELS"
 fi
-# Installation maps `convert/` to `jitjax.convert`; do the same without installing.
-mkdir "$work/tree"
-for name in jitjax benchmarks training tests pyproject.toml; do
-    cp -r "$root/$name" "$work/tree/"
-done
-cp -r "$root/convert" "$work/tree/jitjax/convert"
-cd "$work/tree" || exit 1
-export PYTHONPATH="$work/tree:$work/site" PYTHONUNBUFFERED=1
+cd "$root" || exit 1
+export PYTHONPATH="$root:$work/site" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 

@@ -79,7 +79,7 @@ def read_transformer(weights: Path, config_path: Path) -> FluxParams:
     Returns:
         Parameters that contain the transformer alone.
     """
-    from jitjax.convert.components import from_state  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.components import from_state
 
     transformer = TransformerConfig.from_diffusers(json.loads(config_path.read_text()))
     config = FluxConfig(

@@ -36,7 +36,7 @@ import jitjax
 from benchmarks.speed_models import CHECKPOINT, MODELS
 from benchmarks.timing import compile_for, device_info, measure_in_turns, record_row
 from jitjax.config import TransformerConfig
-from jitjax.convert.components import from_state  # pyright: ignore[reportMissingImports]
+from jitjax.convert.components import from_state
 from jitjax.loading import BUNDLED
 from jitjax.sampler.grid import positions
 from jitjax.text import Conditioning

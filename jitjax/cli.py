@@ -373,7 +373,7 @@ def _read_config(checkpoint: str, parts: Sequence[str]) -> FluxConfig:
     Raises:
         ValueError: the checkpoint lacks one of `parts`.
     """
-    from jitjax.convert.sources.diffusers_folder import read_config  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.sources.diffusers_folder import read_config
 
     if checkpoint in bundled():
         return read_config(BUNDLED / checkpoint)

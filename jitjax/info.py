@@ -81,8 +81,8 @@ def checkpoint_info(checkpoint: str) -> dict[str, Any]:
 def _bundled_info(name: str) -> dict[str, Any]:
     from safetensors import safe_open
 
-    from jitjax.convert.components import COMPONENTS  # pyright: ignore[reportMissingImports]
-    from jitjax.convert.sources.diffusers_folder import read_config  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.components import COMPONENTS
+    from jitjax.convert.sources.diffusers_folder import read_config
 
     folder, parts = BUNDLED / name, {}
     config = read_config(folder)

@@ -96,9 +96,8 @@ def load(
         >>> params.part("transformer")["image_in"]["kernel"].dtype
         dtype(bfloat16)
     """
-    # `convert/` is mapped into the package at installation, which type checkers do not follow.
-    from jitjax.convert.lora import find_files, merge_loras  # pyright: ignore[reportMissingImports]
-    from jitjax.convert.sources.diffusers_folder import read_folder  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.lora import find_files, merge_loras
+    from jitjax.convert.sources.diffusers_folder import read_folder
 
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path is {shown(path)}; expected a path, or one of {bundled()}")

@@ -49,10 +49,9 @@ ALLOWED = {
 def modules() -> dict[str, Path]:
     """Return the path of each module of jitjax by name; a package maps to its `__init__.py`."""
     paths = {}
-    for folder, package in (("jitjax", "jitjax"), ("convert", "jitjax.convert")):
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            paths[".".join((package, *parts)).removesuffix(".__init__")] = path
+    for path in (ROOT / "jitjax").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts).removesuffix(".__init__")] = path
     return paths
 
 

@@ -53,7 +53,7 @@ def find_model(model: Any) -> Model:
         ValueError: the folder is no checkpoint.
         FileNotFoundError: there is no such folder or name.
     """
-    from jitjax.convert.sources.diffusers_folder import read_config  # pyright: ignore[reportMissingImports]
+    from jitjax.convert.sources.diffusers_folder import read_config
 
     if isinstance(model, FluxConfig):
         return Model("a FLUX model", model)

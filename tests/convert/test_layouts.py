@@ -2,7 +2,7 @@
 
 The same random weights are written in every layout. `original_transformer` and
 `original_autoencoder` below follow the description of the original release and share no code with
-`convert/original.py`.
+`jitjax/convert/original.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The names of diffusers and transformers come from their own classes, instantiated on torch's meta
 device from the published configurations below. The names of the original release are written here
-from its description, independently of `convert/original.py`. Names that differ only in a
+from its description, independently of `jitjax/convert/original.py`. Names that differ only in a
 layer's number are folded into one pattern.
 """
 
