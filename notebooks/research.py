@@ -130,8 +130,8 @@ def draw(noise):
 @jax.jit
 @jax.value_and_grad
 def loss(noise):
-    border = jnp.concatenate([draw(noise)[:24], draw(noise)[-24:]])
-    return border.mean()
+    image = draw(noise)
+    return jnp.concatenate([image[:24], image[-24:]]).mean()
 
 
 steered, values = noise, []

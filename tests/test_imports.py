@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+import jitjax
+
+PACKAGE = Path(jitjax.__file__).parent
 
 NESTED = "jitjax.nested"
 BASE = ("jitjax.checkpoint", "jitjax.models", "jitjax.config", "jitjax.validation", NESTED)
@@ -49,8 +51,8 @@ ALLOWED = {
 def modules() -> dict[str, Path]:
     """Return the path of each module of jitjax by name; a package maps to its `__init__.py`."""
     paths = {}
-    for path in (ROOT / "jitjax").rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         paths[".".join(parts).removesuffix(".__init__")] = path
     return paths
 
