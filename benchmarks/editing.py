@@ -7,7 +7,7 @@
 Pictures to start from are drawn by `training.scenes`, and the checker of `benchmarks.checker`
 judges the results. Cases depend on their number only, and every way of a task has the same noise.
 
-    recolour   a plain thing gets another colour: by strength, and within a mask of the thing
+    recolour   a plain thing gets another colour: by strength, also within a mask of the thing
     add        a second thing within a mask beside the first; without a mask for comparison
     plain      a striped thing loses its stripes: by a negative prompt, and without one
 
@@ -132,16 +132,16 @@ def judge(image: np.ndarray, wanted: Case) -> dict[str, Any]:
     """Judge a result: what the checker says, whether things are in place, and the ground's change.
 
     Returns:
-        "right": things, colours, shapes, sizes, textures and the relation are as wanted, and each
-        thing is in its place; "change": root mean square of the ground's; "kept": "right", and the
-        change is small.
+        "right": things, colours, shapes, sizes, textures and the relation are as wanted, and things
+        of the given picture are in their places; "change": root mean square of the ground's;
+        "kept": "right", and the change is small.
     """
     mentioned = ("colour", "shape", "size", "texture")
     result = check(image, wanted.after, mentioned=mentioned)
     found = describe(image)
     in_place = all(
         any(max(abs(f.x - t.x), abs(f.y - t.y)) < LARGEST_MOVE for f in found)
-        for t in wanted.after.things
+        for t in wanted.before.things
     )
     difference = image - render(wanted.before, SIDE, SIDE)
     change = float(np.sqrt((difference[ground((wanted.before, wanted.after))] ** 2).mean()))
@@ -182,7 +182,7 @@ def _negative(scale: float, strength: float) -> Way:
 TASKS: dict[str, dict[str, Way]] = {
     "recolour": {
         **{f"strength {value}": _strength(value) for value in (0.6, 0.5, 0.7)},
-        "mask": _masked(1.0),
+        **{f"mask, strength {value:g}": _masked(value) for value in (1.0, 0.7, 0.6)},
     },
     "add": {"mask": _masked(1.0), "strength 0.7": _strength(0.7)},
     "plain": {

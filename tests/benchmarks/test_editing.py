@@ -62,3 +62,15 @@ def test_a_thing_that_has_moved_is_not_right():
     verdict = judge(render(moved, SIDE, SIDE), wanted)
     assert verdict["colour"]
     assert not verdict["right"]
+
+
+def test_an_added_thing_may_be_anywhere_that_the_prompt_allows():
+    wanted = case("add", 2)
+    assert "left of" in wanted.prompt
+    first, second = wanted.after.things
+    lower = replace(second, y=second.y + 2 * TOKEN)
+    assert judge(render(replace(wanted.after, things=(first, lower)), SIDE, SIDE), wanted)["right"]
+    moved = replace(first, y=first.y + 2 * TOKEN)
+    verdict = judge(render(replace(wanted.after, things=(moved, second)), SIDE, SIDE), wanted)
+    assert verdict["relation"]
+    assert not verdict["right"]
