@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
+import re
 import tempfile
-from collections.abc import Iterator
 
 # The workers and the processes that they start share one compilation cache, which is removed at
 # the end. The user's cache is neither read nor written.
@@ -31,19 +32,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the quick set, also its processes, compile in a third of the time that users need.
+    """Let tests, also their processes, compile in a third of the time that users need.
 
-    It leaves out LLVM's optimisations, and the newer way to emit fused loops, which XLA has no
-    switch for since jax 0.11. Every other set, as `-m slow` and `-m parity`, compiles as users do.
+    Programs are compiled without LLVM's optimisations, in one piece, and without the newer way to
+    emit fused loops, which XLA has no switch for since jax 0.11. `-m parity` and `-m gpu` compile
+    as users do.
     """
-    if "not slow" not in config.option.markexpr:
+    # Tracing makes millions of objects, few of them in cycles.
+    gc.set_threshold(100_000, 50, 100)
+    if re.search(r"(?<!not )\b(parity|gpu)\b", config.option.markexpr):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-    flag, flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
-    if jaxlib < (0, 11) and flag not in flags:  # workers inherit it
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}"
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    set_flags = os.environ.get("XLA_FLAGS", "")
+    # Workers inherit them.
+    os.environ["XLA_FLAGS"] = " ".join([set_flags, *(f for f in flags if f not in set_flags)])
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage leave alone what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 # Derandomised for reproducible runs; no deadline, because an example may include compilation.
@@ -55,23 +67,6 @@ settings.load_profile("jitjax")
 def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
     """A randomly initialised pipeline with tokenizers and about 64 000 parameters."""
     return build.small_params(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def unoptimised() -> Iterator[None]:
-    """Compile a module's programs without LLVM's optimisations in every set of tests.
-
-    For tests of what is computed on analytic examples, to a tolerance. Tests of other modules get
-    no program from these.
-    """
-    if jax.config.read("jax_disable_most_optimizations"):  # as in all of the quick set
-        yield
-        return
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 @pytest.fixture

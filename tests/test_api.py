@@ -42,7 +42,7 @@ def test_images_are_float32_in_0_to_1(small):
     "plan",
     [
         pytest.param(Plan(2, schedule="shifted"), marks=pytest.mark.slow),
-        PLAN,
+        pytest.param(PLAN, marks=pytest.mark.slow),
         PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
     ],
     ids=["dense", "sparse", "random choices"],

@@ -14,7 +14,6 @@ from jitjax.sampler.plan import Plan
 from jitjax.sampler.progress import STEPS_AHEAD
 
 sample_module = importlib.import_module("jitjax.sample")  # the package has a function of this name
-pytestmark = pytest.mark.usefixtures("unoptimised")
 
 PROMPTS = ["a large red circle", "a small blue square", "a ring", "two stars", "a cross"]
 PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0), microflow_noise="fresh")
@@ -67,6 +66,7 @@ def test_keys_guidance_and_conditioning_of_every_picture(small):
     assert np.abs(other[4] - expected[4]).max() > 10 * ROUNDING  # else it proves nothing
 
 
+@pytest.mark.slow
 def test_under_transformations(small, expected):
     """One chunk after another in one program, whose result is on the device."""
     conditioning = jitjax.encode_prompt(small, PROMPTS)
@@ -82,6 +82,7 @@ def test_under_transformations(small, expected):
     assert jax.eval_shape(closed_over).shape == expected.shape
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_chunk(small):
     """All arrays on the device, at every step: no more bytes for 24 prompts than for 6."""
 

@@ -68,6 +68,7 @@ def test_a_control_picture(checkpoints, picture, tmp_path, capsys):
     assert check(out, expected)["control"] == str(picture)
 
 
+@pytest.mark.slow
 def test_a_reference_picture(picture, tmp_path, capsys):
     out = tmp_path / "out.png"
     options = ["--reference", picture, "--steps", 2, "--size", "64x48", "-o", out]

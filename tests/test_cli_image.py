@@ -50,6 +50,7 @@ MASK[3:20, 10:30] = 255
 MASK[3:20, 30] = 128
 
 
+@pytest.mark.slow
 def test_what_the_mask_keeps_is_the_given_picture(tmp_path):
     source, mask, out = tmp_path / "cat.png", tmp_path / "mask.png", tmp_path / "out.png"
     Image.fromarray(RGB).save(source)

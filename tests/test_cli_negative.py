@@ -14,8 +14,6 @@ from jitjax.negative import DEFAULT_TRUE_GUIDANCE
 from jitjax.picture import seed_keys
 from jitjax.sampler.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 QUICK = ("--plan", "dense", "--steps", "1", "--size", "32")
 PROMPT, NEGATIVE = "a red circle", "blue square"
 
@@ -82,6 +80,7 @@ def test_the_picture_is_that_of_sample_on_every_way(run, small, tmp_path):
     assert (picture(out["empty"])[0] != pixels).any()
 
 
+@pytest.mark.slow
 def test_lists_of_prompts(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [

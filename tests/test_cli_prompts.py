@@ -14,7 +14,6 @@ from PIL import Image
 import jitjax
 from jitjax import cli, images, list_run
 
-pytestmark = pytest.mark.usefixtures("unoptimised")  # its time is that of compilation
 OPTIONS = ("--size", "32", "--plan", "dense", "--steps", "1")
 
 

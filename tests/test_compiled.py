@@ -44,6 +44,7 @@ def test_result_equals_sample(small, compiled):
     assert float(jnp.abs(got[0] - got[1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_other_prompts_keys_guidance_and_params_compile_nothing(small, compiled, compilations):
     other = jax.tree.map(jnp.negative, small)
     first = compiled(PROMPTS, key=jax.random.key(0))

@@ -19,8 +19,6 @@ from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import Plan
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPT = "a large red circle"
 GRID = (2, 4)
 DENSE = Plan(2, schedule="shifted")

@@ -103,7 +103,6 @@ def test_examples_in_docstrings():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("page", ["index.md", "recipes.md"])
 def test_snippets_run(page, tmp_path, monkeypatch):
     """The Python blocks of a page run one after another, as one program.

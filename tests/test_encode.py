@@ -14,8 +14,6 @@ from jitjax.denoise import batch_keys
 from jitjax.latents import pack
 from jitjax.models.autoencoder import Autoencoder
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
@@ -78,6 +76,7 @@ def test_a_key_gives_the_same_sample_in_any_batch(small, images):
     assert float(jnp.abs(both - jitjax.encode(small, images)).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_encode_under_jit_vmap_and_grad(small, images):
     images, key = jnp.asarray(images), jax.random.key(1)
     expected = jitjax.encode(small, images, key=key)

@@ -23,8 +23,6 @@ from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
 from jitjax.velocity import FluxVelocity
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 GRID = (4, 5)
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
 
@@ -87,7 +85,7 @@ def wave(tokens, positions, sigma, valid, args):
     return jnp.sin(tokens + 0.3 * distance) * sigma + jnp.roll(tokens, 1, axis=-1) * args
 
 
-@pytest.mark.parametrize("lift", ["narrow", "linear"])
+@pytest.mark.parametrize("lift", [pytest.param("narrow", marks=pytest.mark.slow), "linear"])
 def test_gradients_of_jit_solve_equal_finite_differences(lift):
     """With "blend", separate micro-flow noise, padding, other lifters and a multistep solver."""
     plan = PLAN.replace(microflow="blend", lift=lift, pad_to=16)

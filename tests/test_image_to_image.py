@@ -16,8 +16,6 @@ from jitjax.sampler.entry import enter_plan, first_step
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.schedule import beta_sigmas
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPT = "a large red circle"
 DENSE = Plan(4, schedule="shifted")
 SPARSE = Plan(5, (0.5, 0.75, 1.0), (0.4, 0.6, 1.0))
@@ -87,7 +85,9 @@ def test_every_entry_of_every_named_plan(small):
         np.testing.assert_array_equal(flux_sigmas(entered, 1024, small.config), sigmas[dropped:])
 
 
-@pytest.mark.parametrize("plan", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "plan", [DENSE, pytest.param(SPARSE, marks=pytest.mark.slow)], ids=["dense", "sparse"]
+)
 def test_strength_1_is_plain_sampling(small, images, plan):
     key = jax.random.key(0)
     expected = jitjax.sample(small, PROMPT, key=key, plan=plan, height=32, width=64)
@@ -122,6 +122,7 @@ def test_sample_is_encode_mix_denoise_decode(small, images, plan):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_trace_starts_at_the_picture_and_new_anchors_hit_their_noise(small, images):
     """The micro-flow's target is (1 - sigma) lifted + sigma noise, with the noise itself."""
     plan = SPARSE.replace(microflow="hit", microflow_noise="initial")

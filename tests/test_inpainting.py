@@ -20,8 +20,6 @@ from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.task import check_task, plan_and_inputs
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPT = "a large red circle"
 DENSE = Plan(3, schedule="shifted")
 SPARSE = Plan(3, (0.25, 0.75, 1.0), (0.4, 0.7, 1.0), pad_to=4)
@@ -351,6 +349,7 @@ def test_outside_the_mask_is_the_given_picture(small, images, texts, plan):
     np.testing.assert_allclose(got, weight * made + (1 - weight) * images, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_keys_chunks_and_progress(small, images, texts):
     """A picture does not depend on the others of its batch, whose masks have other sizes."""
     options = {"plan": JIT, "strength": 0.7}
@@ -415,6 +414,7 @@ def test_a_mask_of_ones_is_sampling_without_one(small, images, texts):
     assert prepared(**task, mask=ones) == prepared(**task)
 
 
+@pytest.mark.slow
 def test_a_jit_plan_with_all_context_is_the_dense_plan(small, texts):
     """And with less it is not; and its anchors may be given, which are its own under `jit`."""
     noise, clean = jax.random.normal(KEY, (2, 1, N, 64))

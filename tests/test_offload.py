@@ -134,6 +134,7 @@ def test_the_bundled_checkpoint_in_host_memory():
     assert all(leaf.sharding.memory_kind == offload.HOST for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_copies_are_deleted_after_an_error(on_host, unchecked):
     gc.collect()
     count = len(jax.live_arrays())

@@ -20,8 +20,6 @@ from jitjax.sampler.plan import Plan
 from jitjax.task import check_task
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPT = "a large red circle"
 GRID, OWN = (2, 4), (3, 2)
 DENSE = Plan(2, schedule="shifted")
@@ -180,6 +178,7 @@ def test_without_a_size_the_result_has_the_references(small):
     assert check_task(size | image, None, None, small.config)[1] == (16, 16)
 
 
+@pytest.mark.slow
 def test_batches_chunks_and_progress(small, pictures):
     prompts, calls = [PROMPT, "a small blue square", PROMPT], []
     options: Any = {"key": KEY, "plan": DENSE, "height": 32, "width": 64}
@@ -193,6 +192,7 @@ def test_batches_chunks_and_progress(small, pictures):
     assert np.abs(chunked[1] - shared[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_grad(small, text, noise, reference):
     keys = batch_keys(KEY, 2)
 

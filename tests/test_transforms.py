@@ -18,8 +18,6 @@ from jitjax.sampler.solve import VELOCITIES_KEPT, _programs, jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2, Multistep
 from jitjax.sampler.static import split_arrays
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 GRID = (4, 4)
 SPARSE = Plan(2, (0.5, 1.0), (0.5, 1.0))
 NOISE = jax.random.normal(jax.random.key(0), (1, 16, 4))
@@ -69,6 +67,7 @@ def test_closed_over_values_are_still_checked():
         jax.jit(lambda x: solve(x, noise=bad))(0.7)
 
 
+@pytest.mark.slow
 def test_denoise_with_closed_over_noise_key_and_conditioning(small):
     conditioning = jitjax.encode_prompt(small, "a large red circle")
     noise = jax.random.normal(jax.random.key(0), (1, 16, 64))

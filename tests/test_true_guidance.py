@@ -19,8 +19,6 @@ from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPT, NEGATIVE = "a large red circle", "blue square"
 GRID, SIZE = (4, 4), {"height": 64, "width": 64}
 SPARSE = Plan(3, (0.5, 0.75, 1.0), (0.4, 0.7, 1.0))
@@ -80,6 +78,7 @@ def denoise(small, text, negative, scale=3.0, **options):
     return jitjax.denoise(small, text, noise, **{"plan": SPARSE, "key": KEY} | guided | options)
 
 
+@pytest.mark.slow
 def test_everything_after_the_network_uses_the_combination(small, text, negative):
     """Lifter, importance, micro-flow, history: as a solve of two separate passes, combined."""
     plan, scale = SPARSE.replace(solver="multistep", microflow="hit"), jnp.array([3.0, 2.0])
@@ -240,6 +239,7 @@ def test_batches_chunks_progress_and_keys(small, sampled):
     np.testing.assert_allclose(jitted, sampled, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parameters_in_host_memory(small, sampled):
     host = jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), small

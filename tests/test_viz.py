@@ -17,7 +17,6 @@ from jitjax import viz
 from jitjax.sampler.plan import Plan
 
 mpl.use("Agg")
-pytestmark = pytest.mark.usefixtures("unoptimised")
 GRID = (4, 6)
 PLAN = Plan(5, (0.5, 0.75, 1.0), (0.4, 0.6, 1.0))
 """Stages of 2, 1 and 2 steps, with 12, 18 and 24 tokens."""
@@ -32,6 +31,7 @@ def run(small):
     )
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_velocity(run):
     """For the velocity y - c the clean prediction of every Euler step is y - sigma (y - c)."""
     target = jnp.linspace(-1, 1, 24)[None, :, None] * jnp.ones((1, 1, 3))

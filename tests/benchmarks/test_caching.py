@@ -24,11 +24,6 @@ SMALL = Field(8)
 STEPS = "DsDssDDsD"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _unoptimised(unoptimised):
-    """Compile these analytic examples quickly."""
-
-
 def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
     """Return the map of dense steps at the same sigmas."""
     return linear_map(SMALL, jitjax.Plan(len(steps), solver=solver)).initial
@@ -99,6 +94,7 @@ def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, 
     assert np.abs(constant - dense).max() > 0.5
 
 
+@pytest.mark.slow
 def test_dense_comparison_keeps_the_anchors_own_answer():
     # One sparse step, with Euler's method, written out.
     plan = CachingPlan("Ds", density=0.4, compare_with="dense", lift="nearest", solver="euler")
@@ -141,6 +137,7 @@ def test_one_sigma_for_all_tokens_is_the_ideal_velocity():
     np.testing.assert_allclose(mixed, expected, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_map_makes_the_pictures_of_the_sampler():
     plan = CachingPlan(STEPS, density=0.3)
     sampler = caching.field_map(SMALL, plan, seed=3)

@@ -20,11 +20,6 @@ FLUX_MU = 1.15
 SMALL = Field(8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _unoptimised(unoptimised):
-    """Compile these analytic examples quickly."""
-
-
 def flux_sigmas(steps: int) -> np.ndarray:
     """Return FLUX's sigmas by another form of their formula."""
     even = np.arange(steps, 0, -1) / steps
@@ -141,7 +136,10 @@ def test_scores_of_known_maps():
     assert white.spectral < white.wasserstein < white.distance**2 + 1e-12
 
 
-@pytest.mark.parametrize("changes", [{}, {"microflow_noise": "initial"}, {"lift": "none"}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"microflow_noise": "initial"}, {"lift": "none"}],
+)
 def test_maps_make_the_pictures_of_the_sampler(changes):
     plan = jitjax.PLANS["4x"].replace(activation="grid", **changes)
     sampler = gaussian.linear_map(SMALL, plan, seed=3)
@@ -243,6 +241,7 @@ def test_noise_of_a_target_that_is_hit():
     assert fresh.distance > 1.5 * initial.distance
 
 
+@pytest.mark.slow
 def test_command_writes_its_rows(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     few = [row for row in gaussian.plans() if row[0] in ("dense 7, Beta sigmas", "7x, hit")]

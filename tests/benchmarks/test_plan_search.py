@@ -19,11 +19,6 @@ SMALL = Field(8)
 HIT = jitjax.PLANS["7x"].replace(activation="grid", microflow="hit", microflow_noise="initial")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _unoptimised(unoptimised):
-    """Compile these analytic examples quickly."""
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -151,6 +146,7 @@ def test_built_plans_have_the_given_stages():
     assert (plan.microflow, plan.microflow_noise) == ("hit", "initial")
 
 
+@pytest.mark.slow
 def test_command_writes_its_parts(tmp_path, monkeypatch, capsys):
     page = tmp_path / "plans.md"
     marked = "Before.\n\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n\n"

@@ -8,8 +8,6 @@ import pytest
 from benchmarks import quantisation
 from jitjax.models.quantised import KINDS
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 @pytest.mark.slow
 def test_errors_grow_with_the_rounding():

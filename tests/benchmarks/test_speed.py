@@ -18,8 +18,6 @@ from jitjax.models import param_shapes
 from jitjax.sampler.solve import jit_solve
 from jitjax.velocity import FluxVelocity
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 SMALL = TransformerConfig(
     num_layers=1,
     num_single_layers=3,
@@ -193,6 +191,7 @@ def test_every_row(small_model, monkeypatch, tmp_path, capsys):
     assert rows[5]["bound"] == pytest.approx(dense["tflop"] / sparse["tflop"])
 
 
+@pytest.mark.slow
 def test_no_row_starts_after_the_time(small_model, monkeypatch, capsys):
     arguments = "--model middle --size 64 --matmul 64 --minutes 0"
     monkeypatch.setattr("sys.argv", ["speed", *arguments.split()])

@@ -41,6 +41,7 @@ def test_arrays_of_zeros_are_written(small, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jitjax.load(tmp_path / "zeros").clip, zeros.clip)
 
 
+@pytest.mark.slow
 def test_load_converts_to_the_requested_dtype(saved):
     loaded = jitjax.load(saved, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}

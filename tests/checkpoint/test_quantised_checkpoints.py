@@ -22,7 +22,6 @@ from jitjax.models import quantised
 from jitjax.models.quantised import as_dicts, is_quantisable
 from jitjax.nested import flatten
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 KERNEL = "single_blocks/out/kernel"
 
@@ -114,6 +113,7 @@ def test_host_memory_while_quantising_is_that_of_the_result(tmp_path, small):
     assert 2 * 2**20 < peak < 3.5 * 2**20
 
 
+@pytest.mark.slow
 def test_dtype_is_that_of_all_else(saved, int8):
     for path in (saved, int8):
         params = jitjax.load(path, quantise="int8", dtype="bfloat16", parts=("t5",))
@@ -193,6 +193,7 @@ def damage(checkpoint: Path, name: str) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damage_is_found(copy, small, tmp_path):
     for key in ("values", "scales"):
         path = tmp_path / key

@@ -120,6 +120,7 @@ def test_merged_into_loaded_parameters(tmp_path, lora):
     assert not off.transformer["image_in"]["kernel"][LATENTS:].any()
 
 
+@pytest.mark.slow
 def test_beside_quantised_weights(lora):
     """The kernels of the blocks keep their values; the update stands beside them."""
     quantised = merge_loras(quantise_params(params_of(), "int8"), [(lora, 1.0)])

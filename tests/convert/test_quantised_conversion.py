@@ -24,7 +24,6 @@ from jitjax.convert.tables.engine import ConversionError
 from jitjax.loading import BUNDLED
 from jitjax.models.quantised import KINDS, dequantise, is_quantised
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TINY = str(BUNDLED / "tiny")
 
@@ -105,6 +104,7 @@ def test_lora_is_added_exactly(tmp_path, states, plain, kind):
         jitjax.save(loaded, tmp_path / "with")
 
 
+@pytest.mark.slow
 def test_quantising_and_lora_in_one_load(tmp_path, plain):
     lora = write(tmp_path, "lora", peft(random_update(4)))
     jitjax.save(plain, tmp_path / "plain")

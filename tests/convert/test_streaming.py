@@ -171,6 +171,7 @@ def test_verify_of_an_intact_checkpoint(checkpoint, small, capsys):
     assert "is already a jitjax checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_verify_and_load_detect_a_flipped_bit(checkpoint, capsys):
     rng = random.Random(0)
     kernel = np.asarray(jitjax.load(checkpoint).transformer["image_in"]["kernel"])

@@ -63,6 +63,7 @@ def test_cudnn_gets_lengths_and_no_mask(calls, lengths, dtype):
         assert tuple(np.asarray(received)) == lengths
 
 
+@pytest.mark.slow
 def test_the_transformer_counts_text_and_valid_tokens(calls):
     """Text stands first and is never padded here, so a row has its length and the valid tokens."""
     tokens, text = 5, 3

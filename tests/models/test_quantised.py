@@ -21,8 +21,6 @@ from jitjax.nested import flatten
 from jitjax.sampler.grid import positions
 from jitjax.velocity import FluxVelocity
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 RNG = np.random.default_rng(3)
 GRID = (4, 4)
 

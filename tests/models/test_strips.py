@@ -14,8 +14,6 @@ from jitjax.models import param_shapes, strips
 from jitjax.models.autoencoder import Autoencoder
 from jitjax.models.strips import decode_in_strips, encode_in_strips
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 # Three levels, of which one runs as a whole; resnets with and without a change of channels.
 CONFIG = AutoencoderConfig(
     latent_channels=4, block_out_channels=(4, 8, 12), layers_per_block=1, norm_num_groups=2
@@ -94,6 +92,7 @@ def test_bundled_decoder(tiny, monkeypatch):
     assert errors[untiled] / 2 < 1 / 255  # images are in [-1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [pytest.param("reverse", marks=pytest.mark.slow), "forward"])
 def test_derivatives(mode, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**8)
@@ -159,6 +158,7 @@ def test_latents_are_those_of_the_untiled_encoder(config, shape, pixels, monkeyp
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bundled_encoder(tiny, monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**12)
     config, params = tiny.config.autoencoder, tiny.part("autoencoder")["encoder"]
@@ -170,6 +170,7 @@ def test_bundled_encoder(tiny, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_encoder(monkeypatch):
     monkeypatch.setattr(strips, "STRIP_PIXELS", 2**5)
     params, images = encoder_params(TWO_LEVELS), random_latents(2, 12, 10, 3)

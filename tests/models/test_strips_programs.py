@@ -90,6 +90,7 @@ def test_full_size_program_has_no_array_of_all_logits(platform):
     assert "65536x65536" not in program
 
 
+@pytest.mark.slow
 def test_decode_runs_in_strips_above_1024_squared(small):
     grid = (66, 64)  # 1056 x 1024 pixels
     config, params = small.config, small.part("autoencoder")

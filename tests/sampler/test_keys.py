@@ -51,6 +51,7 @@ def test_draws_of_threefry_keys_are_those_of_jax_random():
     np.testing.assert_array_equal(jax.random.key_data(batch_keys(key, 2))[1], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "setting",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,6 @@ from jitjax.sampler.anchors import AnchorSet
 from jitjax.sampler.lifter import Lifter, blur_width
 from jitjax.sampler.plan import CHOICES
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 KINDS = CHOICES["lift"]
 
 
@@ -24,14 +24,18 @@ def lift(values: np.ndarray, index: np.ndarray, grid, kind: str, padding: int = 
     n = grid[0] * grid[1]
     anchors = AnchorSet.padded(jnp.asarray(index)[None], len(index) + padding, n)
     padded = jnp.pad(jnp.asarray(values), ((0, padding), (0, 0)), constant_values=jnp.nan)
-    lifter = Lifter.build(anchors, grid, len(index), kind)
-    return np.asarray(lifter(padded[None])[0])
+    return np.asarray(build_and_call(anchors, padded[None], grid, len(index), kind)[0])
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def build_and_call(anchors, values, grid, budget, kind):
+    return Lifter.build(anchors, grid, budget, kind)(values)
 
 
 @given(
-    st.sampled_from([(6, 7), (2, 9), (3, 1), (2, 2), (9, 4)]),  # each shape is compiled
+    st.sampled_from([(6, 7), (2, 9), (3, 1)]),  # each shape is compiled
     st.sampled_from(KINDS),
-    st.sampled_from([0.2, 0.5, 0.9]),
+    st.sampled_from([0.2, 0.7]),
     st.integers(0, 99),
 )
 def test_lifter_equals_scipy_and_ignores_padding(grid, kind, density, seed):

@@ -15,8 +15,6 @@ from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import MOST_EXTRAPOLATION, Multistep, integrate
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 GRID = (6, 6)
 N = GRID[0] * GRID[1]
 LEVELS = (1.0, 0.95, 0.9, 0.82, 0.7, 0.55, 0.35, 0.15)

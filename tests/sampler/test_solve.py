@@ -25,8 +25,6 @@ from jitjax.sampler.schedule import beta_sigmas
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2, Multistep
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 GRID = (6, 7)
@@ -133,6 +131,7 @@ def test_sample_does_not_depend_on_its_batch():
         np.testing.assert_allclose(alone[0], both[i], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_traces_under_jit_vmap_and_grad():
     plain = solve()
     keys = jax.random.split(jax.random.key(0), 2)

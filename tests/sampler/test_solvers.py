@@ -20,8 +20,6 @@ from jitjax.sampler.solvers import (
     integrate,
 )
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 MEANS, SPREADS, WEIGHTS = np.array([-1.2, 0.4, 1.9]), np.array([0.5, 0.3, 0.6]), (0.3, 0.3, 0.4)
 GRID = (3, 4)
 

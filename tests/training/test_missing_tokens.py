@@ -53,18 +53,20 @@ def scenes() -> Scenes:
 
 
 def test_weights_are_highest_around_a_thing_unless_noise_hides_it(scenes):
-    weights = np.asarray(token_weights(scenes.things[0], jnp.asarray(0.4))).reshape(GRID)
+    weigh = jax.jit(token_weights)
+    weights = np.asarray(weigh(scenes.things[0], jnp.asarray(0.4))).reshape(GRID)
     assert weights.mean() == pytest.approx(1, rel=1e-5)
     # 4 + 1 tokens on each side of (row 8, column 16): 10 x 10 tokens, sqrt(1024 / 100) times more.
     inside = np.zeros(GRID, bool)
     inside[3:13, 11:21] = True
     assert weights[inside].std() < 1e-5
     assert weights[inside][0] / weights[~inside][0] == pytest.approx(3.2, rel=1e-5)
-    np.testing.assert_allclose(token_weights(scenes.things[0], jnp.asarray(0.8)), 1, rtol=1e-6)
+    np.testing.assert_allclose(weigh(scenes.things[0], jnp.asarray(0.8)), 1, rtol=1e-6)
 
 
 def test_batches(scenes):
-    batch = draw_batch(jax.random.key(0), scenes, 64, 0.25)
+    draw = jax.jit(draw_batch, static_argnums=(2, 3))
+    batch = draw(jax.random.key(0), scenes, 64, 0.25)
     assert batch.x0.shape == batch.noise.shape == (64, TOKENS, 64)
     # FLUX's time shift of 8 moves the median of 0.6 to above 0.92.
     assert 0.5 < batch.sigma.min() < 0.92 < jnp.median(batch.sigma) < batch.sigma.max() < 1
@@ -77,7 +79,8 @@ def test_batches(scenes):
 
 def test_subsets_hold_the_layout_or_the_most_important_tokens():
     velocity = jax.random.normal(jax.random.key(2), (64, TOKENS, 64))
-    chosen = np.asarray(draw_subset(jax.random.key(3), velocity, 400))
+    draw = jax.jit(draw_subset, static_argnums=2)
+    chosen = np.asarray(draw(jax.random.key(3), velocity, 400))
     assert (np.diff(chosen) > 0).all()
     layout = np.flatnonzero(layout_priority(GRID))
     with_layout = [np.isin(layout, row).all() for row in chosen]
