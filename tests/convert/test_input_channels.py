@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -125,24 +126,31 @@ def small_params(folder, in_channels: int, **fields) -> FluxParams:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A diffusers folder and its parameters for each kind of model."""
-    made = {}
-    for name, width, fields in (
-        ("FluxFillPipeline", 384, {}),
-        ("FluxControlPipeline", 128, {}),
-        ("FluxKontextPipeline", 64, {"uses_reference": True}),
-    ):
+    """Return a function of the pipeline: its diffusers folder and parameters."""
+    widths = {"FluxFillPipeline": 384, "FluxControlPipeline": 128, "FluxKontextPipeline": 64}
+
+    @functools.cache
+    def make(name):
         folder = tmp_path_factory.mktemp(name)
-        params = small_params(folder / "tokenizers", width, **fields)
+        fields = {"uses_reference": True} if name == "FluxKontextPipeline" else {}
+        params = small_params(folder / "tokenizers", widths[name], **fields)
         write_folder(params, folder / "flux")
-        made[name] = folder / "flux", params
-    return made
+        return folder / "flux", params
+
+    return make
 
 
-@pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FluxFillPipeline",
+        pytest.param("FluxControlPipeline", marks=pytest.mark.slow),
+        pytest.param("FluxKontextPipeline", marks=pytest.mark.slow),
+    ],
+)
 def test_folders(tmp_path, folders, name):
     """Written with the class of their pipeline, and read and converted without change."""
-    folder, params = folders[name]
+    folder, params = folders(name)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == name
     loaded = read_folder(folder)
     assert loaded.config == params.config
@@ -160,7 +168,7 @@ def test_folders(tmp_path, folders, name):
 def test_the_class_of_the_pipeline_says_what_is_kontext(tmp_path, folders):
     """FLUX.1 Kontext has FLUX.1-dev's shapes, so nothing else does; a name of a file never."""
     folder = tmp_path / "FLUX.1-Kontext-dev"
-    shutil.copytree(folders["FluxKontextPipeline"][0], folder)
+    shutil.copytree(folders("FluxKontextPipeline")[0], folder)
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
     for name in PIPELINES:
@@ -176,8 +184,8 @@ def test_the_class_of_the_pipeline_says_what_is_kontext(tmp_path, folders):
 
 def test_the_rest_from_another_folder(tmp_path, folders):
     """The transformer of a single file, all else from the folder of another model."""
-    source, _ = folders["FluxKontextPipeline"]
-    folder, params = folders["FluxFillPipeline"]
+    source, _ = folders("FluxKontextPipeline")
+    folder, params = folders("FluxFillPipeline")
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
     out = tmp_path / "fill"
     # A head of 8 is too narrow for a file without config.json, which says how it is divided.
