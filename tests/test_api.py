@@ -38,11 +38,12 @@ def test_images_are_float32_in_0_to_1(small):
     assert float(image.std()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(Plan(2, schedule="shifted"), marks=pytest.mark.slow),
-        pytest.param(PLAN, marks=pytest.mark.slow),
+        Plan(2, schedule="shifted"),
+        PLAN,
         PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
     ],
     ids=["dense", "sparse", "random choices"],
@@ -98,6 +99,7 @@ def test_sample_is_encode_denoise_decode(small):
     np.testing.assert_array_equal(image, jitjax.decode(small, tokens, grid=(4, 4)))
 
 
+@pytest.mark.slow
 def test_progress_does_not_change_the_image(small, capsys):
     arguments = {"key": jax.random.key(0), "plan": PLAN}
     expected = jitjax.sample(small, PROMPT, **arguments)
@@ -194,6 +196,7 @@ def test_sample_names_a_missing_part_before_any_model_runs(small, monkeypatch, p
         jitjax.sample(dataclasses.replace(small, **{part: {}}), PROMPT, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_sample_under_strict_modes(small):
     arguments = {"key": jax.random.key(0), "plan": PLAN.replace(activation="random")}
     expected = jitjax.sample(small, PROMPT, **arguments)

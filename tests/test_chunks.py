@@ -28,6 +28,7 @@ def expected(small):
     return np.asarray(jitjax.sample(small, PROMPTS, key=KEY, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_chunks_give_the_pictures_of_one_batch(small, expected, monkeypatch):
     """The last chunk is padded, so that programs for one batch size alone are compiled."""
     sizes = set()

@@ -58,6 +58,7 @@ def check(path, expected) -> dict:
     return settings
 
 
+@pytest.mark.slow
 def test_a_control_picture(checkpoints, picture, tmp_path, capsys):
     out, folder = tmp_path / "out.png", checkpoints / "canny"
     run("red", "--checkpoint", folder, "--control", picture, "--steps", 2, "-o", out)

@@ -282,6 +282,7 @@ def test_leftovers_of_killed_runs_are_removed(run, tmp_path):
     assert sorted(p.name for p in folder.glob(".*")) == [".4567abcd.tmp", ".other.tmp"]
 
 
+@pytest.mark.slow
 def test_what_the_encoders_do_not_see_is_told_by_line(run):
     status, _, error = run(["a star", "", "a star " * 200], "--batch", "3")
     assert status == 0

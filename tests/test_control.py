@@ -116,6 +116,7 @@ def test_sample_encodes_the_control_picture(canny, text, pictures):
     np.testing.assert_allclose(got, jitjax.decode(canny, tokens, grid=GRID), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_picture_for_all_prompts_in_chunks(canny, pictures):
     prompts = [PROMPT, "a small blue square", PROMPT]
     options: Any = {"key": KEY, "plan": SPARSE, "image": pictures[1:], "strength": 0.5}
@@ -185,6 +186,7 @@ def test_fill_keeps_what_is_outside_the_mask(fill, text, pictures):
     np.testing.assert_allclose(got, weight * made + (1 - weight) * pictures, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fill_in_chunks_with_a_mask_for_all(fill, pictures):
     prompts = [PROMPT, "a small blue square", PROMPT]
     options: Any = {"key": KEY, "plan": DENSE, "strength": 0.5}

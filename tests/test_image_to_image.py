@@ -97,7 +97,13 @@ def test_strength_1_is_plain_sampling(small, images, plan):
 
 @pytest.mark.parametrize(
     "plan",
-    [DENSE, SPARSE, SPARSE.replace(microflow_noise="initial", solver="multistep")],
+    [
+        pytest.param(DENSE, marks=pytest.mark.slow),
+        SPARSE,
+        pytest.param(
+            SPARSE.replace(microflow_noise="initial", solver="multistep"), marks=pytest.mark.slow
+        ),
+    ],
     ids=["dense", "sparse", "initial noise"],
 )
 def test_sample_is_encode_mix_denoise_decode(small, images, plan):

@@ -48,7 +48,11 @@ def test_full_size_transformer():
 
 @pytest.mark.parametrize(
     ("side", "batch", "plan", "number"),
-    [(512, 4, "jit-10x", 0), (512, 2, "7x", 2), (256, 16, "dense", 0)],
+    [
+        (512, 4, "jit-10x", 0),
+        pytest.param(512, 2, "7x", 2, marks=pytest.mark.slow),
+        pytest.param(256, 16, "dense", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_middle_size_transformer(side, batch, plan, number):
     """Of a model this small the activations are most of it."""
@@ -58,13 +62,15 @@ def test_middle_size_transformer(side, batch, plan, number):
     compare(transformer_programs(estimate)[number], lowered, 0.15)
 
 
-@pytest.mark.parametrize("side", [512, 2048])
+@pytest.mark.parametrize("side", [512, pytest.param(2048, marks=pytest.mark.slow)])
 def test_middle_size_decoder(side):
     estimate = estimate_memory(MIDDLE, height=side, width=side, platform="cpu")
     compare(estimate.programs[-1], lower_decoder(MIDDLE, side, 1, "float32"), 0.1)
 
 
-@pytest.mark.parametrize(("side", "batch"), [(512, 2), (2048, 1)])
+@pytest.mark.parametrize(
+    ("side", "batch"), [(512, 2), pytest.param(2048, 1, marks=pytest.mark.slow)]
+)
 def test_middle_size_image_encoder(side, batch):
     estimate = estimate_memory(
         MIDDLE, height=side, width=side, batch=batch, platform="cpu", image=True
@@ -73,7 +79,9 @@ def test_middle_size_image_encoder(side, batch):
     compare(program, lower_image_encoder(MIDDLE, side, batch, "float32"), 0.05)
 
 
-@pytest.mark.parametrize(("plan", "number"), [("7x", 0), ("dense", 0)])
+@pytest.mark.parametrize(
+    ("plan", "number"), [("7x", 0), pytest.param("dense", 0, marks=pytest.mark.slow)]
+)
 def test_negative_prompts(plan, number):
     """Two passes take little more than one: a batch of two would take twice the temporaries."""
     options = {"height": 512, "width": 512, "batch": 4, "plan": plan, "platform": "cpu"}

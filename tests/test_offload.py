@@ -87,6 +87,7 @@ def test_the_device_holds_the_largest_part_and_not_the_sum(folder, monkeypatch):
     assert sum(parts) <= naive < sum(parts) + slack
 
 
+@pytest.mark.slow
 def test_same_picture_to_the_bit(folder, on_host):
     expected = jitjax.sample(jitjax.load(folder), "a red circle", **SETTINGS)
     got = jitjax.sample(on_host, "a red circle", **SETTINGS)

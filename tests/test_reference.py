@@ -129,6 +129,7 @@ def test_all_tokens_as_anchors_give_the_dense_result(small, text, noise, referen
     assert np.abs(dense - without).max() > 0.1
 
 
+@pytest.mark.slow
 def test_padding_counts_the_reference_and_changes_nothing(small, text, noise, reference):
     got = denoise(small, text, noise, reference, SPARSE)
     seen = []

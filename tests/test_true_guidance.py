@@ -49,6 +49,7 @@ def evaluate(small, conditioning, *guided, tokens=None, valid=None):
     return FluxVelocity(small.config.transformer)(tokens, where, jnp.float32(0.6), valid, inputs)
 
 
+@pytest.mark.slow
 def test_the_velocity_combines_those_of_both_prompts(small, text, negative):
     scale = np.array([1.5, 4.0], np.float32)
     positive, of_negative = (np.asarray(evaluate(small, c)) for c in (text, negative))

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.methods import (
+    FULL_SIZE,
     PAPER_PLANS,
     REFERENCE,
     VARIANTS,
+    dense_evaluations,
     parse_method,
     solver_words,
 )
 from benchmarks.quality.prompts import CATEGORIES
 from benchmarks.quality.results import header_words
-from jitjax.sampler.plan import PLANS
+from jitjax.config import TransformerConfig
+from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
 
 Figures = dict[str, Any]  # what `summary.figures` returns
 AIMS = {
@@ -30,14 +33,7 @@ AIMS = {
 """Share of pictures by `REFERENCE` that the bundled checkpoint should get right. They were set
 before it was used to compare samplers."""
 README_ROWS = 10
-README_COLUMNS = (
-    "method",
-    "FLOPs ÷",
-    "right",
-    "more than 50 dense steps",
-    "more than dense multistep of equal cost",
-    "PSNR",
-)
+README_COLUMNS = ("plan", "steps", "tokens of each stage", "fewer operations", "right", "PSNR")
 README_HEADER = f"| {' | '.join(README_COLUMNS)} |"
 MARK = "<!-- All below is written by python -m benchmarks.quality --docs -->"
 TITLE = "# Samplers on the bundled checkpoint\n"
@@ -173,6 +169,31 @@ def readme_methods(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in summaries if name in chosen]
 
 
+def readme_words(name: str) -> list[str]:
+    """Return the first cells of a method's row: its plan, steps, tokens, and operations.
+
+    Operations are those of FLUX.1-dev at 1024 px, beside those of `REFERENCE`.
+    """
+    method, cost = parse_method(name), dense_evaluations
+    plan, reference = method.plan, parse_method(REFERENCE).plan
+    alike = [other for other in PLANS if PLANS[other].densities == plan.densities]
+    same = [other for other in alike if PLANS[other].replace(steps=plan.steps) == plan]
+    if name == DEFAULT_PLAN:
+        words = f"**`{name}`**, the default"
+    elif same and not method.peer:
+        words = f"`{same[-1]}`" + f" with {plan.steps} steps" * (plan not in PLANS.values())
+    else:
+        words = f"`{name}`"
+    evaluations = method.evaluations or cost(TransformerConfig(), plan, *FULL_SIZE)
+    fewer = cost(TransformerConfig(), reference, *FULL_SIZE) / evaluations
+    return [
+        words,
+        f"{plan.steps}, {'second order' if plan.solver == 'multistep' else 'Euler'}",
+        ", ".join("all" if share == 1 else f"{100 * share:.0f} %" for share in plan.densities),
+        f"{fewer:.1f}",
+    ]
+
+
 def fill_readme(text: str, figures: Figures) -> str:
     """Replace the rows of the README's table.
 
@@ -190,11 +211,8 @@ def fill_readme(text: str, figures: Figures) -> str:
     summaries = figures["methods"]
     rows = [
         [
-            summaries[name]["label"],
-            f"{summaries[name]['fewer_flops']:.2g}",
+            *readme_words(name),
             percent(summaries[name]["right"]),
-            cell(summaries[name], points, "against_reference"),
-            cell(summaries[name], points, "against_multistep", "right"),
             cell(summaries[name], lambda m: f"{m['mean']:.0f} dB", "psnr"),
         ]
         for name in readme_methods(summaries)

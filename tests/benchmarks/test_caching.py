@@ -125,6 +125,7 @@ def test_dense_comparison_keeps_the_anchors_own_answer():
     np.testing.assert_allclose(result[other], clean[other] + change, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_sigma_for_all_tokens_is_the_ideal_velocity():
     with jax.enable_x64(True):
         offsets, covariance = jnp.asarray(SMALL.offsets), jnp.asarray(SMALL.covariance)
@@ -155,7 +156,8 @@ def test_map_makes_the_pictures_of_the_sampler():
 
 
 @pytest.mark.parametrize(
-    ("compare_with", "anchors"), [("sparse", 4 + 3), ("dense", 4), ("kept", 4)]
+    ("compare_with", "anchors"),
+    [pytest.param("sparse", 4 + 3, marks=pytest.mark.slow), ("dense", 4), ("kept", 4)],
 )
 def test_slots_are_what_the_network_runs_on(compare_with, anchors):
     plan = CachingPlan(STEPS, density=0.25, compare_with=compare_with)

@@ -10,7 +10,9 @@ from benchmarks.checker import check, describe
 from training.scenes import COLOURS, SHAPES, SIZES, TEXTURES, random_scene, render
 
 
-@pytest.mark.parametrize(("side", "count"), [(256, 80), (512, 40)])
+@pytest.mark.parametrize(
+    ("side", "count"), [(256, 80), pytest.param(512, 40, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("degradation", DEGRADATIONS)
 def test_agrees_with_scenes_of_one_thing(side, count, degradation):
     """`python -m benchmarks.agreement` checks thousands of scenes of up to four things."""

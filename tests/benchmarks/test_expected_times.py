@@ -24,6 +24,7 @@ def test_a_slow_memory_is_the_limit():
     assert expected_times.seconds(card, "dense") == pytest.approx(50 * 23.8, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_documentation():
     """If this fails: `python -m benchmarks.expected_times` prints what belongs there."""
     page = PAGE.read_text()

@@ -22,7 +22,7 @@ HIT = jitjax.PLANS["7x"].replace(activation="grid", microflow="hit", microflow_n
 @pytest.mark.parametrize(
     "changes",
     [
-        {"solver": "multistep"},
+        pytest.param({"solver": "multistep"}, marks=pytest.mark.slow),
         {"solver": jitjax.AdamsBashforth2(), "lift": "narrow"},
         {"microflow": "blend", "lift": "linear", "first": "strided"},
         {"microflow": "none", "lift": "none", "solver": "multistep", "fill": "dither"},

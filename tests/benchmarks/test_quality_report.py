@@ -194,6 +194,20 @@ def test_readme_table_has_at_most_ten_rows(figures):
             report.fill_readme(wrong, figures)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (REFERENCE, ["`dense`", "50, Euler", "all", "1.0"]),
+        ("multistep-12", ["**`multistep-12`**, the default", "12, second order", "all", "4.2"]),
+        ("jit-14x", ["`jit-14x`", "7, second order", "25 %, all", "14.5"]),
+        ("dense-25", ["`dense` with 25 steps", "25, Euler", "all", "2.0"]),
+        ("teacache-10", ["`teacache-10`", "28, Euler", "all", "5.0"]),
+    ],
+)
+def test_words_of_a_row_of_the_readme(name, words):
+    assert report.readme_words(name) == words
+
+
 def test_docs_are_written(figures, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.README_HEADER}\n")

@@ -56,6 +56,7 @@ def test_quantised_parameters_are_saved_and_loaded_as_they_are(kind, small, save
         saved, quantise=kind, parts=("t5",)))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_is_quantised(small):
     params = jitjax.load("tiny", quantise="int4", parts=("transformer",))
     assert quantised.kind_of(params.transformer) == "int4"
@@ -147,6 +148,7 @@ def test_errors(int8, arguments, message, unchecked):
         jitjax.load(int8, **arguments)
 
 
+@pytest.mark.slow
 def test_dtype_goes_with_the_parts_that_are_not_quantised(int8):
     params = jitjax.load(int8, dtype="bfloat16", parts=("clip", "autoencoder"))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}

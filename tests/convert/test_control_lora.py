@@ -137,6 +137,7 @@ def test_beside_quantised_weights(lora):
     assert_close(norms[0]["qkv"]["bias"], norms[1]["qkv"]["bias"])
 
 
+@pytest.mark.slow
 def test_quantised_at_conversion(tmp_path, lora):
     source = write(tmp_path, "flux", original_transformer(STATE))
     out = tmp_path / "canny"

@@ -143,7 +143,9 @@ def test_no_full_size_program_has_all_logits(platform):
     assert ("tpu_custom_call" in program) == (platform == "tpu")
 
 
-@pytest.mark.parametrize(("tokens", "valid"), [(256, 256), (200, 200), (700, 650)])
+@pytest.mark.parametrize(
+    ("tokens", "valid"), [(256, 256), (200, 200), pytest.param(700, 650, marks=pytest.mark.slow)]
+)
 def test_pallas_attention_equals_the_formula(tokens, valid):
     """The TPU kernel in JAX's interpreter, with tokens that need padding and without."""
     from jax.experimental.pallas import tpu as pltpu

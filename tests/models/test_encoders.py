@@ -95,7 +95,7 @@ def test_full_size_shapes():
     assert decoded.shape == images.shape
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_jit_and_dtype(dtype):
     ids = jnp.array([[3, 4, 29], [5, 29, 29]])
     text = jax.jit(t5.T5Encoder(T5, dtype).apply)({"params": random_params("t5", dtype)}, ids)

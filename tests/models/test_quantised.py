@@ -144,6 +144,7 @@ def evaluate(params, tokens, conditioning):
     return velocity, gradients
 
 
+@pytest.mark.slow
 def test_velocity_and_its_gradients_are_those_of_the_dequantised_weights(pair, small):
     tokens, conditioning = inputs(pair[0])
     got, expected = (evaluate(params.transformer, tokens, conditioning) for params in pair)
@@ -213,7 +214,14 @@ def test_shapes_alone_have_the_bytes_of_full_size(kind, share):
     assert share - 0.02 < sizes[1] / sizes[0] < share
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "int4",
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("float8", marks=pytest.mark.slow),
+    ],
+)
 def test_shapes_alone_are_those_of_arrays(kind, small):
     arrays = quantise_params(small, kind)
     shapes = abstract_params(build.SMALL, quantise=kind)

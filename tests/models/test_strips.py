@@ -51,7 +51,7 @@ def tiny():
 @pytest.mark.parametrize(
     ("shape", "pixels"),
     [
-        ((1, 12, 10, 4), 1),  # the lowest possible strips
+        pytest.param((1, 12, 10, 4), 1, marks=pytest.mark.slow),  # the lowest possible strips
         ((2, 9, 7, 4), 2**9),  # a last strip of fewer rows than the others
         pytest.param((1, 5, 16, 4), 2**20, marks=pytest.mark.slow),  # one strip
         ((1, 1, 8, 4), 1),  # a picture that is lower than a strip
@@ -141,9 +141,9 @@ def encoder_params(config):
 @pytest.mark.parametrize(
     ("shape", "pixels"),
     [
-        ((1, 48, 40, 3), 1),  # the lowest possible strips
+        pytest.param((1, 48, 40, 3), 1, marks=pytest.mark.slow),  # the lowest possible strips
         ((2, 36, 28, 3), 2**9),  # a last strip of fewer rows than the others
-        ((1, 20, 64, 3), 2**20),  # one strip
+        pytest.param((1, 20, 64, 3), 2**20, marks=pytest.mark.slow),  # one strip
         ((1, 4, 8, 3), 1),  # one row of the result
     ],
 )

@@ -325,7 +325,9 @@ def test_spare_anchors_fill_the_padded_slots():
     assert bool(jnp.isfinite(got).all())
 
 
-@pytest.mark.parametrize("solver", [AdamsBashforth2(), Multistep()])
+@pytest.mark.parametrize(
+    "solver", [AdamsBashforth2(), pytest.param(Multistep(), marks=pytest.mark.slow)]
+)
 def test_multistep_solver_through_all_stages(solver):
     got, trace = solve(PLAN.replace(steps=24), solver=solver, trace=True)
     stepwise = solve(PLAN.replace(steps=24), solver=solver, progress=lambda done: None)

@@ -160,6 +160,7 @@ def test_leapfrog_midpoint():
     np.testing.assert_allclose(decay(diffrax.LeapfrogMidpoint()), values[-1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_implicit_euler_and_its_gradient():
     """Each step is y' = y - h 0.7 y', so that four steps of 1/4 give (1 + 0.175) ** -4."""
     solver = diffrax.ImplicitEuler(root_finder=FINDER)

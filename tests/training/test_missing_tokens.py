@@ -77,6 +77,7 @@ def test_batches(scenes):
         assert row == 6 or tuple(x0) == shown[row // 2]  # the caption is the picture's
 
 
+@pytest.mark.slow
 def test_subsets_hold_the_layout_or_the_most_important_tokens():
     velocity = jax.random.normal(jax.random.key(2), (64, TOKENS, 64))
     draw = jax.jit(draw_subset, static_argnums=2)
