@@ -1,6 +1,6 @@
 """Figures of a run: anchors, importance, clean predictions, and pictures side by side.
 
-    tokens, trace = jitjax.denoise(params, conditioning, noise, plan="4x", key=key, trace=True)
+    images, trace = jitjax.sample(params, "a large red circle", plan="4x", key=key, trace=True)
     jitjax.viz.show_trace(params, trace, grid)
 
 They need matplotlib: `pip install "jitjax[viz]"`. Every function takes one sample of a batch.
@@ -37,6 +37,8 @@ LEAST_SIDE = 384
 FRAME_MILLISECONDS = 250
 LAST_FRAME_MILLISECONDS = 1500
 DECODED_AT_ONCE = 4
+ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
+"""Suffix of an animation -> Pillow's name of the format."""
 
 
 def show_anchors(
@@ -194,32 +196,38 @@ def frames(
 
 
 def animate(
-    params: FluxParams, trace: Trace, grid: Grid, path: str | Path, *, sample: int = 0
+    params: FluxParams,
+    trace: Trace,
+    grid: Grid,
+    path: str | Path,
+    *,
+    sample: int = 0,
+    overwrite: bool = True,
 ) -> Path:
     """Write an animation of a run: a WebP or GIF file with the pictures of `frames`.
 
     Args:
         params, trace, grid, sample: as for `frames`.
-        path: the file; it is replaced if it exists, and never half-written.
+        path: the file; it is never half-written.
+        overwrite: replace the file if it exists.
 
     Returns:
         The path.
 
     Raises:
         ValueError: the suffix is another, or the grid or the sample does not fit.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or exists and may not be replaced.
     """
     path = Path(path)
-    formats = {".webp": "WEBP", ".gif": "GIF"}
-    if path.suffix.lower() not in formats:
+    if path.suffix.lower() not in ANIMATIONS:
         raise ValueError(f"path is {str(path)!r}; expected a name that ends in .webp or .gif")
     pictures = frames(params, trace, grid, sample=sample)
     first, *others = (Image.fromarray((p * 255).round().astype(np.uint8)) for p in pictures)
     durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
-    with atomic_file(path, overwrite=True) as file:
+    with atomic_file(path, overwrite=overwrite) as file:
         first.save(
             file,
-            format=formats[path.suffix.lower()],
+            format=ANIMATIONS[path.suffix.lower()],
             save_all=True,
             append_images=others,
             duration=durations,
