@@ -13,7 +13,7 @@ from jitjax import command
 
 HELP_COLUMNS = 100
 """Widest line of a help; narrower terminals get narrower ones."""
-SHELLS = ("bash", "zsh", "fish")
+SHELLS = ("bash", "zsh")
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ from jitjax import (
     startup,
 )
 from jitjax.checkpoint import FluxParams, read_metadata
-from jitjax.cli_parser import build_parser
+from jitjax.cli_parser import COMMANDS, build_parser
 from jitjax.config import FluxConfig
 from jitjax.latents import token_grid
 from jitjax.list_folder import output_folder
@@ -40,12 +40,6 @@ from jitjax.sampler.plan import CHOICES, SOLVERS, get_plan
 from jitjax.validation import listed
 
 ERROR = "jitjax: error: "
-COMMANDS = {
-    "memory": "jitjax.memory.command",
-    "info": "jitjax.info",
-    "convert": "jitjax.convert.__main__",
-}
-"""First argument that selects another command -> the module of the command."""
 LARGEST_LIST = 1_000_000
 """Most pictures of a list; they are kept in memory by name."""
 

@@ -10,9 +10,16 @@ from jitjax.loading import bundled
 from jitjax.models.quantised import KINDS
 from jitjax.sampler.plan import CHOICES, DEFAULT_PLAN, PLANS, SOLVERS
 
-USAGE = """\
+COMMANDS = {
+    "memory": "jitjax.memory.command",
+    "info": "jitjax.info",
+    "convert": "jitjax.convert.__main__",
+}
+"""First argument that selects another command -> the module of the command."""
+
+USAGE = f"""\
 jitjax PROMPT [OPTIONS]
-       jitjax memory|info|convert [-h] ...
+       jitjax {"|".join(COMMANDS)} [-h] ...
 """
 
 EXAMPLES = """\
@@ -56,6 +63,7 @@ def build_parser() -> Parser:
         epilog=EXAMPLES + SHORT_END,
         full_epilog=EXAMPLES + FULL_END,
         completion={
+            "prompt": COMMANDS,
             "plan": PLANS,
             "solver": SOLVERS,
             "microflow": CHOICES["microflow"],

@@ -126,8 +126,10 @@ def _report_import_error(
 ) -> None:
     """An exception hook: errors that a user's machine causes while modules are imported."""
     expected = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
-    if not isinstance(error, expected):
+    is_expected = isinstance(error, expected)
+    if not is_expected or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, traceback)
+    if not is_expected:
         return
     _write_error(f"error: {address_space_problem() or one_line(error)}")
     os._exit(2)  # the status of an exception hook is always 1

@@ -63,8 +63,9 @@ def show_anchors(
     picture = np.ones((*grid, 3)) if image is None else _as_picture("image", image)
     figure, axes = _panels(1, len(trace.anchors), picture.shape[1] / picture.shape[0])
     for stage, axis in enumerate(axes[0]):
-        axis.imshow(_dimmed(picture, _active(trace, grid, stage, sample)))
-        axis.set_title(_stage_title(trace, grid, stage), fontsize=9)
+        active = _active(trace, grid, stage, sample)
+        axis.imshow(_dimmed(picture, active))
+        axis.set_title(_stage_title(trace, stage, active), fontsize=9)
     return figure
 
 
@@ -92,8 +93,9 @@ def show_trace(params: FluxParams, trace: Trace, grid: Grid, *, sample: int = 0)
     stages, aspect = len(pictures), grid[1] / grid[0]
     figure, axes = _panels(3, stages, aspect)
     for stage, picture in enumerate(pictures):
-        axes[0, stage].imshow(_dimmed(picture, _active(trace, grid, stage, sample)))
-        axes[0, stage].set_title(_stage_title(trace, grid, stage), fontsize=9)
+        active = _active(trace, grid, stage, sample)
+        axes[0, stage].imshow(_dimmed(picture, active))
+        axes[0, stage].set_title(_stage_title(trace, stage, active), fontsize=9)
         axis = axes[1, stage]
         transition = trace.transitions[stage] if stage < stages - 1 else None
         if transition is None:
@@ -264,9 +266,8 @@ def _decode(params: FluxParams, tokens: Array, grid: Grid) -> Float[np.ndarray, 
 
 
 def _active(trace: Trace, grid: Grid, stage: int, sample: int) -> Bool[np.ndarray, "rows columns"]:
-    active = np.zeros(grid[0] * grid[1], bool)
-    active[np.asarray(trace.anchors[stage][sample])] = True
-    return active.reshape(grid)
+    tokens = np.arange(grid[0] * grid[1])
+    return np.isin(tokens, trace.anchors[stage][sample]).reshape(grid)
 
 
 def _per_pixel(active: np.ndarray, picture: np.ndarray) -> np.ndarray:
@@ -300,11 +301,11 @@ def _outlined(picture: np.ndarray, active: np.ndarray) -> np.ndarray:
     return np.where(edge[..., None], 0.5 * picture + 0.5 * line, picture)
 
 
-def _stage_title(trace: Trace, grid: Grid, stage: int) -> str:
+def _stage_title(trace: Trace, stage: int, active: np.ndarray) -> str:
     first = sum(trace.stage_steps[:stage]) + 1
     last = first + trace.stage_steps[stage] - 1
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    return f"{steps}: {trace.anchors[stage].shape[1]} of {grid[0] * grid[1]} tokens"
+    return f"{steps}: {active.sum()} of {active.size} tokens"
 
 
 def _draw_tokens(axis: Any, trace: Trace, grid: Grid) -> None:
