@@ -87,6 +87,7 @@ def run(
                 return 2
         signum = stopped[0] if stopped else signal.SIGINT
         note(f"jitjax: {startup.stop_text(signum)}")
+        startup.exit_if_command(128 + signum)
         return 128 + signum
 
 

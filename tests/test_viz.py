@@ -77,7 +77,7 @@ def test_slots_without_a_token_are_not_drawn(small, run):
     """As where masks of one batch differ in size: n stands in slots that a sample does not use."""
     _, trace = run
     anchors = jnp.array([[0, 5, 24, 24], [1, 2, 3, 4]])
-    trace = trace._replace(anchors=(anchors,), stage_steps=(5,), clean=trace.clean[-1:])
+    trace = trace._replace(anchors=(anchors,), stage_steps=(5,), transitions=())
     axis = viz.show_anchors(trace, GRID).axes[0]
     shown = np.asarray(axis.images[0].get_array())[..., 0].reshape(-1)
     assert list(np.flatnonzero(shown == 1)) == [0, 5]
