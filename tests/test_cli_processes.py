@@ -186,6 +186,21 @@ def test_errors_of_late_imports_are_one_line(environment, tmp_path, late):
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_in_a_text_that_is_executed(environment, tmp_path):
+    """Python then kills the process by SIGINT after `sys.exit`, even if the exception is caught."""
+    (tmp_path / "flax.py").write_text(
+        "exec(\"import pathlib, time; pathlib.Path('executing').touch(); time.sleep(600)\")\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    process = start([*COMMAND, *QUICK], environment | {"PYTHONPATH": paths}, cwd=tmp_path)
+    wait_for((tmp_path / "executing").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "jitjax: stopped by Ctrl-C"
+    assert "Traceback" not in error
+
+
 @pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
 def test_version(environment, module):
     done = run("--version", environment=environment, command=[sys.executable, "-m", module])
