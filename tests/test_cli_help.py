@@ -14,6 +14,7 @@ import jitjax
 from jitjax import cli, info, startup
 from jitjax.convert import __main__ as convert
 from jitjax.memory import command as memory
+from jitjax.prompt_list import read_list
 
 PAGE = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
 PARSERS = {
@@ -92,6 +93,18 @@ def test_examples_are_accepted(text):
             PARSERS[name]().parse_args(arguments[1:])
         elif arguments[0] != "--print-completion":
             cli._parse(arguments)
+
+
+def test_the_example_of_a_list_can_be_read(capsys, tmp_path):
+    text = run(capsys, "jitjax", "--help-all")[1]
+    line = next(line.strip() for line in text.splitlines() if line.startswith('  {"prompt"'))
+    assert line in PAGE
+    (tmp_path / "list.jsonl").write_text(line)
+    lines, problems = read_list(str(tmp_path / "list.jsonl"))
+    assert problems == {}
+    (read,) = lines
+    assert (read.prompt, read.seed, read.size) == ("a red star", 7, (512, 384))
+    assert (read.plan, read.negative) == ("dense", "blue")
 
 
 @pytest.mark.parametrize("name", PARSERS)
