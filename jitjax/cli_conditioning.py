@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import jitjax
-from jitjax import command
+from jitjax import command, files
 from jitjax.checkpoint import PARTS, TEXT_ENCODERS, FluxParams
 from jitjax.conditioning import Conditioning, read_conditioning
 
@@ -18,26 +20,26 @@ DRAWING = tuple(part for part in PARTS if part not in TEXT_ENCODERS)
 """The parts that make a picture of a conditioning."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    parser.add_argument(
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Add the options, by `add_argument` of a parser or of a group."""
+    add(
         "--low-memory",
         action="store_true",
-        help="keep the models in host memory, and each on the device only while it runs; the "
+        help="keep models on the device only while they run\nElse they are in host memory. The "
         "pictures are the same",
     )
-    parser.add_argument(
+    add(
         "--save-conditioning",
         type=Path,
-        metavar=f"FILE{SUFFIX}",
-        help="only encode the prompt, and write the result to a file; needs no transformer",
+        metavar="FILE",
+        help="\nonly encode the prompt, and write the result to a file; needs no transformer",
     )
-    parser.add_argument(
+    add(
         "--conditioning",
         type=Path,
-        metavar=f"FILE{SUFFIX}",
-        help="draw what --save-conditioning has written, in place of a prompt; needs no text "
-        "encoders",
+        metavar="FILE",
+        help="\ndraw what --save-conditioning has written, in place of a prompt; needs no text "
+        "encoders, which is for cards without room for them",
     )
 
 
@@ -55,20 +57,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--save-conditioning makes no picture; expected a prompt with it, and no --out or "
             "--count"
         )
-    if path.suffix != SUFFIX:
-        raise ValueError(
-            f"--save-conditioning is {str(path)!r}; expected a name that ends in {SUFFIX}"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"--save-conditioning is {str(path)!r}; expected the folder {str(path.parent)!r} to "
-            "exist"
-        )
-    if command.exists(path) and not (args.overwrite and path.is_file()):
-        raise FileExistsError(
-            f"--save-conditioning: {str(path)!r} exists; expected a new name, or --overwrite"
-        )
-    command.check_writable(path.parent, "--save-conditioning")
+    option = "--save-conditioning"
+    files.check_name(path, option, (SUFFIX,))
+    files.check_replaceable(path, option, overwrite=args.overwrite)
+    files.check_writable(files.folder(path), option)
 
 
 def needed_parts(args: argparse.Namespace) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +32,43 @@ FILES = ("image", "mask", "control", "reference")
 """Options that name the file of a picture; each is an argument of `sample`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    parser.add_argument(
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Add the options, by `add_argument` of a parser or of a group."""
+    add(
         "--image",
         type=Path,
         metavar="FILE",
-        help="start from a picture instead of noise; its size is that of the result, or --size, to "
+        help="start from a picture instead of noise\nIts size is that of the result, or --size, to "
         "which it is resized. What is transparent becomes white",
     )
-    parser.add_argument(
+    add(
         "--strength",
         type=float,
-        help="with --image, how far from it the result may be: the share of the steps that is run, "
-        f"above 0, at most 1 (default: {DEFAULT_STRENGTH}; {INPAINTING_STRENGTH} with --mask)",
+        metavar="SHARE",
+        help=f"how far from it, above 0 to 1 (default: {DEFAULT_STRENGTH})\nThe share of the steps "
+        f"that is run (default with --mask: {INPAINTING_STRENGTH})",
     )
-    parser.add_argument(
+    add(
         "--mask",
         type=Path,
         metavar="FILE",
-        help="with --image, make a part of it anew (inpainting): a grey picture of the same size, "
-        "white where the result is new, black where it stays as it is, grey for soft edges",
+        help="make --image new only where FILE is white\nInpainting: a grey picture of the same "
+        "size, white where the result is new, black where it stays as it is, grey for soft edges",
     )
-    parser.add_argument(
+    add(
         "--control",
         type=Path,
         metavar="FILE",
-        help="edges or depth of the result, for checkpoints of FLUX.1 Canny and Depth, which need "
-        "it: a picture of its size, or --size, to which it is resized",
+        help="edges or depth, for FLUX.1 Canny and Depth\nTheir checkpoints need it: a picture of "
+        "the size of the result, or --size, to which it is resized",
     )
-    parser.add_argument(
+    add(
         "--reference",
         type=Path,
         metavar="FILE",
-        help="a picture that the prompt says how to change, for checkpoints of FLUX.1 Kontext. "
-        "Its size is that of the result unless there is --size. It is resized, with a note, if it "
-        "has more than 1024 x 1024 pixels or its sides are no multiples of 16",
+        help="a picture to change, for FLUX.1 Kontext\nThe prompt says how. Its size is that of "
+        "the result unless there is --size. It is resized, with a note, if it has more than 1024 "
+        "x 1024 pixels or its sides are no multiples of 16",
     )
 
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jitjax.negative import DEFAULT_TRUE_GUIDANCE
 from jitjax.prompt_list import read_argument
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a parser."""
-    parser.add_argument(
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Add the options, by `add_argument` of a parser or of a group."""
+    add(
         "--negative",
         metavar="TEXT",
-        help="what the picture is not to show; each step then runs the model twice",
+        help="what it is not to show\nEach step then runs the model twice",
     )
-    parser.add_argument(
+    add(
         "--negative-conditioning",
         type=Path,
-        metavar="FILE.safetensors",
-        help="the same, as --save-conditioning has written it",
+        metavar="FILE",
+        help="\nthe same, as --save-conditioning has written it",
     )
-    parser.add_argument(
+    add(
         "--true-guidance",
         type=float,
         metavar="SCALE",
-        help="how far to move away from the negative prompt, or from the empty one, 1 or more "
+        help="\nhow far to move away from the negative prompt, or from the empty one, 1 or more "
         f"(default: {DEFAULT_TRUE_GUIDANCE:g} with a negative prompt, else off)",
     )
 

@@ -1,6 +1,6 @@
-"""What both commands, `jitjax` and `python -m jitjax.convert`, have in common.
+"""How all commands run: `jitjax`, its subcommands and `python -m jitjax.convert`.
 
-Arguments are never dropped silently, errors are one line, and the exit status says what happened:
+Errors are one line, and the exit status says what happened:
 
     0    done
     1    lines of a list have failed, `--verify` found damage, or an unexpected error (with a
@@ -11,19 +11,17 @@ Arguments are never dropped silently, errors are one line, and the exit status s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from jitjax import startup
@@ -43,50 +41,8 @@ OUT_OF_MEMORY = (
 CLEANUP_SECONDS = 10.0
 """Longest time for removing unfinished files; a disk that hangs must not keep the process."""
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser that refuses what `argparse` drops or guesses, with errors of one line.
-
-    A second use of an option with one value is an error, and names cannot be abbreviated. Options
-    with several values take `action="extend"`.
-    """
-
-    def __init__(self, *, error_prefix: str, **arguments: Any) -> None:
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
-        )
-        self.error_prefix = error_prefix
-        self.register("action", None, _StoreOnce)
-        self.register("action", "store", _StoreOnce)
-        self.add_argument("--version", action=_Version, nargs=0, help="show the versions, and exit")
-
-    def error(self, message: str) -> Any:
-        note(f"{self.error_prefix}{message}; see {self.prog} --help")
-        sys.exit(2)
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        write_line(message.removesuffix("\n"), file or sys.stdout)
-
-
-class _StoreOnce(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if option_string is not None:
-            used = namespace.__dict__.setdefault("used_options", set())
-            if self.dest in used:
-                raise argparse.ArgumentError(self, "given twice; expected once")
-            used.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        from importlib.metadata import version
-
-        python = ".".join(map(str, sys.version_info[:3]))
-        write_line(
-            f"jitjax {version('jitjax')} (jax {version('jax')}, Python {python})", sys.stdout
-        )
-        sys.exit(0)
+_tracebacks = False
+"""Whether the command that runs was asked to print them, by `--debug`."""
 
 
 def run(
@@ -110,6 +66,8 @@ def run(
     Returns:
         The exit status.
     """
+    global _tracebacks
+    _tracebacks = False
     startup.end()
     with (
         _no_garbage_at_exit(),
@@ -123,11 +81,26 @@ def run(
             pass
         except Exception as error:
             if not stopped:  # else the error is what a library made of the interruption
-                note(error_prefix + _explain(error, memory_hint))
+                text = error_prefix + _explain(error, memory_hint)
+                note_traceback(error)
+                note(text)
                 return 2
         signum = stopped[0] if stopped else signal.SIGINT
         note(f"jitjax: {startup.stop_text(signum)}")
+        startup.exit_if_command(128 + signum)
         return 128 + signum
+
+
+def show_tracebacks() -> None:
+    """Let `note_traceback` print, until the next command runs."""
+    global _tracebacks
+    _tracebacks = True
+
+
+def note_traceback(error: Exception) -> None:
+    """Print the traceback of an error that is told in one line, if `--debug` asks for it."""
+    if _tracebacks:
+        note("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def run_report(body: Callable[[], int], *, error_prefix: str) -> int:
@@ -339,19 +312,6 @@ def _encodable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def exists(path: Path) -> bool:
-    """Whether there is something at `path`, even a symbolic link to nothing.
-
-    Raises:
-        OSError: there cannot be; for example, the name is too long.
-    """
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def check_device() -> None:
     """Raise `OSError` unless JAX can start and has a device to compute on."""
     import jax
@@ -365,14 +325,3 @@ def check_device() -> None:
         setting = f" (JAX_PLATFORMS is {platforms!r})" if platforms else ""
         reason = startup.one_line(error) if str(error) else "it is not installed, or finds none"
         raise OSError(f"JAX has no device{setting}: {reason}") from error
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raise `OSError` unless files can be made in `folder`, of which `option` is the source."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(
-            f"{option}: no file can be made in the folder {str(folder)!r} ({error.strerror})"
-        ) from error

@@ -1,4 +1,4 @@
-"""Writes of a single file that appears complete or not at all."""
+"""Files to be written: checks beforehand, and writes that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,83 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 _unfinished: set[Path] = set()
+
+
+def check_name(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """Raise an error unless a file could have a name.
+
+    Args:
+        path: the name.
+        option: the option that gives it, for messages.
+        suffixes: the endings that are possible, in lower case.
+
+    Raises:
+        ValueError: it has another ending.
+        FileNotFoundError: its folder does not exist.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{option} is {str(path)!r}; expected a name that ends in {' or '.join(suffixes)}"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{option} is {str(path)!r}; expected the folder {str(path.parent)!r} to exist"
+        )
+
+
+def check_replaceable(path: Path, option: str, *, overwrite: bool) -> None:
+    """Raise `OSError` if there is something that may not be replaced.
+
+    Args:
+        path: the file.
+        option: the option that names it, for messages.
+        overwrite: whether files may be replaced.
+    """
+    if not exists(path):
+        return
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{option}: {str(path)!r} exists and is not a file")
+    if not overwrite:
+        raise FileExistsError(
+            f"{option}: {str(path)!r} exists; expected a new name, or --overwrite to replace it"
+        )
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{option}: {str(path)!r} is read-only; expected another name")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise `OSError` unless files can be made in `folder`, of which `option` is the source."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{option}: no file can be made in the folder {str(folder)!r} ({error.strerror})"
+        ) from error
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`, even a symbolic link to nothing.
+
+    Raises:
+        OSError: there cannot be; for example, the name is too long.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def folder(path: Path) -> Path:
+    """Return the folder of a file; of a symbolic link, that of the file that it points to."""
+    return Path(os.path.realpath(path)).parent
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from jitjax import command
+from jitjax import command, files
 from jitjax.files import atomic_file
 
 DEFAULT_OUT = Path("jitjax.png")
@@ -117,6 +116,9 @@ def with_seeds(path: Path, seeds: Sequence[int]) -> list[Path]:
 class Outputs:
     """The output files of one prompt, checked before the first picture is made.
 
+    Attributes:
+        paths: the files, one per seed.
+
     Raises:
         ValueError: --out has another suffix.
         OSError: an output exists and may not be replaced, or cannot be written.
@@ -126,42 +128,24 @@ class Outputs:
         self._overwrite = overwrite
         is_default = out is None
         out = out or DEFAULT_OUT
-        if out.suffix.lower() != ".png":
-            raise ValueError(f"--out is {str(out)!r}; expected a name that ends in .png")
-        if not out.parent.is_dir():
-            raise FileNotFoundError(
-                f"--out is {str(out)!r}; expected the folder {str(out.parent)!r} to exist"
-            )
-        self._paths = with_seeds(out, seeds)
+        files.check_name(out, "--out", (".png",))
+        self.paths = with_seeds(out, seeds)
         if is_default and not overwrite:
             candidates = (with_seeds(path, seeds) for path in numbered(out))
-            self._paths = next(paths for paths in candidates if not any(map(command.exists, paths)))
-        for path in self._paths:
-            self._check(path)
-        # Links may lead to other folders.
-        for folder in {Path(os.path.realpath(path)).parent for path in self._paths}:
-            command.check_writable(folder, "--out")
-
-    def _check(self, path: Path) -> None:
-        if not command.exists(path):
-            return
-        if path.exists() and not path.is_file():
-            raise FileExistsError(f"--out: {str(path)!r} exists and is not a file")
-        if not self._overwrite:
-            raise FileExistsError(
-                f"--out: {str(path)!r} exists; expected a new name, or --overwrite to replace it"
-            )
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(f"--out: {str(path)!r} is read-only; expected another name")
+            self.paths = next(paths for paths in candidates if not any(map(files.exists, paths)))
+        for path in self.paths:
+            files.check_replaceable(path, "--out", overwrite=overwrite)
+        for folder in set(map(files.folder, self.paths)):
+            files.check_writable(folder, "--out")
 
     def write(self, i: int, image: np.ndarray, prompt: str, settings: dict[str, object]) -> Path:
         """Write picture `i`; return its path, a new one if another file has appeared there."""
-        for path in numbered(self._paths[i]):
+        for path in numbered(self.paths[i]):
             try:
                 write_png(path, image, prompt, settings, overwrite=self._overwrite)
             except FileExistsError:
                 continue
-            if path != self._paths[i]:
-                command.note(f"jitjax: {str(self._paths[i])!r} has appeared meanwhile")
+            if path != self.paths[i]:
+                command.note(f"jitjax: {str(self.paths[i])!r} has appeared meanwhile")
             return path
         raise AssertionError("unreachable: there is always another number")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jitjax import command
+from jitjax.arguments import Parser
 from jitjax.checkpoint import abstract_params, read_metadata
 from jitjax.checkpoint.array_reader import read_leaf_metadata
 from jitjax.checkpoint.saving import METADATA_FILE
@@ -21,17 +22,16 @@ from jitjax.loading import BUNDLED, bundled
 from jitjax.memory.models import folder_bytes
 from jitjax.validation import read_json
 
-ERROR = "jitjax info: error: "
-NAME = "info"
-"""First argument of `jitjax` that selects this command."""
 EXAMPLES = """\
 examples:
   jitjax info tiny               the bundled checkpoint
-  jitjax info ./flux-dev         a checkpoint made by `python -m jitjax.convert`
+  jitjax info ./flux-dev         a checkpoint made by `jitjax convert`
   jitjax info ./flux-dev --json  the same for programs
 
-No array is read. `python -m jitjax.convert --verify FOLDER` compares all of them with their
-digests. A picture of the word itself: jitjax -- info
+No array is read. `jitjax convert --verify FOLDER` compares all of them with their digests.
+A picture of the word itself: jitjax -- info
+
+exit status: 0 done, 2 not possible, with a line that says why
 """
 
 
@@ -166,11 +166,10 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def build_parser() -> command.Parser:
-    """Return the argument parser."""
-    parser = command.Parser(
-        prog=f"jitjax {NAME}",
-        error_prefix=ERROR,
+def build_parser(prog: str) -> Parser:
+    """Return the argument parser of a command with the name `prog`."""
+    parser = Parser(
+        prog=prog,
         description="Say what a checkpoint holds: parts, dtypes, bytes, sources and LoRAs.",
         epilog=EXAMPLES,
     )
@@ -181,17 +180,18 @@ def build_parser() -> command.Parser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, prog: str = "jitjax info") -> int:
     """Run the command, and return the exit status.
 
     Args:
         arguments: what follows `jitjax info`.
+        prog: the name of the command.
     """
-    return command.run_report(lambda: _run(arguments), error_prefix=ERROR)
+    return command.run_report(lambda: _run(arguments, prog), error_prefix=f"{prog}: error: ")
 
 
-def _run(arguments: Sequence[str]) -> int:
-    args = build_parser().parse_args(arguments)
+def _run(arguments: Sequence[str], prog: str) -> int:
+    args = build_parser(prog).parse_args(arguments)
     info = checkpoint_info(args.checkpoint)
     command.report(json.dumps(info, indent=2) if args.json else text_report(info))
     return 0

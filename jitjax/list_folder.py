@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jitjax import command, images
+from jitjax import command, files, images
 from jitjax.picture import Picture
 
 LONGEST_WORDS = 40
@@ -48,7 +48,7 @@ def output_folder(out: Path | None, source: str) -> Path:
         out = Path("pictures" if source == "-" else f"{Path(source).stem}-pictures")
     if out.suffix.lower() == ".png":
         raise ValueError(f"--out is {str(out)!r}; expected a folder, because --prompts is given")
-    if command.exists(out) and not out.is_dir():
+    if files.exists(out) and not out.is_dir():
         raise NotADirectoryError(f"--out is {str(out)!r}, a file; expected a folder")
     if not out.is_dir() and not out.parent.is_dir():
         raise FileNotFoundError(
@@ -88,7 +88,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     descriptor = None
     try:
-        command.check_writable(folder, "--out")
+        files.check_writable(folder, "--out")
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 
@@ -119,7 +119,7 @@ def is_made(item: Wanted, overwrite: bool) -> bool:
     Raises:
         FileExistsError: the file is another picture, and may not be replaced.
     """
-    if not command.exists(item.path):
+    if not files.exists(item.path):
         return False
     if not item.path.is_file():
         raise FileExistsError(f"--out: {str(item.path)!r} exists and is not a file")

@@ -148,6 +148,7 @@ def _make(
                         try:
                             write(item, image, overwrite)
                         except (OSError, ValueError) as error:
+                            command.note_traceback(error)
                             state.fail(item.line, str(error))
                             unwritten = unwritten + 1 if isinstance(error, OSError) else 0
                             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,53 @@ from jitjax.task import (
 )
 from jitjax.text import Conditioning, as_prompts, check_params, tokenize
 
+if TYPE_CHECKING:
+    from jitjax.sampler.trace import Trace
 
+Images = Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]
+
+
+class Options(Task, total=False):
+    """The other keyword arguments of `sample`, for its types."""
+
+    height: int | None
+    width: int | None
+    plan: str | Plan
+    guidance: float | Float[Array, ""] | Float[Array, " b"]
+    attention: str
+    progress: bool | Callable[[int], Any]
+    chunk: int | None
+
+
+Prompts = str | Sequence[str] | Conditioning
+
+
+@overload
+def sample(
+    params: FluxParams,
+    prompt: Prompts,
+    *,
+    key: Array,
+    trace: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Images: ...
+@overload
+def sample(
+    params: FluxParams,
+    prompt: Prompts,
+    *,
+    key: Array,
+    trace: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Images, Trace]: ...
+@overload
+def sample(
+    params: FluxParams, prompt: Prompts, *, key: Array, trace: bool, **options: Unpack[Options]
+) -> Images | tuple[Images, Trace]: ...
 @with_auto_axes("prompt", "key", "task")
 def sample(
     params: FluxParams,
-    prompt: str | Sequence[str] | Conditioning,
+    prompt: Prompts,
     *,
     key: Array,
     height: int | None = None,
@@ -59,8 +101,9 @@ def sample(
     attention: str = "auto",
     progress: bool | Callable[[int], Any] = False,
     chunk: int | None = None,
+    trace: bool = False,
     **task: Unpack[Task],
-) -> Float[Array, "b height width 3"] | Float[np.ndarray, "b height width 3"]:
+) -> Images | tuple[Images, Trace]:
     """Generate images from prompts, or from prompts and pictures (`Task`).
 
     Args:
@@ -83,6 +126,9 @@ def sample(
             decoded for one chunk after another, so that the device's memory is that of one. Chunks
             have one length; the last is padded by repetition. By default all images are made at
             once. The images are the same, up to the rounding of the batch size.
+        trace: return a `Trace` of all images, too: every state of the tokens, the anchors and what
+            they were chosen by, as from `denoise(..., trace=True)`. Not with more images than
+            `chunk`.
         **task: pictures that the result is made from, and negative prompts: the fields of `Task`,
             `image`, `strength`, `mask`, `control`, `reference`, `negative_prompt` and
             `true_guidance`.
@@ -93,16 +139,17 @@ def sample(
         other transformations a JAX array, because there nothing can leave the device.
         With parameters on a mesh (`load(mesh=...)`) they are divided over its batch axes if these
         divide the batch; if the mesh spans processes, every process has all images.
+        With `trace`, a tuple of the images, which are the same, and the `Trace`, on the device.
 
     Raises:
         ValueError: the plan or `attention` is unknown, the height or width is not supported, there
             are no prompts, the guidance or the conditioning is not finite, the key or the
-            conditioning does not fit, `chunk` is not a positive integer, `params` has no
-            parameters for a model that is needed, the batch (or chunk) cannot fit the device,
-            a picture does not fit the batch, the height and width or `encode`, `strength` is
-            outside (0, 1] or given without `image`, a mask does not fit `image`, is 0 everywhere,
-            or has values outside [0, 1], the model needs pictures that are not given, or the
-            reverse, or the negative prompts or `true_guidance` do not fit.
+            conditioning does not fit, `chunk` is not a positive integer, or less than the images
+            with `trace`, `params` has no parameters for a model that is needed, the batch (or
+            chunk) cannot fit the device, a picture does not fit the batch, the height and width or
+            `encode`, `strength` is outside (0, 1] or given without `image`, a mask does not fit
+            `image`, is 0 everywhere, or has values outside [0, 1], the model needs pictures that
+            are not given, or the reverse, or the negative prompts or `true_guidance` do not fit.
             Raised before any model runs, except for a conditioning that the text encoders made.
         TypeError: an argument has another type, for example a prompt that is not a string.
         FileNotFoundError: a tokenizer is missing.
@@ -130,6 +177,11 @@ def sample(
     if chunk is not None and ((size := as_integer(chunk)) is None or size < 1):
         raise ValueError(f"chunk is {chunk!r}; expected a positive integer, or None")
     chunks = 1 if chunk is None else -(-batch // int(chunk))
+    if trace and chunks > 1:
+        raise ValueError(
+            f"trace is for images that are made at once, but chunk is {chunk!r}; expected None, or "
+            f"{batch} or more"
+        )
     chunk = -(-batch // chunks)
     guidance = check_guidance(guidance, batch)
     check_same_call(
@@ -178,14 +230,15 @@ def sample(
             reports=reports if progress else None,
         )
         if chunks == 1:
-            return make(rows)
+            images, record = make(rows, trace=trace)
+            return images if record is None else (images, record)
         indices = np.minimum(np.arange(chunks * chunk), batch - 1).reshape(chunks, chunk)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, rows))):
-            images = jax.lax.map(make, jax.tree.map(lambda leaf: leaf[indices], rows))
+            images, _ = jax.lax.map(make, jax.tree.map(lambda leaf: leaf[indices], rows))
             return images.reshape(chunks * chunk, *images.shape[2:])[:batch]
         images = np.empty((batch, height, width, 3), np.float32)
         for start, chosen in zip(range(0, batch, chunk), indices, strict=True):
-            made = make(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], rows))
+            made, _ = make(jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], rows))
             images[start : start + chunk] = np.asarray(made)[: batch - start]
     return images
 
@@ -215,8 +268,9 @@ def _make_batch(
     reference_grid: Grid | None,
     attention: str,
     reports: StepReports | None,
-) -> Float[Array, "b height width 3"]:
-    """Make images."""
+    trace: bool = False,
+) -> tuple[Float[Array, "b height width 3"], Trace | None]:
+    """Make images; return them, and the record of the run if `trace`."""
     text, keys, guidance, task = rows
     noise, denoise_keys = _start(grid, params.config.transformer.out_channels, keys)
     conditioning, negative = encode_both(params, text, task.negative)
@@ -226,7 +280,7 @@ def _make_batch(
         control = with_mask(control, task.mask, params.config)
     elif task.mask is not None:
         mask = mask_tokens(task.mask, params.config)
-    tokens = denoise(
+    denoised = denoise(
         params,
         conditioning,
         noise,
@@ -244,14 +298,16 @@ def _make_batch(
         true_guidance=task.true_guidance,
         attention=attention,
         progress=reports,
+        trace=trace,
     )
+    tokens, record = denoised if isinstance(denoised, tuple) else (denoised, None)
     # Before the last steps are finished, so that they run while Python traces the decoder.
     images = decode(params, tokens, grid=grid)
     if task.mask is not None:
         images = composite(task.mask, images, task.image)
     if reports is not None:
         reports.finish()
-    return images
+    return images, record
 
 
 @partial(jax.jit, static_argnums=(0, 1))

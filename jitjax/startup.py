@@ -79,6 +79,22 @@ def before_exit() -> None:
         gc.freeze()
 
 
+def exit_if_command(status: int) -> None:
+    """End the process of a command that a signal has stopped, without Python's own last steps.
+
+    Python crashes in them at times, while XLA's threads still run; and if the signal came while
+    `exec` ran a text, as `dataclasses` does, Python kills the process by the same signal.
+    """
+    if not garbage_waits:  # set in commands alone
+        return
+    for stream in (sys.stdout, sys.stderr):
+        try:  # noqa: SIM105 -- see the head of this module
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # nobody can read it
+    os._exit(status)
+
+
 def open_missing_streams() -> None:
     """Open the null device in place of standard streams that are closed.
 
@@ -126,8 +142,10 @@ def _report_import_error(
 ) -> None:
     """An exception hook: errors that a user's machine causes while modules are imported."""
     expected = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
-    if not isinstance(error, expected):
+    is_expected = isinstance(error, expected)
+    if not is_expected or "--debug" in sys.argv:
         sys.__excepthook__(kind, error, traceback)
+    if not is_expected:
         return
     _write_error(f"error: {address_space_problem() or one_line(error)}")
     os._exit(2)  # the status of an exception hook is always 1

@@ -1,6 +1,6 @@
 """Figures of a run: anchors, importance, clean predictions, and pictures side by side.
 
-    tokens, trace = jitjax.denoise(params, conditioning, noise, plan="4x", key=key, trace=True)
+    images, trace = jitjax.sample(params, "a large red circle", plan="4x", key=key, trace=True)
     jitjax.viz.show_trace(params, trace, grid)
 
 They need matplotlib: `pip install "jitjax[viz]"`. Every function takes one sample of a batch.
@@ -37,6 +37,8 @@ LEAST_SIDE = 384
 FRAME_MILLISECONDS = 250
 LAST_FRAME_MILLISECONDS = 1500
 DECODED_AT_ONCE = 4
+ANIMATIONS = {".webp": "WEBP", ".gif": "GIF"}
+"""Suffix of an animation -> Pillow's name of the format."""
 
 
 def show_anchors(
@@ -61,8 +63,9 @@ def show_anchors(
     picture = np.ones((*grid, 3)) if image is None else _as_picture("image", image)
     figure, axes = _panels(1, len(trace.anchors), picture.shape[1] / picture.shape[0])
     for stage, axis in enumerate(axes[0]):
-        axis.imshow(_dimmed(picture, _active(trace, grid, stage, sample)))
-        axis.set_title(_stage_title(trace, grid, stage), fontsize=9)
+        active = _active(trace, grid, stage, sample)
+        axis.imshow(_dimmed(picture, active))
+        axis.set_title(_stage_title(trace, stage, active), fontsize=9)
     return figure
 
 
@@ -90,8 +93,9 @@ def show_trace(params: FluxParams, trace: Trace, grid: Grid, *, sample: int = 0)
     stages, aspect = len(pictures), grid[1] / grid[0]
     figure, axes = _panels(3, stages, aspect)
     for stage, picture in enumerate(pictures):
-        axes[0, stage].imshow(_dimmed(picture, _active(trace, grid, stage, sample)))
-        axes[0, stage].set_title(_stage_title(trace, grid, stage), fontsize=9)
+        active = _active(trace, grid, stage, sample)
+        axes[0, stage].imshow(_dimmed(picture, active))
+        axes[0, stage].set_title(_stage_title(trace, stage, active), fontsize=9)
         axis = axes[1, stage]
         transition = trace.transitions[stage] if stage < stages - 1 else None
         if transition is None:
@@ -194,32 +198,38 @@ def frames(
 
 
 def animate(
-    params: FluxParams, trace: Trace, grid: Grid, path: str | Path, *, sample: int = 0
+    params: FluxParams,
+    trace: Trace,
+    grid: Grid,
+    path: str | Path,
+    *,
+    sample: int = 0,
+    overwrite: bool = True,
 ) -> Path:
     """Write an animation of a run: a WebP or GIF file with the pictures of `frames`.
 
     Args:
         params, trace, grid, sample: as for `frames`.
-        path: the file; it is replaced if it exists, and never half-written.
+        path: the file; it is never half-written.
+        overwrite: replace the file if it exists.
 
     Returns:
         The path.
 
     Raises:
         ValueError: the suffix is another, or the grid or the sample does not fit.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or exists and may not be replaced.
     """
     path = Path(path)
-    formats = {".webp": "WEBP", ".gif": "GIF"}
-    if path.suffix.lower() not in formats:
+    if path.suffix.lower() not in ANIMATIONS:
         raise ValueError(f"path is {str(path)!r}; expected a name that ends in .webp or .gif")
     pictures = frames(params, trace, grid, sample=sample)
     first, *others = (Image.fromarray((p * 255).round().astype(np.uint8)) for p in pictures)
     durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
-    with atomic_file(path, overwrite=True) as file:
+    with atomic_file(path, overwrite=overwrite) as file:
         first.save(
             file,
-            format=formats[path.suffix.lower()],
+            format=ANIMATIONS[path.suffix.lower()],
             save_all=True,
             append_images=others,
             duration=durations,
@@ -256,9 +266,8 @@ def _decode(params: FluxParams, tokens: Array, grid: Grid) -> Float[np.ndarray, 
 
 
 def _active(trace: Trace, grid: Grid, stage: int, sample: int) -> Bool[np.ndarray, "rows columns"]:
-    active = np.zeros(grid[0] * grid[1], bool)
-    active[np.asarray(trace.anchors[stage][sample])] = True
-    return active.reshape(grid)
+    tokens = np.arange(grid[0] * grid[1])
+    return np.isin(tokens, trace.anchors[stage][sample]).reshape(grid)
 
 
 def _per_pixel(active: np.ndarray, picture: np.ndarray) -> np.ndarray:
@@ -292,11 +301,11 @@ def _outlined(picture: np.ndarray, active: np.ndarray) -> np.ndarray:
     return np.where(edge[..., None], 0.5 * picture + 0.5 * line, picture)
 
 
-def _stage_title(trace: Trace, grid: Grid, stage: int) -> str:
+def _stage_title(trace: Trace, stage: int, active: np.ndarray) -> str:
     first = sum(trace.stage_steps[:stage]) + 1
     last = first + trace.stage_steps[stage] - 1
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    return f"{steps}: {trace.anchors[stage].shape[1]} of {grid[0] * grid[1]} tokens"
+    return f"{steps}: {active.sum()} of {active.size} tokens"
 
 
 def _draw_tokens(axis: Any, trace: Trace, grid: Grid) -> None:

@@ -109,11 +109,3 @@ def test_errors_print_one_line_and_exit_with_status_2(
     assert error.startswith("jitjax: error: ")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit):
-        run("--help")
-    help_text = capsys.readouterr().out
-    assert "examples:" in help_text
-    assert "--count 4" in help_text

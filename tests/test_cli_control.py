@@ -146,11 +146,3 @@ def test_errors_before_anything_is_loaded(checkpoints, picture, tmp_path, capsys
         assert message in error(capsys, *arguments, "-o", tmp_path / "out.png")
     assert "--reference" in error(capsys, "red", "--reference", tmp_path / "none.png")
     assert not (tmp_path / "out.png").exists()
-
-
-def test_help_teaches_them(capsys):
-    with pytest.raises(SystemExit):
-        run("--help")
-    text = capsys.readouterr().out
-    assert "--control edges.png --checkpoint flux-canny" in text
-    assert "--reference cat.jpg --checkpoint kontext" in text

@@ -67,22 +67,26 @@ from PIL import Image
 from jitjax.loading import BUNDLED
 from jitjax import cli
 save = Image.Image.save
-def slow_save(self, file, **options):
-    save(self, file, **options)
-    pathlib.Path("saving").touch()
-    {wait}
+left = {saves}
+def slow_save(self, file, *arguments, **options):
+    global left
+    save(self, file, *arguments, **options)
+    left -= 1
+    if left == 0:
+        pathlib.Path("saving").touch()
+        {wait}
 Image.Image.save = slow_save
 cli.main(sys.argv[1:])
 """
 WAIT = "time.sleep(600)"
 SWALLOW = """
-    class Callback:
-        def __del__(self):
-            pathlib.Path("in_callback").touch()
-            time.sleep(600)  # an exception raised here is lost
-    callback = Callback()
-    del callback
-    time.sleep(600)
+        class Callback:
+            def __del__(self):
+                pathlib.Path("in_callback").touch()
+                time.sleep(600)  # an exception raised here is lost
+        callback = Callback()
+        del callback
+        time.sleep(600)
 """
 
 
@@ -96,7 +100,7 @@ SWALLOW = """
     ],
 )
 def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text, wait):
-    program = SLOW_WRITER.format(wait=wait)
+    program = SLOW_WRITER.format(wait=wait, saves=1)
     command = [sys.executable, "-c", program, *QUICK, "-o", "a.png"]
     process = start(command, environment, cwd=tmp_path)
     marker = tmp_path / ("saving" if wait == WAIT else "in_callback")
@@ -111,6 +115,22 @@ def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text,
     marker.unlink()
     (tmp_path / "saving").unlink(missing_ok=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "name"), [("--animate", "b.webp"), slow("--trace", "b.png")])
+def test_ctrl_c_while_the_trace_is_written(environment, tmp_path, option, name):
+    program = SLOW_WRITER.format(wait=WAIT, saves=2)
+    command = [sys.executable, "-c", program, *QUICK, "-o", "a.png", option, name]
+    process = start(command, environment, cwd=tmp_path)
+    wait_for((tmp_path / "saving").exists, process)
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "jitjax: stopped by Ctrl-C"
+    assert "Traceback" not in error
+    assert output.startswith("a.png: dense, seed 0, ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "saving"]
 
 
 @pytest.mark.slow
@@ -164,6 +184,21 @@ def test_errors_of_late_imports_are_one_line(environment, tmp_path, late):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "jitjax: error: it is gone"
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_in_a_text_that_is_executed(environment, tmp_path):
+    """Python then kills the process by SIGINT after `sys.exit`, even if the exception is caught."""
+    (tmp_path / "flax.py").write_text(
+        "exec(\"import pathlib, time; pathlib.Path('executing').touch(); time.sleep(600)\")\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    process = start([*COMMAND, *QUICK], environment | {"PYTHONPATH": paths}, cwd=tmp_path)
+    wait_for((tmp_path / "executing").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "jitjax: stopped by Ctrl-C"
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])

@@ -331,11 +331,3 @@ def test_errors_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message)
     assert message in error
     assert "Traceback" not in error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.txt", "empty.txt", "list.txt"]
-
-
-def test_help_has_an_example_of_a_list(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    text = capsys.readouterr().out
-    assert "jitjax --prompts list.txt -o pictures --batch 4" in text
-    assert '{"prompt": "a red star", "seed": 7, "size": "512x384", "plan": "dense"' in text

@@ -40,6 +40,7 @@ ALLOWED = {
     "jitjax.convert.__main__": (
         "jitjax.convert",
         "jitjax.loading",
+        "jitjax.arguments",
         "jitjax.command",
         "jitjax.startup",
         *BASE,

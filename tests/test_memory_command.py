@@ -88,9 +88,14 @@ def test_the_word_is_a_prompt_after_two_dashes(capsys, monkeypatch):
         raise ValueError("stopped")
 
     monkeypatch.setattr(cli, "read_prompt", stop)
-    for arguments in (("--", "memory"), ("a memory",), ("--seed", "1", "memory")):
+    for arguments in (
+        ("--", "memory"),
+        ("a memory",),
+        ("--seed", "1", "memory"),
+        ("--", "convert"),
+    ):
         assert run(capsys, *arguments) == (2, "", "jitjax: error: stopped\n")
-    assert prompts == ["memory", "a memory", "memory"]
+    assert prompts == ["memory", "a memory", "memory", "convert"]
 
 
 def test_help_of_both_commands(capsys):

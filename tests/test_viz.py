@@ -73,6 +73,18 @@ def test_anchors_of_each_stage_are_bright_and_all_others_dark(run):
         assert f"{count} of 24 tokens" in axis.get_title()
 
 
+def test_slots_without_a_token_are_not_drawn(small, run):
+    """As where masks of one batch differ in size: n stands in slots that a sample does not use."""
+    _, trace = run
+    anchors = jnp.array([[0, 5, 24, 24], [1, 2, 3, 4]])
+    trace = trace._replace(anchors=(anchors,), stage_steps=(5,), transitions=())
+    axis = viz.show_anchors(trace, GRID).axes[0]
+    shown = np.asarray(axis.images[0].get_array())[..., 0].reshape(-1)
+    assert list(np.flatnonzero(shown == 1)) == [0, 5]
+    assert axis.get_title() == "steps 1 to 5: 2 of 24 tokens"
+    assert len(viz.frames(small, trace, GRID)) == 6
+
+
 def test_a_run_has_clean_predictions_importance_and_bars(small, run):
     _, trace = run
     figure = viz.show_trace(small, trace, GRID)

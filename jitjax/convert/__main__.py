@@ -1,4 +1,4 @@
-"""`python -m jitjax.convert`: converts FLUX's weights to checkpoints, and back."""
+"""`jitjax convert`, or `python -m jitjax.convert`: FLUX's weights to checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jitjax import command, startup
+from jitjax.arguments import Parser
 from jitjax.checkpoint import PARTS, check_new_checkpoint, verify
 from jitjax.checkpoint.atomic import remove_unfinished
 from jitjax.loading import load
@@ -30,48 +31,53 @@ DTYPES = {
     "float32": jnp.float32,
 }
 
+PROG = "python -m jitjax.convert"
+
 DESCRIPTION = """\
-Convert FLUX's weights to a jitjax checkpoint, or a jitjax checkpoint to a diffusers folder. Models
-are FLUX.1-dev, -schnell, -Fill, -Canny, -Depth and -Kontext, and what is finetuned from them. The
+Convert FLUX's weights to a jitjax checkpoint, or a jitjax checkpoint to a diffusers folder. The
 layout is recognised by tensor names: diffusers folders, the original release's single files,
-ComfyUI files (with a prefix, in fp8 with or without scales, one model or several per file), and
-GGUF (needs the extra: pip install "jitjax[gguf]"). Every tensor must be known, used exactly once,
-and have the expected shape; otherwise nothing is written, and the error lists every mismatch.
-Neither torch nor diffusers is needed.
+ComfyUI files, and GGUF. Every tensor must be known, or nothing is written.
 """
 
 EXAMPLES = """\
 examples:
-  a folder from `hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev`:
-    python -m jitjax.convert FLUX.1-dev --out flux-dev
+  {prog} FLUX.1-dev --out flux-dev                              a diffusers folder
+  {prog} black-forest-labs/FLUX.1-dev --out flux-dev            from the hub
+  {prog} FLUX.1-dev --quantise int8 --out flux-dev-int8         for 16 or 24 GB
+  {prog} FLUX.1-dev --lora ink.safetensors:0.7 --out inked      with a LoRA
+  {prog} --verify flux-dev                                      look for damage
+  {prog} flux-dev --to-diffusers --out FLUX.1-dev-again         back
+"""
 
-  the same from the hub or its local cache; a gated repository needs `hf auth login`:
-    python -m jitjax.convert black-forest-labs/FLUX.1-dev --out flux-dev
+SHORT_END = """
+exit status: 0 done, 1 --verify found damage, 2 not possible, 130 Ctrl-C
+Single files, control LoRAs and more: {prog} --help-all
+"""
 
+FULL_END = """
   the same with another transformer:
-    python -m jitjax.convert FLUX.1-dev --transformer finetuned.safetensors --out finetuned
+    {prog} FLUX.1-dev --transformer finetuned.safetensors --out finetuned
 
   single files; the tokenizers are the release's folders `tokenizer/` and `tokenizer_2/`:
-    python -m jitjax.convert --transformer flux1-dev.safetensors --vae ae.safetensors \\
+    {prog} --transformer flux1-dev.safetensors --vae ae.safetensors \\
         --t5 t5xxl_fp16.safetensors --clip clip_l.safetensors --tokenizers FLUX.1-dev --out flux-dev
 
   only the transformer, for conditioning computed elsewhere:
-    python -m jitjax.convert flux1-dev-fp8.safetensors --parts transformer --out flux-dev
+    {prog} flux1-dev-fp8.safetensors --parts transformer --out flux-dev
 
-  merge two low-rank updates (LoRA), the second with scale 0.7:
-    python -m jitjax.convert FLUX.1-dev --lora ink.safetensors grain.safetensors:0.7 --out inked
+  two low-rank updates (LoRA), the second with scale 0.7:
+    {prog} FLUX.1-dev --lora ink.safetensors grain.safetensors:0.7 --out inked
 
   FLUX.1-dev with a control LoRA, which then takes a control picture as FLUX.1-Canny-dev does:
-    python -m jitjax.convert FLUX.1-dev --lora flux1-canny-dev-lora.safetensors --out flux-canny
+    {prog} FLUX.1-dev --lora flux1-canny-dev-lora.safetensors --out flux-canny
 
-  quantised, for a card of 16 or 24 GB; LoRA are merged before the weights are rounded:
-    python -m jitjax.convert FLUX.1-dev --quantise int8 --out flux-dev-int8
-
-  check a checkpoint for damage, and its source files for changes:
-    python -m jitjax.convert --verify flux-dev
-
-  convert back to a diffusers folder:
-    python -m jitjax.convert flux-dev --to-diffusers --out FLUX.1-dev-again
+Models are FLUX.1-dev, -schnell, -Fill, -Canny, -Depth and -Kontext, and what is finetuned from
+them. A diffusers folder comes from `hf download black-forest-labs/FLUX.1-dev --local-dir
+FLUX.1-dev`; a gated repository needs `hf auth login`. ComfyUI files have a prefix, may be in fp8
+with or without scales, and hold one model or several. GGUF needs the extra:
+pip install "jitjax[gguf]". LoRA are merged before weights are quantised. Every tensor must be
+known, used exactly once, and have the expected shape; otherwise the error lists every mismatch.
+Neither torch nor diffusers is needed.
 
 then, in Python:
     params = jitjax.load("flux-dev")
@@ -80,113 +86,117 @@ exit status: 0 done; 1 --verify found damage, or an unexpected error with a trac
 possible, with the reasons; 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
 """
 
-ERROR = "error: "
-
 MODEL_OPTIONS = {"transformer": "transformer", "vae": "autoencoder", "t5": "t5", "clip": "clip"}
 """Option -> model that it replaces."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = command.Parser(
-        prog="python -m jitjax.convert",
-        error_prefix=ERROR,
+def build_parser(prog: str = PROG) -> Parser:
+    """Return the parser of a command with the name `prog`."""
+    parser = Parser(
+        prog=prog,
+        error_prefix="error: " if prog == PROG else None,
+        usage=f"{prog} SOURCE --out TARGET [OPTIONS]",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=(EXAMPLES + SHORT_END).format(prog=prog),
+        full_epilog=(EXAMPLES + FULL_END).format(prog=prog),
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="diffusers folder (with model_index.json), safetensors or GGUF file, or repository on "
-        "the Hugging Face hub; with --to-diffusers, a checkpoint",
+        help="folder, file or repository on the Hugging Face hub\nA diffusers folder (with "
+        "model_index.json), or a safetensors or GGUF file; with --to-diffusers, a checkpoint",
     )
     for option, model in MODEL_OPTIONS.items():
-        parser.add_argument(
-            f"--{option}", metavar="FILE", type=Path, help=f"take the {model} from this file"
-        )
-    parser.add_argument(
+        add(f"--{option}", metavar="FILE", type=Path, help=f"take the {model} from this file")
+    add(
         "--tokenizers",
         metavar="FOLDER",
         type=Path,
-        help="folder with tokenizer/ and tokenizer_2/, if SOURCE is not a diffusers folder",
+        help="folder with tokenizer/ and tokenizer_2/\nIf SOURCE is not a diffusers folder",
     )
-    parser.add_argument(
+    add(
         "--parts",
         action="extend",
         nargs="+",
         choices=PARTS,
-        help="convert only these models (default: all in the source)",
+        metavar="PART",
+        help=f"only these of {', '.join(PARTS)}\nBy default all that are in the source",
     )
-    parser.add_argument(
+    add(
         "--out",
         metavar="TARGET",
         type=Path,
-        help="checkpoint to write; with --to-diffusers, the diffusers folder to write",
+        help="checkpoint to write\nWith --to-diffusers, the diffusers folder to write",
     )
-    parser.add_argument(
+    add(
         "--verify",
         metavar="CHECKPOINT",
         type=Path,
-        help="check a checkpoint without writing: report every damaged array, and every source "
+        help="look for damage, without writing\nEvery damaged array is reported, and every source "
         "file that has changed since the conversion",
     )
-    parser.add_argument(
-        "--to-diffusers", action="store_true", help="convert a checkpoint to a diffusers folder"
-    )
-    parser.add_argument(
+    add("--to-diffusers", action="store_true", help="convert a checkpoint to a diffusers folder")
+    add(
         "--dtype",
         choices=DTYPES,
-        help="dtype of all weights in the checkpoint (default: bfloat16); auto keeps the stored "
-        "dtypes, except that fp8 becomes bfloat16",
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: bfloat16)\nOf all weights in the checkpoint; auto "
+        "keeps the stored dtypes, except that fp8 becomes bfloat16",
     )
-    parser.add_argument(
+    add(
         "--quantise",
         choices=KINDS,
-        help="quantise the weights of the transformer's and T5's blocks: int8 and float8 take half "
-        "of bfloat16's bytes, int4 a quarter at a loss of quality; --dtype is that of all else",
+        metavar="KIND",
+        help=f"{', '.join(KINDS)}: smaller weights\nThe weights of the transformer's and T5's "
+        "blocks: int8 and float8 take half of bfloat16's bytes, int4 a quarter at a loss of "
+        "quality; --dtype is that of all else",
     )
-    parser.add_argument(
+    add(
         "--lora",
         metavar="FILE[:SCALE]",
         action="extend",
         nargs="+",
         default=[],
-        help="low-rank updates to merge, each with a scale (default: 1); SOURCE stands before them",
+        help="low-rank updates to merge (default scale: 1)\nSOURCE stands before them",
     )
-    parser.add_argument(
+    add(
         "--schedule",
         choices=("auto", *SCHEDULES),
-        help="schedule and number of text tokens of the model (default: auto, the folder's; for "
-        "single files, dev's if the transformer has guidance, else schnell's, with a note)",
+        metavar="NAME",
+        help=f"{', '.join(('auto', *SCHEDULES))} (default: auto)\nSchedule and number of text "
+        "tokens of the model; auto is the folder's, and for single files dev's if the transformer "
+        "has guidance, else schnell's, with a note",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    add("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = PROG) -> int:
     """Run the command.
 
     Args:
         arguments: command-line arguments; None takes them from `sys.argv`.
+        prog: the name of the command.
 
     Returns:
         The exit status, see `jitjax.command`.
     """
     for name in ("absl", "asyncio"):  # they log orbax's tracebacks; `main` prints the error
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    parser = build_parser(prog)
     return command.run(
-        lambda: _run(arguments),
-        error_prefix=ERROR,
+        lambda: _run(parser, arguments),
+        error_prefix=parser.error_prefix,
         cleanup=remove_unfinished,
         grace=10.0,
         memory_hint="close other programs, or convert fewer --parts at a time",
     )
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(parser: Parser, arguments: Sequence[str] | None) -> int:
     startup.collect_garbage()
-    parser = build_parser()
     options = parser.parse_args(arguments)
     given = {
         action.option_strings[-1] if action.option_strings else "SOURCE"
@@ -195,7 +205,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     }
     if options.verify is not None:
         _refuse_others("--verify", given - {"--verify"})
-        return _verify(options.verify)
+        return _verify(options.verify, parser.error_prefix)
     if options.out is None:
         raise ValueError("--out is missing; expected --out TARGET, see --help")
     if options.to_diffusers:
@@ -297,14 +307,15 @@ def _to_diffusers(options: argparse.Namespace) -> None:
     write_folder(params, options.out, overwrite=options.overwrite, progress=True)
 
 
-def _verify(path: Path) -> int:
+def _verify(path: Path, error_prefix: str) -> int:
     command.check_device()
     try:
         with tqdm(desc="verifying", unit="array") as bar:
             verify(path, lambda name: bar.update())
         command.report(compare_sources(path))
     except ValueError as error:
-        command.note(f"{ERROR}{error}")
+        command.note_traceback(error)
+        command.note(f"{error_prefix}{error}")
         return 1
     return 0
 

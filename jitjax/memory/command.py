@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jitjax import command
+from jitjax.arguments import Parser
 from jitjax.checkpoint import PARTS
 from jitjax.memory.estimate import DTYPES, estimate_memory
 from jitjax.memory.models import NAMED
@@ -14,9 +15,6 @@ from jitjax.models.quantised import KINDS
 from jitjax.picture import parse_size
 from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
 
-ERROR = "jitjax memory: error: "
-NAME = "memory"
-"""First argument of `jitjax` that selects this command."""
 EXAMPLES = """\
 examples:
   jitjax memory flux-dev                                  FLUX.1-dev in bfloat16, one picture
@@ -29,15 +27,17 @@ examples:
   jitjax memory --table                                   what fits where, in Markdown
 
 Nothing is loaded or compiled. A picture of the word itself: jitjax -- memory
+
+exit status: 0 done, 2 not possible, with a line that says why
 """
 
 
-def build_parser() -> command.Parser:
-    """Return the argument parser."""
-    parser = command.Parser(
-        prog=f"jitjax {NAME}",
-        error_prefix=ERROR,
+def build_parser(prog: str) -> Parser:
+    """Return the argument parser of a command with the name `prog`."""
+    parser = Parser(
+        prog=prog,
         description="Say what device, host and disk need, part by part, and which cards it fits.",
+        usage=f"{prog} NAME_OR_FOLDER [OPTIONS]",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -81,17 +81,18 @@ def build_parser() -> command.Parser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], *, prog: str = "jitjax memory") -> int:
     """Run the command, and return the exit status.
 
     Args:
         arguments: what follows `jitjax memory`.
+        prog: the name of the command.
     """
-    return command.run_report(lambda: _run(arguments), error_prefix=ERROR)
+    return command.run_report(lambda: _run(arguments, prog), error_prefix=f"{prog}: error: ")
 
 
-def _run(arguments: Sequence[str]) -> int:
-    parser = build_parser()
+def _run(arguments: Sequence[str], prog: str) -> int:
+    parser = build_parser(prog)
     args = parser.parse_args(arguments)
     if args.table:
         if len(arguments) > 1:
@@ -100,7 +101,7 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     if args.checkpoint is None:
         parser.error(
-            f"expected a checkpoint, {' or '.join(NAMED)} (a picture of the word: jitjax -- {NAME})"
+            f"expected a checkpoint, {' or '.join(NAMED)} (a picture of the word: jitjax -- memory)"
         )
     width, height = (None, None) if args.size is None else parse_size(args.size)
     estimate = estimate_memory(

@@ -35,7 +35,8 @@ class Trace(NamedTuple):
 
     Attributes:
         states: state after each step, before any transition that follows the step.
-        anchors: token indices of each stage's anchors; all tokens in a dense stage.
+        anchors: token indices of each stage's anchors; all tokens in a dense stage. Where masks of
+            one batch differ in size, n in unused slots.
         clean: clean prediction x0 at the end of each stage.
         transitions: the transition after each stage but the last; None if it adds no anchors.
         slots: number of slots that the network ran on in each step, padding included, text
