@@ -1,7 +1,9 @@
 """Figures of a run: anchors, importance, clean predictions, and pictures side by side.
 
-    tokens, trace = jitjax.denoise(params, conditioning, noise, plan="4x", key=key, trace=True)
-    jitjax.viz.show_trace(params, trace, grid)
+```python
+tokens, trace = jitjax.denoise(params, conditioning, noise, plan="4x", key=key, trace=True)
+jitjax.viz.show_trace(params, trace, grid)
+```
 
 They need matplotlib: `pip install "jitjax[viz]"`. Every function takes one sample of a batch.
 """

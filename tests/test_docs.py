@@ -20,7 +20,8 @@ import pytest
 
 import jitjax
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 NAMES = jitjax.__all__
 
@@ -122,6 +123,30 @@ def test_examples_in_docstrings():
             runner.run(test)
     assert runner.summarize().attempted > 0
     assert runner.summarize().failed == 0
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MkDocs make them of plain words."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_links_between_files():
+    """MkDocs checks those of the site; these are the repository's, where GitHub shows the files."""
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("[tb]*/*.md")]
+    broken, found = [], 0
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if re.match(r"https?:", link):
+                continue
+            found += 1
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or (anchor and anchor not in headings(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert found > 50
+    assert not broken
 
 
 @pytest.mark.slow
