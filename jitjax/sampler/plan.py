@@ -109,8 +109,8 @@ class Plan:
     Raises:
         ValueError: a field has an invalid value, or a stage has no step.
 
-    Source: the paper's algorithm 1 and the options of its authors' program; "multistep", "linear",
-    "dither", "initial" and `context` are additions.
+    Source: the paper's algorithm 1, and the options of its authors' program; "multistep", "narrow",
+    "linear", "dither", "initial", `pad_to`, `spare` and `context` are not from there.
 
     Examples:
         >>> plan = jitjax.Plan(10, densities=(0.35, 1.0), stage_ends=(0.8, 1.0))
