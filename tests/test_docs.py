@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import importlib.metadata
 import inspect
 import os
 import re
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import pytest
 
 import jitjax
@@ -159,7 +159,7 @@ def test_snippets_run(page, tmp_path):
     program = Path(__file__).with_name("docs_program.py")
     flags = "--xla_force_host_platform_device_count=2"
     # As for the quick tests; newer versions have no such switch.
-    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
