@@ -57,7 +57,7 @@ class CompiledSampler:
         Args:
             prompt: `batch` strings, or one string if `batch` is 1.
             key: one `jax.random` key, or one per image.
-            guidance: guidance scale, one number or one per image.
+            guidance: guidance scale, one number or one per image; its range is that of `sample`.
             params: other parameters of the same shapes, dtypes and devices, for example with
                 another LoRA; by default those it was compiled with.
 
@@ -100,8 +100,9 @@ def compile(
     Args:
         params: parameters of all models, from `load`. Nothing is computed with them.
         plan: a name in `PLANS` or a `Plan`.
-        height, width: size in pixels, multiples of 16; by default `params.config.image_size`.
-        batch: number of images per call.
+        height, width: size in pixels, multiples of 16 from 16 to 8192; by default
+            `params.config.image_size`.
+        batch: number of images per call, 1 or more.
         attention: as for `sample`.
 
     Returns:

@@ -36,8 +36,9 @@ class Conditioning:
     """Prompt embeddings for the transformer, from `encode_prompt` or computed elsewhere.
 
     Attributes:
-        text: [b, t, d] T5 embeddings, one per token, padding included.
-        pooled: [b, p] CLIP embeddings, one per prompt.
+        text: [b, t, d] T5 embeddings, one per token, padding included; finite. For FLUX.1 d is
+            4096, and t is 512 (dev) or 256 (schnell).
+        pooled: [b, p] CLIP embeddings, one per prompt; finite. For FLUX.1 p is 768.
 
     Examples:
         >>> jitjax.Conditioning(jnp.zeros((1, 512, 4096)), jnp.zeros((1, 768)))
@@ -59,7 +60,7 @@ class Conditioning:
 
         Args:
             config: configuration of the models, which gives the widths.
-            batch: the number of prompts; None for any.
+            batch: the number of prompts, 1 or more; None for any.
 
         Raises:
             ValueError: a shape does not fit.
@@ -131,6 +132,9 @@ class Conditioning:
 
         Args:
             path: the file.
+
+        Returns:
+            The embeddings, float32 (or float64, if they were saved so and `jax_enable_x64` is set).
 
         Raises:
             FileNotFoundError: there is no file.

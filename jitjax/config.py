@@ -1,7 +1,8 @@
 """Frozen, hashable, validated configurations of the models.
 
 A config holds no arrays. Its annotations give the type and the range of each field. A value of
-another type, or out of range, is a `ValueError`; the limits are far above every FLUX model.
+another type, or out of range, or that does not fit another field, is a `ValueError`; the limits are
+far above every FLUX model.
 `from_diffusers` reads the dictionary of a JSON file in a diffusers folder. It raises for a setting
 that is not implemented, since ignoring one would give a wrong image.
 """
@@ -94,9 +95,19 @@ class TransformerConfig:
     Field names are those of diffusers' `transformer/config.json`.
 
     Attributes:
-        in_channels: channels of an input token: those of the latents, and of what conditions them.
-        out_channels: channels of the latents and of the velocity, per token; `in_channels` if it
-            is left out, as in models that take nothing else.
+        in_channels: channels of an input token: those of the latents, and of what conditions them:
+            64, 128 (with a control picture) or 384 (with a masked picture and its mask) for FLUX.1.
+        out_channels: channels of the latents and of the velocity, per token, 1 to 2**20;
+            `in_channels` if it is left out, as in models that take nothing else.
+        num_layers: number of double blocks, 1 to 1024.
+        num_single_layers: number of single blocks, 1 to 1024.
+        attention_head_dim: width of a head, 1 to 1024.
+        num_attention_heads: number of heads, 1 to 1024.
+        joint_attention_dim: width of the T5 embeddings, 1 to 2**20.
+        pooled_projection_dim: width of the CLIP embedding, 1 to 2**20.
+        guidance_embeds: whether the model takes a guidance; false for FLUX.1-schnell.
+        axes_dims_rope: channels of a head that encode the position's first number, the row and the
+            column; 3 even numbers whose sum is `attention_head_dim`.
     """
 
     in_channels: Width = 64
@@ -169,6 +180,18 @@ class T5Config:
     """The T5 encoder; the defaults are those of T5 v1.1 XXL.
 
     Field names are those of transformers' `text_encoder_2/config.json`.
+
+    Attributes:
+        vocab_size: number of token ids, 1 to 2**20.
+        d_model: width of the embeddings, 1 to 2**20.
+        d_kv: width of a head, 1 to 1024.
+        d_ff: width of the MLP, 1 to 2**20.
+        num_layers: number of blocks, 1 to 1024.
+        num_heads: number of heads, 1 to 1024.
+        relative_attention_num_buckets: number of distances that are told apart, 4 to 2**20.
+        relative_attention_max_distance: distance, in tokens, beyond which all are equal; more than
+            a quarter of the buckets, at most 2**20.
+        layer_norm_epsilon: added to the mean square, 1e-12 to 1.
     """
 
     vocab_size: Width = 32128
@@ -204,6 +227,17 @@ class CLIPConfig:
     Field names are those of transformers' `text_encoder/config.json`. Older files have 2 as
     `eos_token_id` by mistake. For this value the highest token id is the end of text, as in
     transformers.
+
+    Attributes:
+        vocab_size: number of token ids, 1 to 2**20.
+        hidden_size: width of the embeddings, a multiple of `num_attention_heads`, at most 2**20.
+        intermediate_size: width of the MLP, 1 to 2**20.
+        num_hidden_layers: number of blocks, 1 to 1024.
+        num_attention_heads: number of heads, 1 to 1024.
+        max_position_embeddings: most token ids of a prompt, 1 to 2**20.
+        layer_norm_eps: added to the variance, 1e-12 to 1.
+        eos_token_id: id of the end of text, whose embedding is the pooled one, 0 to 2**20.
+        hidden_act: activation of the MLP, "quick_gelu" or "gelu".
     """
 
     vocab_size: Width = 49408
@@ -248,6 +282,18 @@ class AutoencoderConfig:
 
     Field names are those of diffusers' `vae/config.json`. The transformer's latents are
     `(mean - shift_factor) * scaling_factor`.
+
+    Attributes:
+        in_channels: channels of a picture to encode, 1 to 1024.
+        out_channels: channels of a decoded picture, 1 to 1024.
+        latent_channels: channels of the latents, 1 to 1024.
+        block_out_channels: channels of each resolution, the finest first: 1 to 8 numbers, each a
+            multiple of `norm_num_groups`.
+        layers_per_block: residual blocks per resolution of the encoder, 1 to 16; the decoder has
+            one more.
+        norm_num_groups: groups of the group normalisation, 1 to 1024.
+        scaling_factor: see above, 1e-6 to 1e6.
+        shift_factor: see above, -1e6 to 1e6.
     """
 
     in_channels: Count = 3
@@ -312,14 +358,15 @@ class FluxConfig:
         t5: configuration of the T5 encoder.
         clip: configuration of the CLIP text encoder.
         autoencoder: configuration of the autoencoder.
-        text_length: number of T5 tokens that every prompt is truncated and padded to.
-        image_size: default height and width of an image, in pixels.
+        text_length: number of T5 tokens that every prompt is truncated and padded to, 1 to 8192.
+        image_size: default height and width of an image, in pixels, 1 to 8192.
         dynamic_shift: whether the shift depends on the number of image tokens.
-        base_shift: dynamic shift at `base_seq` image tokens; linear in their number.
-        max_shift: dynamic shift at `max_seq` image tokens.
-        base_seq: number of image tokens at which the shift is `base_shift`.
-        max_seq: number of image tokens at which it is `max_shift`; more than `base_seq`.
-        shift: shift if `dynamic_shift` is False.
+        base_shift: dynamic shift at `base_seq` image tokens, -10 to 10; linear in their number.
+        max_shift: dynamic shift at `max_seq` image tokens, -10 to 10.
+        base_seq: number of image tokens at which the shift is `base_shift`, 1 to 2**20.
+        max_seq: number of image tokens at which it is `max_shift`; more than `base_seq`, at most
+            2**20.
+        shift: shift if `dynamic_shift` is False, 1e-3 to 1e3.
         uses_reference: whether the model is known to be FLUX.1 Kontext, which edits a reference
             picture. Its shapes are FLUX.1-dev's, so False also stands for unknown.
 

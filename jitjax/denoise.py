@@ -81,6 +81,18 @@ def plan_at_strength(plan: str | Plan, strength: float, *, grid: Grid, config: F
         grid: rows and columns of tokens.
         config: the model's configuration.
 
+    Returns:
+        A plan of `steps - int(steps - steps * strength)` steps, at least one. Its stages are those
+        in which a step is left, with their densities; its schedule is a tuple of sigmas; `context`
+        is that of the whole plan. Every other field is the same.
+
+    Source: `FluxImg2ImgPipeline.get_timesteps` of diffusers 0.42, for plans of one stage.
+
+    Examples:
+        >>> plan = jitjax.plan_at_strength("4x", 0.5, grid=(64, 64), config=jitjax.FluxConfig())
+        >>> plan.steps, plan.densities, plan.stage_steps
+        (9, (0.62, 1.0), (2, 9))
+
     Raises:
         ValueError: the plan is unknown, or the strength is outside (0, 1].
         TypeError: the strength is no number known outside of transformations.
@@ -171,8 +183,9 @@ def denoise(
         plan: a `Plan`, or a name in `PLANS`. On NVIDIA GPUs with 16-bit parameters, `pad_to` is 8
             unless it is greater than 1.
         grid: rows and columns of tokens; a square by default.
-        guidance: guidance strength, one number or one per sample, up to 3.4e35 (beyond it the
-            embedding overflows); ignored by models without a guidance embedding.
+        guidance: guidance strength, one number or one per sample: finite, from -3.4e35 to 3.4e35
+            (beyond them the embedding overflows), as for `sample`; ignored by models without a
+            guidance embedding.
         key: one `jax.random` key, or one per sample. It draws the first anchors, the micro-flow
             noise and the random scores if the plan needs them and they are not given.
         clean: clean tokens of the pictures to start from, from `encode`: the first state is then

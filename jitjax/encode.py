@@ -36,7 +36,7 @@ def encode(
     Args:
         params: parameters; only the autoencoder's are used.
         images: [b, height, width, 3], floating point numbers in [0, 1]; height and width are
-            multiples of 16.
+            multiples of 16 from 16 to 8192.
         key: None for the mean of the autoencoder's distribution of latents; or a key for a sample
             of it: one `jax.random` key, or one per picture, as in `sample`.
 
@@ -49,6 +49,13 @@ def encode(
             not finite or outside [0, 1], the key does not fit, or `params` has no autoencoder.
             Values of traced arrays are not checked.
         TypeError: `params` are no parameters, or `images` is no array of floating point numbers.
+
+    Examples:
+        >>> params = jitjax.load("tiny", parts=("autoencoder",))
+        >>> images = jax.ShapeDtypeStruct((1, 32, 64, 3), jnp.float32)
+        >>> tokens = jax.eval_shape(jitjax.encode, params, images)
+        >>> tokens.shape  # a grid of 2 x 4 tokens
+        (1, 8, 64)
     """
     check_params(params)
     grid = check_images("images", images, params.config)

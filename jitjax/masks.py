@@ -103,7 +103,12 @@ def mask_tokens(
         config: the model's configuration.
 
     Returns:
-        Values in [0, 1], 1 for new latents; a NumPy array if `mask` is one.
+        Values in [0, 1], 1 for new latents; a NumPy array if `mask` is one. n = h w / 256 and
+        d = 64.
+
+    Raises:
+        ValueError, TypeError: a side is no multiple of 16, so that the mask cannot be reshaped (by
+            NumPy, by JAX).
     """
     b, h, w = mask.shape
     side, channels = config.pixels_per_token // PATCH, config.transformer.out_channels

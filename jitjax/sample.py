@@ -113,11 +113,14 @@ def sample(
         key: one `jax.random` key for the batch, from which `batch_keys` derives one per image, or
             one key per image. The same key gives the same image in any batch, up to rounding:
             programs of other batch sizes round differently, by 1e-5 of the range in float32.
-        height, width: size in pixels, multiples of 16; by default that of `image`, `control` or
-            `reference`, or `params.config.image_size`.
+        height, width: size in pixels, multiples of 16 from 16 to 8192; by default that of `image`,
+            `control` or `reference`, or `params.config.image_size`.
         plan: a name in `PLANS`, such as "multistep-12", "4x" or "dense", or a `Plan`.
         guidance: guidance scale, one number or one per image; larger values follow the prompt
-            more closely. Models without guidance embeddings ignore it.
+            more closely. Any finite number from -3.4e35 to 3.4e35 is taken (beyond them its
+            embedding overflows). Of use are those that a model was trained with: 2 to 4 for `tiny`;
+            diffusers' examples have 3.5 for FLUX.1-dev, 2.5 for Kontext, 10 for Depth, 30 for Canny
+            and Fill. Models without guidance embeddings (FLUX.1-schnell) ignore it.
         attention: how the transformer computes attention: "auto" (the fastest on the platform),
             "xla", "cudnn" or "pallas"; see `jitjax.models.attention`.
         progress: show a progress bar of the steps on standard error; or a callback, called with 1

@@ -68,9 +68,9 @@ class Task(TypedDict, total=False):
         negative_prompt: what the pictures are not to show: strings or a `Conditioning`, one for all
             prompts or one per prompt; the empty prompt if only `true_guidance` is given. The
             transformer then runs twice per step (true classifier-free guidance).
-        true_guidance: how far to move away from `negative_prompt`, 1 or more; one number or one per
-            picture, 2 by default. If all are known to be 1, the transformer runs once, and
-            `negative_prompt` does not matter. It is diffusers' `true_cfg_scale`.
+        true_guidance: how far to move away from `negative_prompt`, finite and 1 or more; one number
+            or one per picture, 2 by default. If all are known to be 1, the transformer runs once,
+            and `negative_prompt` does not matter. It is diffusers' `true_cfg_scale`.
     """
 
     image: Pictures | None

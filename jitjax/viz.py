@@ -1,7 +1,9 @@
 """Figures of a run: anchors, importance, clean predictions, and pictures side by side.
 
-    images, trace = jitjax.sample(params, "a large red circle", plan="4x", key=key, trace=True)
-    jitjax.viz.show_trace(params, trace, grid)
+```python
+images, trace = jitjax.sample(params, "a large red circle", plan="4x", key=key, trace=True)
+jitjax.viz.show_trace(params, trace, grid)
+```
 
 They need matplotlib: `pip install "jitjax[viz]"`. Every function takes one sample of a batch.
 """
@@ -50,7 +52,7 @@ def show_anchors(
         trace: the record of a run, from `denoise(..., trace=True)`.
         grid: rows and columns of tokens.
         image: the picture to draw them on, [height, width, 3] in [0, 1]; plain white by default.
-        sample: index in the batch.
+        sample: index in the batch, from 0.
 
     Returns:
         A matplotlib figure: one panel per stage, tokens that are no anchors darkened.
@@ -76,7 +78,7 @@ def show_trace(params: FluxParams, trace: Trace, grid: Grid, *, sample: int = 0)
         params: parameters; the autoencoder's decode the clean predictions.
         trace: the record of a run, from `denoise(..., trace=True)`.
         grid: rows and columns of tokens.
-        sample: index in the batch.
+        sample: index in the batch, from 0.
 
     Returns:
         A matplotlib figure. Rows: the clean prediction at the end of each stage with its anchors;
@@ -120,7 +122,7 @@ def compare(
     Args:
         images: name -> picture, [height, width, 3] in [0, 1], or a batch of one.
         reference: name of the picture to which the others' PSNR is given, in dB; None for none.
-        columns: most pictures in a row.
+        columns: most pictures in a row, 1 or more.
 
     Returns:
         A matplotlib figure.
@@ -156,8 +158,16 @@ def psnr(image: np.ndarray, reference: np.ndarray) -> float:
     Args:
         image, reference: pictures of one shape, in [0, 1].
 
+    Returns:
+        -10 log10 of the mean squared difference.
+
     Raises:
         ValueError: their shapes differ.
+
+    Examples:
+        >>> import numpy as np
+        >>> round(jitjax.viz.psnr(np.zeros((8, 8, 3)), np.full((8, 8, 3), 0.1)), 3)
+        20.0
     """
     if image.shape != reference.shape:
         raise ValueError(
@@ -177,7 +187,7 @@ def frames(
         params: parameters; the autoencoder's decode the predictions.
         trace: the record of a run, from `denoise(..., trace=True)`.
         grid: rows and columns of tokens.
-        sample: index in the batch.
+        sample: index in the batch, from 0.
 
     Returns:
         One picture per step and one more, [height, width, 3] in [0, 1]; enlarged by a whole factor

@@ -64,6 +64,9 @@ class FluxParams:
         Args:
             name: "transformer", "t5", "clip" or "autoencoder".
 
+        Returns:
+            Nested dictionaries of arrays, the same object as the attribute of that name.
+
         Raises:
             ValueError: the part is not loaded.
         """

@@ -89,8 +89,11 @@ class MemoryEstimate:
         """Whether it fits a card, of which `USABLE` can be used.
 
         Args:
-            gigabytes: size of the card in GB (10**9 bytes).
+            gigabytes: size of the card in GB (10**9 bytes), above 0.
             low_memory: with one part at a time on the device.
+
+        Returns:
+            True if 92 % of the card (`USABLE`) are enough.
         """
         needed = self.low_memory if low_memory else self.device
         return needed <= USABLE * gigabytes * 1e9
@@ -121,8 +124,8 @@ def estimate_memory(
     Args:
         model: a configuration; a checkpoint folder; the name of a bundled checkpoint; or, if there
             is no such folder, "flux-dev" or "flux-schnell".
-        height, width: size in pixels, multiples of 16; by default the model's.
-        batch: number of pictures, over all devices.
+        height, width: size in pixels, multiples of 16 from 16 to 8192; by default the model's.
+        batch: number of pictures, 1 or more, over all devices.
         plan: a name in `PLANS` or a `Plan`.
         dtype: dtype of the parameters that are not quantised: bfloat16, float16 or float32. The
             default is the checkpoint's; without one bfloat16, and float32 for "cpu".

@@ -32,6 +32,13 @@ class AnchorSet(eqx.Module):
         index: token index of each slot on the row-major grid; N, the number of tokens, in padded
             slots.
         valid: True for slots that hold a token, False for padded slots.
+
+    Examples:
+        >>> anchors = jitjax.sampler.AnchorSet.padded(jnp.array([[0, 3]]), slots=3, tokens=4)
+        >>> anchors.index
+        Array([[0, 3, 4]], dtype=int32)
+        >>> anchors.gather(jnp.arange(4.0)[None, :, None])[0, :, 0]
+        Array([0., 3., 0.], dtype=float32)
     """
 
     index: Int[Array, "b m"]
@@ -42,23 +49,35 @@ class AnchorSet(eqx.Module):
         """Build an anchor set from token indices, padded to a number of slots.
 
         Args:
-            index: token indices of the anchors.
+            index: token indices of the anchors, from 0 to `tokens` - 1; distinct.
             slots: number of slots, at least k.
             tokens: number of tokens of the grid.
+
+        Returns:
+            The anchor set, with `slots` slots.
         """
         b, k = index.shape
         index = jnp.pad(index, ((0, 0), (0, slots - k)), constant_values=tokens)
         return cls(index.astype(jnp.int32), jnp.broadcast_to(jnp.arange(slots) < k, (b, slots)))
 
     def gather(self, values: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
-        """Return the values on the anchors (S^T y in the paper); zeros in padded slots."""
+        """Return the values on the anchors (S^T y in the paper); zeros in padded slots.
+
+        Args:
+            values: one row per token.
+        """
         take = jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))
         return take(values, self.index)
 
     def scatter(
         self, into: Float[Array, "b n d"], values: Float[Array, "b m d"]
     ) -> Float[Array, "b n d"]:
-        """Return `into` with `values` written to the anchors; padded slots are ignored."""
+        """Return `into` with `values` written to the anchors; padded slots are ignored.
+
+        Args:
+            into: one row per token.
+            values: one row per slot.
+        """
         put = jax.vmap(lambda y, i, v: y.at[i].set(v, mode="drop"))
         return put(into, self.index, values)
 
@@ -115,7 +134,7 @@ def first_anchors(
     Args:
         key: `jax.random` key of the tokens that are added or dropped.
         grid: rows and columns of tokens.
-        budget: number of anchors.
+        budget: number of anchors, from 1 to the number of tokens.
         layout: "even" for the tokens on even rows and even columns and on the border, or "strided"
             for those on every s-th row and column and the last ones, with
             s = floor(sqrt(tokens / budget)).
@@ -123,7 +142,15 @@ def first_anchors(
             dropped last.
 
     Returns:
-        Distinct token indices in ascending order.
+        Distinct token indices in ascending order, int32 [budget].
+
+    Raises:
+        ValueError: there are fewer tokens than `budget`.
+
+    Examples:
+        >>> anchors = jitjax.sampler.first_anchors(jax.random.key(0), (3, 3), 8)
+        >>> anchors  # border and corners; without the centre
+        Array([0, 1, 2, 3, 5, 6, 7, 8], dtype=int32)
     """
     scores = first_anchor_scores(key, grid, budget, layout=layout, fill=fill)
     return jnp.sort(jax.lax.top_k(scores, budget)[1])

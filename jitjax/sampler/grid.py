@@ -9,19 +9,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 Grid = tuple[int, int]
-"""Rows and columns of tokens."""
+"""Rows and columns of tokens: two positive integers. FLUX.1 has a token per 16 x 16 pixels."""
 
 
 def positions(index: Int[Array, "*b m"], grid: Grid) -> Int[Array, "*b m 3"]:
     """Return the positions of tokens on the grid.
 
     Args:
-        index: token indices on the row-major grid.
+        index: token indices on the row-major grid, from 0 to rows * columns - 1.
         grid: rows and columns of tokens.
 
     Returns:
         (0, row, column) for each index. The leading 0 follows the convention of FLUX's position
         ids.
+
+    Examples:
+        >>> jitjax.sampler.positions(jnp.array([0, 5]), (2, 4))
+        Array([[0, 0, 0],
+               [0, 1, 1]], dtype=int32)
     """
     row, column = index // grid[1], index % grid[1]
     return jnp.stack([jnp.zeros_like(index), row, column], axis=-1)

@@ -114,7 +114,10 @@ def batch_keys(key: Array, batch: int) -> Key[Array, " b"]:
     Args:
         key: one `jax.random` key, which is folded with 0, 1, ...; or one key per sample, which are
             only turned into threefry keys.
-        batch: number of samples.
+        batch: number of samples, 1 or more.
+
+    Returns:
+        Threefry keys, [batch].
 
     Raises:
         ValueError: `key` is not a `jax.random` key, or its shape is neither [] nor [batch].

@@ -35,7 +35,7 @@ class Known(NamedTuple):
     """What is known of the tokens, and of which.
 
     Attributes:
-        clean: clean tokens.
+        clean: clean tokens, of any values.
         noise: standard normal tokens. The known state is (1 - sigma) clean + sigma noise.
         mask: in [0, 1]: 1 where tokens are new, 0 where the state is the known one; between, a
             mixture of both.
@@ -46,7 +46,12 @@ class Known(NamedTuple):
     mask: Float[Array, "b n d"] | Float[np.ndarray, "b n d"]
 
     def impose(self, y: Float[Array, "b n d"], sigma: Array) -> Float[Array, "b n d"]:
-        """Return a state at a sigma with what is known of it."""
+        """Return a state with what is known of it.
+
+        Args:
+            y: the state.
+            sigma: the sigma that it is at, in [0, 1].
+        """
         known = (1 - sigma) * self.clean + sigma * self.noise
         return jnp.asarray(self.mask * y + (1 - self.mask) * known)
 

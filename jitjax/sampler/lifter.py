@@ -48,6 +48,14 @@ class Lifter(eqx.Module):
         grid: rows and columns of tokens.
         width: standard deviation of the Gaussian, in tokens.
         kind: the interpolator.
+
+    Source: paper, augmented lifter Pi; "blur" is that of the authors' program.
+
+    Examples:
+        >>> anchors = jitjax.sampler.AnchorSet.padded(jnp.array([[0, 3]]), slots=2, tokens=4)
+        >>> lift = jitjax.sampler.Lifter.build(anchors, grid=(1, 4), budget=2, kind="nearest")
+        >>> lift(jnp.array([[[10.0], [20.0]]]))[0, :, 0]
+        Array([10., 10., 20., 20.], dtype=float32)
     """
 
     anchors: AnchorSet
@@ -65,8 +73,11 @@ class Lifter(eqx.Module):
         Args:
             anchors: the anchors of the stage; their first `budget` slots are valid.
             grid: rows and columns of tokens.
-            budget: number of anchors.
-            kind: the interpolator.
+            budget: number of anchors, from 1 to the number of tokens.
+            kind: the interpolator: "blur", "narrow", "linear", "nearest" or "none".
+
+        Returns:
+            The lifter: a function of values on the anchors.
         """
         rows, columns = np.indices(grid).reshape(2, -1, 1).astype(np.int32)
         beyond_grid = grid[0] ** 2 + grid[1] ** 2  # above every squared distance on the grid
@@ -86,7 +97,14 @@ class Lifter(eqx.Module):
         return cls(anchors, nearest, is_anchor, weights, grid, width, kind)
 
     def __call__(self, values: Float[Array, "b m d"]) -> Float[Array, "b n d"]:
-        """Lift `values` from the anchors to all tokens; padded slots are ignored."""
+        """Lift values from the anchors to all tokens.
+
+        Args:
+            values: one row per slot; those of padded slots are ignored.
+
+        Returns:
+            One row per token; anchors keep theirs exactly.
+        """
         nearest_values = jax.vmap(lambda v, i: v[i])(values, self.nearest)
         if self.kind == "nearest":
             return nearest_values
@@ -106,6 +124,12 @@ class Lifter(eqx.Module):
 
         The kind "none" removes the interpolation of the velocity only: clean predictions are then
         lifted by "blur".
+
+        Args:
+            values: clean predictions, one row per slot.
+
+        Returns:
+            One row per token; anchors keep theirs exactly.
         """
         lifter = dataclasses.replace(self, kind="blur") if self.kind == "none" else self
         return lifter(values)

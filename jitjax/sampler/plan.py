@@ -67,12 +67,16 @@ class Plan:
     plan made in another way.
 
     Attributes:
-        steps: number of solver steps; Euler's method evaluates the network once per step.
-        densities: fraction of tokens that are anchors in each stage; increasing, the last is 1.
-        stage_ends: fraction of the steps done when each stage ends; increasing, the last is 1.
+        steps: number of solver steps, 1 or more, and so many that every stage has one. Euler's
+            method evaluates the network once per step.
+        densities: fraction of tokens that are anchors in each stage, in (0, 1]; increasing, the
+            last is 1. (1.0,) is a dense plan.
+        stage_ends: fraction of the steps done when each stage ends, in (0, 1], one per stage;
+            increasing, the last is 1.
         schedule: "beta" (quantiles of Beta(1.4, 0.425), the authors' program), ("beta", a, b)
-            (quantiles of another Beta distribution), "shifted" (evenly spaced sigmas moved
-            towards 1, as in FLUX), or a tuple of sigmas: one per step, decreasing, in (0, 1].
+            (quantiles of another Beta distribution; a and b are above 0), "shifted" (evenly spaced
+            sigmas moved towards 1, as in FLUX), or a tuple of sigmas: one per step, decreasing, in
+            (0, 1]. The last step ends at 0.
         first: layout of the first anchors: "even" for even rows and even columns and the border,
             or "strided" for every s-th row and column (the program's
             `use_checkerboard_init=False`).
@@ -80,16 +84,19 @@ class Plan:
             (the authors' program) or evenly spread ones ("dither").
         activation: which tokens become the new anchors: those of highest "importance", those of a
             fixed "grid" (the paper's ablation), or "random" ones.
-        lift: interpolator of the tokens that are not anchors, see `jitjax.sampler.lifter`; "none"
-            sets their velocity to 0 (the paper's ablation).
+        lift: interpolator of the tokens that are not anchors: "blur" (the authors' program),
+            "narrow", "linear", "nearest", see `jitjax.sampler.lifter`; "none" sets their velocity
+            to 0 (the paper's ablation).
         microflow: how new tokens move to their target: "blend" moves them 1 / `relax` of the way
             (the authors' program), "hit" all the way (paper, DMF), and "none" leaves them
             unchanged (the paper's ablation).
-        relax: r of "blend", at least 1 (r = 0 in the authors' program is "hit").
-        microflow_steps: number of Euler steps of the micro-flow.
+        relax: r of "blend", a finite number, 1 or more (r = 0 in the authors' program is "hit").
+        microflow_steps: number of Euler steps of the micro-flow, 1 or more. Any number ends at the
+            same place up to rounding.
         microflow_noise: noise of the target: "fresh" for a new noise field (the authors'
             program), "initial" for the noise that each token started from.
-        pad_to: text tokens and anchors together are padded to a multiple of this number.
+        pad_to: text tokens and anchors together are padded to a multiple of this number, 1 or
+            more; at 1 nothing is padded.
         spare: content of the padded slots: masked "padding", or additional "anchors".
         solver: "euler" (the paper), "multistep" (second order with as many evaluations, see
             `jitjax.sampler.solvers.Multistep`), or a hashable diffrax solver of ordinary
@@ -100,7 +107,15 @@ class Plan:
             micro-flow and `spare` do not matter then.
 
     Raises:
-        ValueError: a field has an invalid value.
+        ValueError: a field has an invalid value, or a stage has no step.
+
+    Source: the paper's algorithm 1, and the options of its authors' program; "multistep", "narrow",
+    "linear", "dither", "initial", `pad_to`, `spare` and `context` are not from there.
+
+    Examples:
+        >>> plan = jitjax.Plan(10, densities=(0.35, 1.0), stage_ends=(0.8, 1.0))
+        >>> plan.stage_steps, plan.budgets(4096)
+        ((8, 10), (1433, 4096))
     """
 
     steps: int
@@ -232,12 +247,12 @@ class Plan:
 
     @property
     def context_density(self) -> float:
-        """`context`, or the density of the first stage if that is None."""
+        """`context`, or the density of the first stage if that is None; in (0, 1]."""
         return self.densities[0] if self.context is None else self.context
 
     @property
     def stage_steps(self) -> tuple[int, ...]:
-        """Number of steps done when each stage ends (the last is `steps`)."""
+        """Number of steps done when each stage ends; increasing, the last is `steps`."""
         return self._stage_steps(self.steps)
 
     def _stage_steps(self, steps: int) -> tuple[int, ...]:
@@ -248,8 +263,17 @@ class Plan:
         """Return the number of anchors of each stage.
 
         Args:
-            tokens: number of tokens of the grid.
-            text_tokens: number of text tokens that run with the anchors; used by `pad_to`.
+            tokens: number of tokens of the grid, 1 or more.
+            text_tokens: number of text tokens that run with the anchors, 0 or more; used by
+                `pad_to` if `spare` is "anchors".
+
+        Returns:
+            One number per stage, from 1 to `tokens`: the stage's density of the tokens, rounded
+            down; with `spare="anchors"` also what fills the padded slots. The last is `tokens`.
+
+        Examples:
+            >>> jitjax.PLANS["4x"].budgets(4096)  # FLUX.1 at 1024 x 1024 pixels
+            (1433, 2539, 4096)
         """
         budgets = [max(1, int(tokens * density)) for density in self.densities]
         if self.spare == "anchors":
@@ -257,11 +281,39 @@ class Plan:
         return tuple(budgets)
 
     def slots(self, anchors: int, text_tokens: int = 0) -> int:
-        """Return the number of slots for `anchors` anchors, padding included, text excluded."""
+        """Return the number of slots that the network runs on for a number of anchors.
+
+        Args:
+            anchors: number of anchors, 1 or more.
+            text_tokens: number of text tokens that run with them, 0 or more.
+
+        Returns:
+            The least number of slots, `anchors` or more, that together with the text tokens is a
+            multiple of `pad_to`. Text tokens are not counted.
+
+        Examples:
+            >>> jitjax.PLANS["4x"].replace(pad_to=128).slots(1433, text_tokens=512)
+            1536
+        """
         return -(-(anchors + text_tokens) // self.pad_to) * self.pad_to - text_tokens
 
     def replace(self, **changes: Any) -> Plan:
-        """Return a validated copy with some fields changed."""
+        """Return a copy with some fields changed.
+
+        Args:
+            **changes: fields and their new values.
+
+        Returns:
+            The new plan; this one stays as it is.
+
+        Raises:
+            ValueError: a field has an invalid value.
+            TypeError: there is no such field.
+
+        Examples:
+            >>> jitjax.PLANS["multistep-12"].replace(steps=25).steps
+            25
+        """
         return dataclasses.replace(self, **changes)
 
 
@@ -291,6 +343,9 @@ DEFAULT_PLAN = "multistep-12"
 
 def get_plan(plan: str | Plan) -> Plan:
     """Return the plan of the given name; a `Plan` is returned unchanged.
+
+    Args:
+        plan: a name in `PLANS`, or a `Plan`.
 
     Raises:
         ValueError: the name is unknown.

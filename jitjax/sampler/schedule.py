@@ -23,8 +23,15 @@ class Shift:
         max_shift: exponent mu of the dynamic shift at `max_seq` tokens; mu is linear in the number
             of tokens.
         base_seq: number of tokens at which mu is `base_shift`.
-        max_seq: number of tokens at which mu is `max_shift`.
-        shift: constant factor of the shift if `dynamic` is False.
+        max_seq: number of tokens at which mu is `max_shift`; not `base_seq`.
+        shift: constant factor of the shift if `dynamic` is False, above 0; 1 moves nothing.
+
+    Source: FLUX's schedule, as the scheduler of its diffusers folders names it (`dynamic` is
+    `use_dynamic_shifting`, `base_seq` is `base_image_seq_len`, `max_seq` is `max_image_seq_len`).
+
+    Examples:
+        >>> jitjax.sampler.Shift(True, 0.5, 1.15, 256, 4096, 3.0)  # FLUX.1-dev
+        Shift(dynamic=True, base_shift=0.5, max_shift=1.15, base_seq=256, max_seq=4096, shift=3.0)
     """
 
     dynamic: bool
@@ -41,12 +48,16 @@ def beta_sigmas(steps: int, a: float = BETA_A, b: float = BETA_B) -> np.ndarray:
     Source: the authors' program (FLUX.1 presets), with a = 1.4 and b = 0.425.
 
     Args:
-        steps: number of steps.
+        steps: number of steps, 1 or more.
         a, b: parameters of the distribution, positive. A lower b puts more steps near sigma 1, a
             lower a more near 0.
 
     Returns:
-        Sigma at the start of each step, [steps]; falls from 1 to 1 / steps.
+        Sigma at the start of each step, float64 [steps]; falls from 1 to 1 / steps.
+
+    Examples:
+        >>> jitjax.sampler.beta_sigmas(4).round(3)
+        array([1.   , 0.962, 0.793, 0.25 ])
     """
     # Imported here, because it takes a sixth of a second.
     from scipy.special import betaincinv
@@ -63,12 +74,17 @@ def shifted_sigmas(steps: int, tokens: int, shift: Shift) -> np.ndarray:
     schedules of FLUX.1-dev (dynamic) and FLUX.1-schnell (constant).
 
     Args:
-        steps: number of steps.
-        tokens: number of tokens of the grid; used by a dynamic shift only.
+        steps: number of steps, 1 or more.
+        tokens: number of tokens of the grid, 1 or more; used by a dynamic shift only.
         shift: parameters of the shift.
 
     Returns:
-        Sigma at the start of each step, [steps]; falls from 1.
+        Sigma at the start of each step, float64 [steps]; falls from 1.
+
+    Examples:
+        >>> shift = jitjax.sampler.Shift(True, 0.5, 1.15, 256, 4096, 3.0)  # FLUX.1-dev
+        >>> jitjax.sampler.shifted_sigmas(4, 4096, shift).round(3)
+        array([1.   , 0.905, 0.76 , 0.513])
     """
     even = np.linspace(1, 1 / steps, steps)
     if not shift.dynamic:
@@ -83,11 +99,12 @@ def plan_sigmas(plan: Plan, tokens: int, shift: Shift) -> np.ndarray:
 
     Args:
         plan: the plan; its `schedule` names the schedule or lists the sigmas.
-        tokens: number of tokens of the grid.
+        tokens: number of tokens of the grid, 1 or more.
         shift: parameters of the "shifted" schedule.
 
     Returns:
-        Sigmas at the step boundaries, [plan.steps + 1], float32; the last is 0.
+        Sigmas at the step boundaries, [plan.steps + 1], float32, strictly decreasing in [0, 1]; the
+        last is 0.
 
     Raises:
         ValueError: the plan has so many steps that neighbouring sigmas are equal in float32.

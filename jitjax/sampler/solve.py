@@ -119,11 +119,11 @@ def jit_solve(
             programs of the last `VELOCITIES_KEPT` functions are kept. With Euler's method it is
             evaluated exactly `plan.steps` times.
         noise: tokens at `sigmas[0]` in row-major order, float32 or float64.
-        sigmas: strictly decreasing sigmas at the step boundaries, [plan.steps + 1].
+        sigmas: strictly decreasing sigmas at the step boundaries, [plan.steps + 1], in [0, 1].
         plan: the settings of the run, or a name in `PLANS`.
         grid: rows and columns of tokens; rows * columns = n.
-        first_anchors: token indices of the first stage's anchors; not needed if the first stage
-            is dense.
+        first_anchors: token indices of the first stage's anchors, distinct and from 0 to n - 1, as
+            many as `plan.budgets(n, text_tokens)[0]`; not needed if the first stage is dense.
         microflow_noise: noise of the new anchors' targets. Required if the first stage is sparse
             and the plan has a micro-flow with "fresh" noise; otherwise the default is `noise`.
         random_scores: scores by which `activation="random"` chooses new anchors; otherwise unused.
@@ -135,7 +135,7 @@ def jit_solve(
         solver: a name or a diffrax solver, as in `Plan.solver`, which is the default. An
             implicit one needs a root finder with tolerances, and gives NaN where that does not
             converge.
-        text_tokens: number of text tokens that the network runs on with the anchors, for
+        text_tokens: number of text tokens that the network runs on with the anchors, 0 or more, for
             `plan.pad_to`.
         compiler_options: options of XLA for the programs of the stages, as `jax.jit` takes them.
             They are ignored under a transformation: there they belong to the outermost `jax.jit`.
@@ -157,6 +157,18 @@ def jit_solve(
             set under a transformation. Raised before compilation; values of traced arrays
             are not checked.
         FloatingPointError: a velocity is not finite (only with `check_finite`).
+
+    Examples:
+        The velocity of the straight flow to one known picture, which any plan has to find:
+
+        >>> def velocity(tokens, positions, sigma, valid, picture):
+        ...     return (tokens - picture[positions[..., 1] * 4 + positions[..., 2]]) / sigma
+        >>> plan = jitjax.Plan(2)  # two dense Euler steps
+        >>> noise, picture = jax.random.normal(jax.random.key(0), (1, 16, 3)), jnp.ones((16, 3))
+        >>> sigmas = jnp.array([1.0, 0.5, 0.0])
+        >>> tokens = jitjax.jit_solve(velocity, noise, sigmas, plan=plan, grid=(4, 4), args=picture)
+        >>> bool(jnp.allclose(tokens, picture[None]))
+        True
     """
     plan, grid = get_plan(plan), as_grid(grid)
     n = grid[0] * grid[1]

@@ -20,8 +20,9 @@ from jitjax.sampler.lifter import Lifter
 Velocity = Callable[..., Array]
 """`(tokens [b, m, d], positions [b, m, 3], sigma [], valid [b, m] or None, args) ->
 velocities [b, m, d]`: any network. `valid` is False in padded slots, and None if there are none;
-the velocities of valid tokens must not depend on padded slots. `args` is passed through by
-`jit_solve`."""
+the velocities of valid tokens must not depend on padded slots. Positions are (0, row, column),
+int32; `sigma` is in (0, 1]. The velocity is noise - x0, the derivative with respect to sigma of
+y = (1 - sigma) x0 + sigma noise. `args` is passed through by `jit_solve`."""
 
 
 class SagArgs(NamedTuple):

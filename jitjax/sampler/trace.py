@@ -14,10 +14,10 @@ class Transition(NamedTuple):
     """The record of a transition between two stages.
 
     Attributes:
-        scores: scores by which the new anchors were chosen; the importance by default.
+        scores: scores by which the new anchors were chosen; the importance by default (paper, ITA).
         lifted: the clean prediction x0 on the old anchors, lifted to all tokens.
-        new: token indices of the new anchors, highest score first.
-        target: target state of the new anchors' micro-flow.
+        new: token indices of the new anchors, from 0 to n - 1, highest score first.
+        target: target state of the new anchors' micro-flow (paper, DMF).
         before: state of all tokens before the transition.
         after: state of all tokens after the transition.
     """
@@ -35,15 +35,16 @@ class Trace(NamedTuple):
 
     Attributes:
         states: state after each step, before any transition that follows the step.
-        anchors: token indices of each stage's anchors; all tokens in a dense stage. Where masks of
-            one batch differ in size, n in unused slots.
+        anchors: token indices of each stage's anchors, from 0 to n - 1; all of them in a dense
+            stage. Where masks of one batch differ in size, n in unused slots.
         clean: clean prediction x0 at the end of each stage.
         transitions: the transition after each stage but the last; None if it adds no anchors.
         slots: number of slots that the network ran on in each step, padding included, text
             excluded.
         evaluations: number of network evaluations; None if it is unknown for the solver.
         start: state before the first step.
-        sigmas: sigmas at the step boundaries; `states[i]` is at `sigmas[i + 1]`.
+        sigmas: sigmas at the step boundaries, decreasing in [0, 1]; `states[i]` is at
+            `sigmas[i + 1]`.
         stage_steps: number of steps of each stage.
     """
 
@@ -58,9 +59,12 @@ class Trace(NamedTuple):
     stage_steps: tuple[int, ...]
 
     def predictions(self) -> Float[Array, "steps b n d"]:
-        """Return the clean prediction of each step: where its straight line meets sigma 0.
+        """Compute the clean prediction of each step: where its straight line meets sigma 0.
 
         For Euler's method it is x0 of the network. A multistep solver has extrapolated it.
+
+        Returns:
+            Clean tokens, one per step, for `jitjax.decode`.
         """
         before = jnp.concatenate([self.start[None], self.states[:-1]])
         first = 0
