@@ -12,7 +12,6 @@ from PIL import Image
 import jitjax
 from jitjax import cli, viz
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 QUICK = ("a red star", "--size", "48x64", "--plan", "dense", "--steps", "3")
 
 

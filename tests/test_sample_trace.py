@@ -15,8 +15,6 @@ from jitjax.latents import draw_noise
 from jitjax.sampler.keys import split
 from jitjax.sampler.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 PROMPTS = ["a large red circle", "a small blue square"]
 PLAN = Plan(3, (0.5, 1.0), (0.5, 1.0), microflow_noise="fresh")
 """A step on 3 of 6 tokens, two on all."""

@@ -31,7 +31,6 @@ def test_masked_keeps_the_tokens_alone(diagram):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimised")
 def test_panels_are_those_of_the_run(diagram, small):
     run = diagram.sample_run(small, "a red circle", plan=PLAN, seed=0, grid=GRID)
     # 0.4 and 0.7 of 36 tokens, rounded down; a stage has all tokens of the one before.
