@@ -28,14 +28,14 @@ examples:
   jitjax "a blue star" --count 4 -o star.png          star-0.png to star-3.png
   jitjax "a red star" --plan 4x --trace run.png       and a figure of the run
   jitjax "a red star" --image cat.png --strength 0.6  from a picture
+  jitjax "a red star" --image cat.png --mask sky.png  new in a part of it
+  jitjax "a red star" --negative "stripes"            away from stripes
   jitjax --prompts list.txt -o pictures               a prompt per line
-  jitjax memory flux-dev                              what FLUX.1-dev needs
   jitjax convert FLUX.1-dev --out flux-dev            for --checkpoint flux-dev
 """
 
 SHORT_END = """
 exit status: 0 done, 1 lines of a list failed, 2 not possible, 130 Ctrl-C
-Lists of prompts, and more examples: docs/command-line.md
 """
 
 FULL_END = """

@@ -17,19 +17,25 @@
 # varies most. Here one run is taken apart. It needs two minutes on a CPU.
 
 # %%
+# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-# On Colab, install jitjax from the clone of the repository that this notebook is in.
 if importlib.util.find_spec("jitjax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[viz]"], check=True)
+    clone = Path("..").resolve()
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+device = jax.devices()[0]
+print(f"found a {device.platform.upper()}: {len(jax.devices())} x {device.device_kind}")
 
 # %%
 import tempfile
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,8 +47,6 @@ from jitjax.sampler.anchors import AnchorSet
 from jitjax.sampler.grid import positions
 from jitjax.sampler.lifter import Lifter
 from jitjax.velocity import FluxVelocity, VelocityInputs
-
-print(f"running on {jax.default_backend()}: {jax.devices()}")
 
 # %% [markdown]
 # ## One run, with its record

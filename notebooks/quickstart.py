@@ -16,24 +16,29 @@
 # Change runtime type).
 
 # %%
-# On Colab, install jitjax from the clone of the repository that this notebook is in.
+# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("jitjax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", ".."], check=True)
+    clone = Path("..").resolve()
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+device = jax.devices()[0]
+print(f"found a {device.platform.upper()}: {len(jax.devices())} x {device.device_kind}")
 
 # %%
 import time
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 import jitjax
-
-print(f"running on {jax.default_backend()}: {jax.devices()}")
 
 # %% [markdown]
 # `load` returns a pytree of arrays with the configuration attached. `tiny` is a complete FLUX

@@ -16,27 +16,32 @@
 # minutes on a CPU.
 
 # %%
+# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-# On Colab, install jitjax from the clone of the repository that this notebook is in.
 if importlib.util.find_spec("jitjax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[viz]"], check=True)
+    clone = Path("..").resolve()
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+if jax.config.jax_platforms in (None, "cpu"):
+    jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, for the last section
+device = jax.devices()[0]
+print(f"found a {device.platform.upper()}: {len(jax.devices())} x {device.device_kind}")
 
 # %%
 import diffrax
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 import jitjax
 from jitjax import viz
-
-if jax.config.jax_platforms in (None, "cpu"):
-    jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, for the last section
-print(f"running on {jax.default_backend()}: {len(jax.devices())} devices")
 
 # %% [markdown]
 # ## A velocity of one's own

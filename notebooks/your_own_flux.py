@@ -17,26 +17,30 @@
 # to run the same cells on it. The real weights have not been tried yet.
 
 # %%
+# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-# On Colab, install jitjax from the clone of the repository that this notebook is in.
 if importlib.util.find_spec("jitjax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[viz]"], check=True)
+    clone = Path("..").resolve()
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+device = jax.devices()[0]
+print(f"found a {device.platform.upper()}: {len(jax.devices())} x {device.device_kind}")
 
 # %%
 import tempfile
-from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 import jitjax
 from jitjax import viz
-
-print(f"running on {jax.default_backend()}: {jax.devices()}")
 
 FLUX = ""  # such as "/content/FLUX.1-dev", a diffusers folder, or a .safetensors or .gguf file
 PROMPT = "a large blue star"
