@@ -57,8 +57,8 @@ def checkpoint_info(checkpoint: str) -> dict[str, Any]:
     folder = Path(checkpoint)
     if not checkpoint or not folder.exists():
         raise FileNotFoundError(
-            f"no checkpoint at {checkpoint!r}; expected a folder written by jitjax.save or `python "
-            f"-m jitjax.convert`, or one of {', '.join(bundled())}"
+            f"no checkpoint at {checkpoint!r}; expected a folder written by jitjax.save or `jitjax "
+            f"convert`, or one of {', '.join(bundled())}"
         )
     metadata = read_metadata(folder)
     parts = {}

@@ -47,7 +47,7 @@ def load(
 
     Args:
         path: name of a bundled checkpoint (the string "tiny"), or a folder written by `save` or by
-            `python -m jitjax.convert`. `"./tiny"` and `Path("tiny")` are folders.
+            `jitjax convert`. `"./tiny"` and `Path("tiny")` are folders.
         dtype: dtype of the parameters and of the computation: bfloat16, float16, float32, or, with
             `jax_enable_x64`, float64. The default is the stored dtype; the bundled checkpoint is
             stored in float16 and loaded as float32. With quantised weights it is the dtype of all
@@ -128,7 +128,7 @@ def load(
         if not folder.exists():
             raise FileNotFoundError(
                 f"no checkpoint at {str(folder)!r}; expected a folder written by jitjax.save or "
-                f"`python -m jitjax.convert`, or one of {bundled()}"
+                f"`jitjax convert`, or one of {bundled()}"
             )
         if mesh is not None:
             sharding_for = _sharding_over_mesh(mesh, read_metadata(folder)["config"], wanted)

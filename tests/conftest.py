@@ -8,11 +8,11 @@ import os
 import re
 import tempfile
 
-# The workers and the processes that they start share one compilation cache, which is removed at
-# the end. The user's cache is neither read nor written.
+# The workers and the processes that they start share one compilation cache. It is removed at the
+# end, unless JITJAX_TEST_CACHE names a folder. The user's cache is neither read nor written.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jitjax-xla-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JITJAX_TEST_CACHE", _cache.name)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Only with a limit does JAX lock the cache, so that nothing half-written is read.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jitjax
 
-PLAN = jitjax.Plan(4, (0.5, 0.8, 1.0), (0.4, 0.7, 1.0), microflow_noise="initial")
+PLAN = jitjax.Plan(3, (0.5, 1.0), (0.4, 1.0), microflow_noise="initial")
 NOISE = jax.random.normal(jax.random.key(0), (8, 16, 8))
 WEIGHT = jax.random.normal(jax.random.key(1), (8, 8)) / 3
 FIRST = jnp.broadcast_to(jnp.arange(0, 16, 2), (8, 8))
@@ -26,7 +26,7 @@ def velocity(tokens, positions, sigma, valid, args):
 
 
 def solve(noise, weight, first, **more):
-    sigmas = jnp.linspace(1, 0, 5)
+    sigmas = jnp.linspace(1, 0, 4)
     return jitjax.jit_solve(
         velocity, noise, sigmas, plan=PLAN, grid=(4, 4), first_anchors=first, args=weight, **more
     )

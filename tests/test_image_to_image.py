@@ -208,10 +208,11 @@ def test_image_to_image_under_vmap_and_grad(small, images):
         return jitjax.sample(small, text, key=key, plan=SPARSE, image=image[None], strength=0.6)[0]
 
     keys = jax.random.split(jax.random.key(0), 2)
-    mapped = jax.vmap(run)(jnp.asarray(images), keys)
+    mapped = jax.jit(jax.vmap(run))(jnp.asarray(images), keys)
     expected = jnp.stack([run(*pair) for pair in zip(images, keys, strict=True)])
     np.testing.assert_allclose(mapped, expected, atol=1e-4)
-    gradient = jax.grad(lambda image: (run(image, keys[0]) ** 2).mean())(jnp.asarray(images[0]))
+    slope = jax.jit(jax.grad(lambda image: (run(image, keys[0]) ** 2).mean()))
+    gradient = slope(jnp.asarray(images[0]))
     assert np.isfinite(gradient).all()
     assert (jnp.abs(gradient).max(-1) > 0).mean() > 0.9
 

@@ -256,9 +256,10 @@ def test_vmap_and_gradients(small, text, negative):
 
     scales = jnp.array([3.0, 2.0])
     expected = [run(*jax.tree.map(lambda x, i=i: x[i], (negative, scales, text))) for i in range(2)]
-    mapped = jax.vmap(run)(negative, scales, text)
+    mapped = jax.jit(jax.vmap(run))(negative, scales, text)
     np.testing.assert_allclose(mapped, expected, rtol=1e-3, atol=1e-4)
 
+    @jax.jit
     def loss(of_negative, scale):
         return (denoise(small, text, of_negative, scale, plan=SHORT) ** 2).mean()
 

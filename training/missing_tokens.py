@@ -18,7 +18,7 @@ tokens or with those of the highest importance. Three sizes take turns, so that 
 static (`DENSITIES`). T5 and CLIP stay frozen.
 
 `RUN` gets a diffusers folder of the averaged weights at each of `--snapshots`, shares of the time,
-and a log. `python -m jitjax.convert RUN/at-1 --out CHECKPOINT` makes a checkpoint of one, which
+and a log. `jitjax convert RUN/at-1 --out CHECKPOINT` makes a checkpoint of one, which
 `--checkpoint` continues from. `--no-missing` leaves the subsets out, for comparison.
 """
 

@@ -62,7 +62,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     if (folder / "model_index.json").is_file():
         raise ValueError(
             f"{str(folder)!r} is a diffusers folder; expected a checkpoint: convert it once with "
-            f"`python -m jitjax.convert {folder} --out CHECKPOINT`, then load CHECKPOINT"
+            f"`jitjax convert {folder} --out CHECKPOINT`, then load CHECKPOINT"
         )
     file = folder / METADATA_FILE
     if not file.is_file():
@@ -151,7 +151,7 @@ def _check_no_updates(params: FluxParams) -> None:
         raise ValueError(
             "a LoRA is kept beside quantised weights, which a checkpoint does not store; save the "
             "parameters without it, and pass it to load (loras=); or merge it for good, with "
-            "`python -m jitjax.convert SOURCE --lora FILE --quantise KIND`"
+            "`jitjax convert SOURCE --lora FILE --quantise KIND`"
         )
 
 

@@ -116,7 +116,7 @@ class Updates:
                         raise ConversionError(
                             f"{model}/{rule.target} is quantised and {name} has an update that is "
                             "no plain LoRA; merge it before the weights are quantised, with "
-                            "`python -m jitjax.convert SOURCE --lora FILE --quantise KIND`"
+                            "`jitjax convert SOURCE --lora FILE --quantise KIND`"
                         )
                     rows = select(update.change.up, update.rows)
                     up = np.zeros((rows.shape[1], len(names), rows.shape[0]), np.float32)

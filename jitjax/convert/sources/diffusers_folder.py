@@ -111,7 +111,7 @@ def read_config(folder: str | os.PathLike[str]) -> FluxConfig:
     if (folder / METADATA_FILE).is_file():
         raise ValueError(
             f"{folder} is already a jitjax checkpoint; load it with `jitjax.load`, or convert it "
-            "back with `python -m jitjax.convert --to-diffusers`"
+            "back with `jitjax convert --to-diffusers`"
         )
     paths = [folder / c.folder / "config.json" for c in COMPONENTS]
     scheduler = folder / "scheduler" / "scheduler_config.json"
