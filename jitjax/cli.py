@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
             negative_prompt=negative,
             true_guidance=picture.true_guidance,
             progress=True,
-            **({"trace": True} if trace else {}),
+            trace=trace,
             **task,
         )
         image, record = made if isinstance(made, tuple) else (made, None)
