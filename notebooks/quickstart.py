@@ -16,15 +16,16 @@
 # Change runtime type).
 
 # %%
-# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
+# Install jitjax unless it is there: from the clone that this notebook is in, or as published.
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 if importlib.util.find_spec("jitjax") is None:
+    published = "jitjax[viz]"
     clone = Path("..").resolve()
-    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else published
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 import jax
@@ -94,7 +95,6 @@ for axis, image in zip(axes, images, strict=True):
 # rest of the picture stays to the bit), or move away from a negative prompt.
 
 # %%
-
 ground = "on a grey background"
 
 

@@ -17,15 +17,16 @@
 # to run the same cells on it. The real weights have not been tried yet.
 
 # %%
-# Install jitjax unless it is there: from the clone that this notebook is in, or from PyPI.
+# Install jitjax unless it is there: from the clone that this notebook is in, or as published.
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 if importlib.util.find_spec("jitjax") is None:
+    published = "jitjax[viz]"
     clone = Path("..").resolve()
-    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else "jitjax[viz]"
+    package = f"{clone}[viz]" if (clone / "pyproject.toml").exists() else published
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 import jax
