@@ -73,8 +73,8 @@ for which in "${parts[@]}"; do
         part speed 50 "$python" -m benchmarks.speed --attention xla --out "$out/speed.jsonl" \
             --plans --profile "$out/kernels-xla.txt" ;;
     speed-rehearsed)
-        part speed 300 "$python" -m benchmarks.speed --model middle --size 64 --text 32 \
-            --dtype float32 --matmul 256 --plans dense 7x --out "$out/speed.jsonl" \
+        part speed 300 "$python" -m benchmarks.speed --model tiny --size 64 --text 32 \
+            --dtype float32 --matmul 256 --plans 7x --out "$out/speed.jsonl" \
             --profile "$out/kernels.txt" "${small[@]}" ;;
     torch)
         part torch 90 "$python" -m benchmarks.torch_speed --out "$out/torch.jsonl" ;;
@@ -89,7 +89,7 @@ for which in "${parts[@]}"; do
             --batch 96 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
     quality-rehearsed)
         part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 \
-            --out "$out/quality.jsonl" ;;
+            --out "$out/quality.jsonl" --methods 7x ;;
     memory)
         part memory 60 "$python" -m benchmarks.memory --out "$out/memory.jsonl"
         part memory 60 "$python" -m benchmarks.memory --quantise int8 --out "$out/memory.jsonl" ;;

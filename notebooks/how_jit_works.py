@@ -35,6 +35,7 @@ device = jax.devices()[0]
 print(f"found a {device.platform.upper()}: {len(jax.devices())} x {device.device_kind}")
 
 # %%
+import functools
 import tempfile
 
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ conditioning = jitjax.encode_prompt(params, prompt)
 noise = jax.random.normal(jax.random.key(1), (1, 1024, 64))
 
 
+@functools.cache
 def run(plan):
     tokens, trace = jitjax.denoise(
         params, conditioning, noise, plan=plan, grid=grid, key=jax.random.key(0), trace=True

@@ -78,11 +78,12 @@ for axis, plan in zip(axes, plans, strict=True):
 # %% [markdown]
 # ## A batch
 #
-# With one key per image, each image is the one that its key gives alone.
+# With one key per image, each image is the one that its key gives alone. `multistep-7` takes 7
+# steps.
 
 # %%
 keys = jax.random.split(jax.random.key(7), 4)
-images = jitjax.sample(params, ["a large green square"] * 4, key=keys)
+images = jitjax.sample(params, ["a large green square"] * 4, key=keys, plan="multistep-7")
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.6))
 for axis, image in zip(axes, images, strict=True):
     axis.imshow(image)
@@ -99,7 +100,8 @@ ground = "on a grey background"
 
 
 def draw(prompt, seed, **options):
-    return np.asarray(jitjax.sample(params, prompt, key=jax.random.key(seed), **options))
+    key = jax.random.key(seed)
+    return np.asarray(jitjax.sample(params, prompt, key=key, plan="multistep-7", **options))
 
 
 square = draw(f"a large blue square {ground}", 4)
