@@ -19,21 +19,28 @@ from benchmarks.gaussian_field import Field, ideal_velocity
 from jitjax.sampler.grid import positions
 from jitjax.sampler.schedule import beta_sigmas
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Field(8)
 STEPS = "DsDssDDsD"
 
 
+@functools.cache
 def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
     """Return the map of dense steps at the same sigmas."""
     return linear_map(SMALL, jitjax.Plan(len(steps), solver=solver)).initial
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["euler", "multistep"])
-@pytest.mark.parametrize("prediction", ["clean", slow("velocity")])
-@pytest.mark.parametrize("compare_with", ["sparse", slow("dense"), slow("kept")])
-@pytest.mark.parametrize("forecast", [slow("constant"), "linear"])
+@pytest.mark.parametrize(
+    ("compare_with", "solver", "prediction", "forecast"),
+    [  # every pair of values
+        ("sparse", "euler", "clean", "constant"),
+        ("sparse", "multistep", "velocity", "linear"),
+        ("dense", "euler", "velocity", "linear"),
+        ("dense", "multistep", "clean", "constant"),
+        ("kept", "euler", "clean", "linear"),
+        ("kept", "multistep", "velocity", "constant"),
+    ],
+)
 def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with, forecast):
     plan = CachingPlan(
         STEPS,
@@ -64,9 +71,17 @@ def fading_velocity(x, places, sigma, valid, args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compare_with", [slow("sparse"), "dense"])
-@pytest.mark.parametrize("prediction", [slow("clean"), "velocity"])
-@pytest.mark.parametrize("lift", ["blur", "linear", slow("nearest")])
+@pytest.mark.parametrize(
+    ("lift", "compare_with", "prediction"),
+    [  # every pair of values
+        ("blur", "sparse", "clean"),
+        ("blur", "dense", "velocity"),
+        ("linear", "sparse", "velocity"),
+        ("linear", "dense", "clean"),
+        ("nearest", "sparse", "clean"),
+        ("nearest", "dense", "velocity"),
+    ],
+)
 def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, lift):
     # The details stay, and what changes is a constant. The last step is sparse, since a dense one
     # would end at the same picture from any state.
