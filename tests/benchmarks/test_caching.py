@@ -20,6 +20,8 @@ from jitjax.sampler.grid import positions
 from jitjax.sampler.schedule import beta_sigmas
 
 SMALL = Field(8)
+# Compiled as a whole, which takes less time than operation by operation.
+jitted_solve = jax.jit(solve, static_argnums=(0, 2), static_argnames="grid")
 STEPS = "DsDssDDsD"
 
 
@@ -97,7 +99,7 @@ def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, 
         }
         noise = jnp.asarray(random.standard_normal((2, 64, 1)))
         sparse, dense, constant = (
-            np.asarray(solve(fading_velocity, noise, p, **inputs))
+            np.asarray(jitted_solve(fading_velocity, noise, p, **inputs))
             for p in (
                 plan,
                 CachingPlan("DDDDD", solver="euler"),
@@ -118,10 +120,11 @@ def test_dense_comparison_keeps_the_anchors_own_answer():
     identity = np.eye(64)
     with jax.enable_x64(True):
         offsets = jnp.asarray(SMALL.offsets)
+        velocity = jax.jit(ideal_velocity)
 
         def answer(x: np.ndarray, tokens: np.ndarray, sigma: float) -> np.ndarray:
             places = positions(jnp.asarray(tokens), (8, 8))[None]
-            return np.asarray(ideal_velocity(jnp.asarray(x)[None], places, sigma, None, offsets))[0]
+            return np.asarray(velocity(jnp.asarray(x)[None], places, sigma, None, offsets))[0]
 
         v = answer(identity, np.arange(64), first)
         y = identity + (second - first) * v
@@ -159,7 +162,7 @@ def test_map_makes_the_pictures_of_the_sampler():
     sampler = caching.field_map(SMALL, plan, seed=3)
     with jax.enable_x64(True):
         noise = np.random.default_rng(1).standard_normal((3, 64, 2))
-        pictures = solve(
+        pictures = jitted_solve(
             caching.field_velocity,
             jnp.asarray(noise),
             plan,
@@ -182,12 +185,11 @@ def test_slots_are_what_the_network_runs_on(compare_with, anchors):
         counts.append(x.shape[1])
         return x
 
-    solve(
-        velocity,
+    anchors_drawn = caching.draw_anchors(plan, (8, 8), 1, seed=0)
+    # The shapes alone.
+    jax.eval_shape(
+        lambda noise: solve(velocity, noise, plan, grid=(8, 8), anchors=anchors_drawn),
         jnp.ones((1, 64, 1)),
-        plan,
-        grid=(8, 8),
-        anchors=caching.draw_anchors(plan, (8, 8), 1, seed=0),
     )
     assert sorted(plan.slots(64)) == sorted([64] * 5 + [16] * anchors)
     if compare_with != "kept":  # where the other tokens' keys and values would be kept
