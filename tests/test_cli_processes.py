@@ -224,10 +224,10 @@ def test_missing_backend_is_one_line(environment, tmp_path):
         slow('"$@" >&-', 0),
         ('"$@" >&- 2>&- <&-', 0),
         slow('"$@" > /dev/full', 0),
-        slow('"$@" <&- 2> /dev/full', 0),
+        slow('"$@" 2> /dev/full', 0),
         slow('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
         slow('PYTHONIOENCODING=ascii "$@"', 0),
-        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@" 2>&-', 0),
+        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@" <&-', 0),
     ],
 )
 def test_streams(environment, tmp_path, script, status):

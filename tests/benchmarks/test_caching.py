@@ -75,7 +75,7 @@ def fading_velocity(x, places, sigma, valid, args):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lift", "compare_with", "prediction"),
-    [  # every pair of values
+    [  # every lift with every comparison and with every prediction
         ("blur", "sparse", "clean"),
         ("blur", "dense", "velocity"),
         ("linear", "sparse", "velocity"),
