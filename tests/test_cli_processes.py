@@ -23,10 +23,9 @@ COMMAND = [sys.executable, "-m", "jitjax"]
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """The environment of the commands, with a compilation cache that they share."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": folder, "PYTHONUTF8": "1"}
+def environment() -> dict[str, str]:
+    """The environment of the commands, with the compilation cache that all tests share."""
+    return os.environ | {"PYTHONUTF8": "1"}
 
 
 def run(*arguments, environment, command=COMMAND, **options) -> subprocess.CompletedProcess[str]:
@@ -94,9 +93,7 @@ SWALLOW = """
     ("wait", "signum", "text"),
     [
         (WAIT, 2, "Ctrl-C"),
-        slow(WAIT, 15, "SIGTERM"),
-        slow(SWALLOW, 2, "Ctrl-C"),
-        slow(SWALLOW, 15, "SIGTERM"),
+        slow(SWALLOW, 15, "SIGTERM"),  # one handler for both signals
     ],
 )
 def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text, wait):
@@ -164,9 +161,13 @@ def test_ctrl_c_during_imports(environment, tmp_path, module):
     assert (process.returncode, error) == (130, "jitjax: stopped by Ctrl-C\n")
 
 
-@pytest.mark.parametrize("module", ["jitjax", "jitjax.convert"])
 @pytest.mark.parametrize(
-    "error", ["ImportError('it is gone')", "MemoryError()", "OSError('it is gone')"]
+    ("module", "error"),
+    [
+        ("jitjax", "ImportError('it is gone')"),
+        ("jitjax.convert", "MemoryError()"),
+        ("jitjax", "OSError('it is gone')"),
+    ],
 )
 def test_errors_while_importing_are_one_line(environment, tmp_path, module, error):
     (tmp_path / "jaxtyping.py").write_text(f"raise {error}\n")
@@ -220,15 +221,13 @@ def test_missing_backend_is_one_line(environment, tmp_path):
     ("script", "status"),
     [
         ('set -o pipefail; "$@" | true', 0),  # nobody reads what is printed
-        slow('"$@" 2>&-', 0),
         slow('"$@" >&-', 0),
-        slow('"$@" <&-', 0),
         ('"$@" >&- 2>&- <&-', 0),
         slow('"$@" > /dev/full', 0),
         slow('"$@" 2> /dev/full', 0),
         slow('set -o pipefail; "$@" 2>&1 | head -c 1', 0),  # the progress bar has no reader
         slow('PYTHONIOENCODING=ascii "$@"', 0),
-        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"', 0),
+        slow('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@" <&-', 0),
     ],
 )
 def test_streams(environment, tmp_path, script, status):
@@ -270,7 +269,7 @@ def test_prompt_from_standard_input(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(out) as image:
         assert image.text["prompt"] == "a green ring"
-    for text, message in (("", "is empty"), (" \n", "is empty"), ("caf\udce9", "not UTF-8")):
+    for text, message in ((" \n", "is empty"), ("caf\udce9", "not UTF-8")):
         done = run("-", *QUICK[1:], environment=environment, input=text, cwd=tmp_path)
         assert done.returncode == 2
         assert done.stderr.startswith("jitjax: error: standard input ")
@@ -305,8 +304,6 @@ sys.exit(main(sys.argv[1:]))
     ("repeats", "signum", "text"),
     [
         (1, 2, "Ctrl-C"),
-        slow(1, 15, "SIGTERM"),
-        slow(2, 2, "Ctrl-C"),
         slow(2, 15, "SIGTERM"),
     ],
 )

@@ -24,7 +24,7 @@ from jitjax.loading import BUNDLED
 
 def test_only_a_bare_name_is_a_bundled_checkpoint(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    jitjax.save(small, "tiny")
+    jitjax.save(dataclasses.replace(small, transformer={}, t5={}, autoencoder={}), "tiny")
     assert jitjax.load("tiny").config.image_size == 512
     for path in ("./tiny", Path("tiny"), str(tmp_path / "tiny"), "tiny/"):
         assert jitjax.load(path, parts=("clip",)).config == small.config
@@ -74,7 +74,8 @@ def test_wrong_types(unchecked, tmp_path):
 
 
 def test_default_device(small, tmp_path):
-    jitjax.save(small, tmp_path / "saved")
+    encoder = dataclasses.replace(small, transformer={}, t5={}, autoencoder={})
+    jitjax.save(encoder, tmp_path / "saved")
     code = (
         "import sys, jax, jitjax\n"
         "for path in ('tiny', sys.argv[1]):\n"
@@ -108,7 +109,7 @@ def test_repr_is_a_short_summary(small, unchecked):
 def test_repr_of_arrays_without_values(small):
     shown = []
     jax.jit(lambda params: shown.append(repr(params)))(small)
-    deleted = jax.tree.map(jnp.copy, small)
+    deleted = jax.tree.map(lambda x: jnp.asarray(np.array(x)), small)
     jax.tree.map(lambda x: x.delete(), deleted)
     assert shown == [repr(deleted)] == [repr(small)]
     repr(jax.tree.map(lambda x: None, small))

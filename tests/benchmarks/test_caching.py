@@ -19,21 +19,30 @@ from benchmarks.gaussian_field import Field, ideal_velocity
 from jitjax.sampler.grid import positions
 from jitjax.sampler.schedule import beta_sigmas
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = Field(8)
+# Compiled as a whole, which takes less time than operation by operation.
+jitted_solve = jax.jit(solve, static_argnums=(0, 2), static_argnames="grid")
 STEPS = "DsDssDDsD"
 
 
+@functools.cache
 def dense_map(steps: str, solver: str = "multistep") -> np.ndarray:
     """Return the map of dense steps at the same sigmas."""
     return linear_map(SMALL, jitjax.Plan(len(steps), solver=solver)).initial
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["euler", "multistep"])
-@pytest.mark.parametrize("prediction", ["clean", slow("velocity")])
-@pytest.mark.parametrize("compare_with", ["sparse", slow("dense"), slow("kept")])
-@pytest.mark.parametrize("forecast", [slow("constant"), "linear"])
+@pytest.mark.parametrize(
+    ("compare_with", "solver", "prediction", "forecast"),
+    [  # every pair of values
+        ("sparse", "euler", "clean", "constant"),
+        ("sparse", "multistep", "velocity", "linear"),
+        ("dense", "euler", "velocity", "linear"),
+        ("dense", "multistep", "clean", "constant"),
+        ("kept", "euler", "clean", "linear"),
+        ("kept", "multistep", "velocity", "constant"),
+    ],
+)
 def test_all_tokens_as_anchors_are_dense_steps(solver, prediction, compare_with, forecast):
     plan = CachingPlan(
         STEPS,
@@ -64,9 +73,17 @@ def fading_velocity(x, places, sigma, valid, args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compare_with", [slow("sparse"), "dense"])
-@pytest.mark.parametrize("prediction", [slow("clean"), "velocity"])
-@pytest.mark.parametrize("lift", ["blur", "linear", slow("nearest")])
+@pytest.mark.parametrize(
+    ("lift", "compare_with", "prediction"),
+    [  # every lift with every comparison and with every prediction
+        ("blur", "sparse", "clean"),
+        ("blur", "dense", "velocity"),
+        ("linear", "sparse", "velocity"),
+        ("linear", "dense", "clean"),
+        ("nearest", "sparse", "clean"),
+        ("nearest", "dense", "velocity"),
+    ],
+)
 def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, lift):
     # The details stay, and what changes is a constant. The last step is sparse, since a dense one
     # would end at the same picture from any state.
@@ -82,7 +99,7 @@ def test_a_change_that_the_lifter_reproduces_is_exact(compare_with, prediction, 
         }
         noise = jnp.asarray(random.standard_normal((2, 64, 1)))
         sparse, dense, constant = (
-            np.asarray(solve(fading_velocity, noise, p, **inputs))
+            np.asarray(jitted_solve(fading_velocity, noise, p, **inputs))
             for p in (
                 plan,
                 CachingPlan("DDDDD", solver="euler"),
@@ -103,10 +120,11 @@ def test_dense_comparison_keeps_the_anchors_own_answer():
     identity = np.eye(64)
     with jax.enable_x64(True):
         offsets = jnp.asarray(SMALL.offsets)
+        velocity = jax.jit(ideal_velocity)
 
         def answer(x: np.ndarray, tokens: np.ndarray, sigma: float) -> np.ndarray:
             places = positions(jnp.asarray(tokens), (8, 8))[None]
-            return np.asarray(ideal_velocity(jnp.asarray(x)[None], places, sigma, None, offsets))[0]
+            return np.asarray(velocity(jnp.asarray(x)[None], places, sigma, None, offsets))[0]
 
         v = answer(identity, np.arange(64), first)
         y = identity + (second - first) * v
@@ -144,7 +162,7 @@ def test_map_makes_the_pictures_of_the_sampler():
     sampler = caching.field_map(SMALL, plan, seed=3)
     with jax.enable_x64(True):
         noise = np.random.default_rng(1).standard_normal((3, 64, 2))
-        pictures = solve(
+        pictures = jitted_solve(
             caching.field_velocity,
             jnp.asarray(noise),
             plan,
@@ -167,12 +185,11 @@ def test_slots_are_what_the_network_runs_on(compare_with, anchors):
         counts.append(x.shape[1])
         return x
 
-    solve(
-        velocity,
+    anchors_drawn = caching.draw_anchors(plan, (8, 8), 1, seed=0)
+    # The shapes alone.
+    jax.eval_shape(
+        lambda noise: solve(velocity, noise, plan, grid=(8, 8), anchors=anchors_drawn),
         jnp.ones((1, 64, 1)),
-        plan,
-        grid=(8, 8),
-        anchors=caching.draw_anchors(plan, (8, 8), 1, seed=0),
     )
     assert sorted(plan.slots(64)) == sorted([64] * 5 + [16] * anchors)
     if compare_with != "kept":  # where the other tokens' keys and values would be kept

@@ -1,7 +1,11 @@
-"""Fixtures of the checkpoint tests."""
+"""Fixtures of the checkpoint tests.
+
+The autoencoder has two thirds of all leaves, and each leaf takes time to write and to read.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,8 +14,9 @@ import pytest
 import jitjax
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(small, tmp_path_factory) -> Path:
+    """A checkpoint of `small`, which no test may edit."""
     path = tmp_path_factory.mktemp("saved") / "checkpoint"
     jitjax.save(small, path)
     return path
@@ -20,3 +25,22 @@ def saved(small, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def few(small) -> jitjax.FluxParams:
+    """The transformer and the text encoders of `small`."""
+    return dataclasses.replace(small, autoencoder={})
+
+
+@pytest.fixture(scope="session")
+def saved_few(few, tmp_path_factory) -> Path:
+    """A checkpoint of `few`, which no test may edit."""
+    path = tmp_path_factory.mktemp("saved") / "few"
+    jitjax.save(few, path)
+    return path
+
+
+@pytest.fixture
+def copy_of_few(saved_few, tmp_path) -> Path:
+    return Path(shutil.copytree(saved_few, tmp_path / "copy"))

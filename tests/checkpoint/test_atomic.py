@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -232,7 +233,7 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, code):
         write(tmp_path / "other")
 
 
-def test_failed_save_leaves_no_threads(small, tmp_path, monkeypatch):
+def test_failed_save_leaves_no_threads(few, tmp_path, monkeypatch):
     from jitjax.checkpoint import array_writer
 
     def fail(*arguments):
@@ -241,14 +242,14 @@ def test_failed_save_leaves_no_threads(small, tmp_path, monkeypatch):
     before = threading.active_count()
     monkeypatch.setattr(array_writer, "write_file", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        jitjax.save(small, tmp_path / "out")
+        jitjax.save(few, tmp_path / "out")
     assert threading.active_count() == before
     assert not list(tmp_path.iterdir())
 
 
-def test_save_keeps_notes_beside_a_checkpoint(small, tmp_path):
-    jitjax.save(small, tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("text")
-    jitjax.save(small, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "notes.txt").read_text() == "text"
-    assert jitjax.load(tmp_path / "out", dtype=jnp.float32).config == small.config
+def test_save_keeps_notes_beside_a_checkpoint(few, copy_of_few):
+    (copy_of_few / "notes.txt").write_text("text")
+    changed = dataclasses.replace(few, config=dataclasses.replace(few.config, shift=2.0))
+    jitjax.save(changed, copy_of_few, overwrite=True)
+    assert (copy_of_few / "notes.txt").read_text() == "text"
+    assert jitjax.load(copy_of_few, dtype=jnp.float32).config == changed.config

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -36,16 +36,16 @@ def assert_equal(got: jitjax.FluxParams, expected: jitjax.FluxParams) -> None:
 
 
 @pytest.fixture(scope="module")
-def int8(small, tmp_path_factory) -> Path:
+def int8(few, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quantised") / "int8"
-    jitjax.save(quantise_params(small, "int8"), path)
+    jitjax.save(quantise_params(few, "int8"), path)
     return path
 
 
 @pytest.mark.parametrize("kind", ["int4", slow("int8"), slow("float8")])
-def test_quantised_parameters_are_saved_and_loaded_as_they_are(kind, small, saved, tmp_path):
-    params = quantise_params(small, kind)
-    assert_equal(jitjax.load(saved, quantise=kind), params)
+def test_quantised_parameters_are_saved_and_loaded_as_they_are(kind, few, saved_few, tmp_path):
+    params = quantise_params(few, kind)
+    assert_equal(jitjax.load(saved_few, quantise=kind), params)
     jitjax.save(params, tmp_path / kind)
     metadata = read_metadata(tmp_path / kind)
     assert metadata["quantisation"] == {"transformer": kind, "t5": kind}
@@ -53,7 +53,7 @@ def test_quantised_parameters_are_saved_and_loaded_as_they_are(kind, small, save
     assert_equal(jitjax.load(tmp_path / kind), params)
     assert_equal(jitjax.load(tmp_path / kind, quantise=kind), params)
     assert_equal(jitjax.load(tmp_path / kind, parts=("t5",)), jitjax.load(
-        saved, quantise=kind, parts=("t5",)))  # fmt: skip
+        saved_few, quantise=kind, parts=("t5",)))  # fmt: skip
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_the_bundled_checkpoint_is_quantised(small):
     assert quantised.float_dtype(params.transformer) == jnp.float32
 
 
-def test_loading_reads_and_quantises_one_block_at_a_time(small, saved, monkeypatch):
+def test_loading_reads_and_quantises_one_block_at_a_time(small, saved_few, monkeypatch):
     """No stack of what is quantised is read as a whole, neither by orbax nor here."""
     seen: list[tuple[int, ...]] = []
     quantise_stack, read_arrays = quantising.quantise_stack, jitjax.checkpoint.restoring.read_arrays
@@ -81,7 +81,7 @@ def test_loading_reads_and_quantises_one_block_at_a_time(small, saved, monkeypat
 
     monkeypatch.setattr(quantising, "quantise_stack", recorded)
     monkeypatch.setattr(jitjax.checkpoint.restoring, "read_arrays", reading)
-    jitjax.load(saved, quantise="int8")
+    jitjax.load(saved_few, quantise="int8")
     blocks = {
         f"{part}/{path}": len(leaf)
         for part in ("transformer", "t5")
@@ -115,8 +115,8 @@ def test_host_memory_while_quantising_is_that_of_the_result(tmp_path, small):
 
 
 @pytest.mark.slow
-def test_dtype_is_that_of_all_else(saved, int8):
-    for path in (saved, int8):
+def test_dtype_is_that_of_all_else(saved_few, int8):
+    for path in (saved_few, int8):
         params = jitjax.load(path, quantise="int8", dtype="bfloat16", parts=("t5",))
         leaves = jax.tree.leaves(params, is_leaf=quantised.is_quantised)
         plain = [leaf for leaf in leaves if not quantised.is_quantised(leaf)]
@@ -150,13 +150,13 @@ def test_errors(int8, arguments, message, unchecked):
 
 @pytest.mark.slow
 def test_dtype_goes_with_the_parts_that_are_not_quantised(int8):
-    params = jitjax.load(int8, dtype="bfloat16", parts=("clip", "autoencoder"))
+    params = jitjax.load(int8, dtype="bfloat16", parts=("clip",))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("version", [3, 4])
-def test_older_formats_are_read(copy, small, version):
-    file = copy / "jitjax.json"
+def test_older_formats_are_read(copy_of_few, few, version):
+    file = copy_of_few / "jitjax.json"
     metadata = json.loads(file.read_text())
     assert metadata["format"] == FORMAT == 5
     metadata["format"] = version
@@ -166,8 +166,8 @@ def test_older_formats_are_read(copy, small, version):
     assert metadata["config"]["transformer"].pop("out_channels") == 64
     metadata["config_digest"] = digest_of_config(metadata["config"])
     file.write_text(json.dumps(metadata))
-    assert_equal(jitjax.load(copy), small)
-    assert read_metadata(copy)["quantisation"] == {}
+    assert_equal(jitjax.load(copy_of_few), few)
+    assert read_metadata(copy_of_few)["quantisation"] == {}
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,16 @@ def test_older_formats_are_read(copy, small, version):
         ("int8", "quantisation"),
     ],
 )
-def test_wrong_metadata(copy, value, message):
-    file = copy / "jitjax.json"
+def test_wrong_metadata(copy_of_few, value, message):
+    file = copy_of_few / "jitjax.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantisation": value}))
     for read in (jitjax.load, verify):
         with pytest.raises(ValueError, match=message):
-            read(copy)
+            read(copy_of_few)
 
 
 def damage(checkpoint: Path, name: str) -> None:
+    """Flip a bit of an array; the second time, flip it back."""
     folder = checkpoint / "params/transformer/state" / name.replace("/", ".")
     file = next(f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "zarr.json")
     content = bytearray(file.read_bytes())
@@ -196,26 +197,28 @@ def damage(checkpoint: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_damage_is_found(copy, small, tmp_path):
+def test_damage_is_found(copy_of_few, int8, tmp_path):
+    path = Path(shutil.copytree(int8, tmp_path / "int8"))
     for key in ("values", "scales"):
-        path = tmp_path / key
-        jitjax.save(dataclasses.replace(quantise_params(small, "int8"), t5={}, clip={}), path)
         damage(path, f"{KERNEL}/{key}")
         for read in (verify, jitjax.load):
             with pytest.raises(ValueError, match=f"out/kernel/{key} differs from what was written"):
                 read(path)
-    damage(copy, KERNEL)
+        damage(path, f"{KERNEL}/{key}")
+    verify(path)
+    damage(copy_of_few, KERNEL)
     with pytest.raises(ValueError, match="out/kernel differs from what was written"):
-        jitjax.load(copy, quantise="int8")
-    jitjax.load(copy, quantise="int8", check=False, parts=("transformer",))
-    (file,) = (copy / "params/transformer/state" / KERNEL.replace("/", ".")).glob("c/0/0/0")
+        jitjax.load(copy_of_few, quantise="int8")
+    jitjax.load(copy_of_few, quantise="int8", check=False, parts=("transformer",))
+    folder = copy_of_few / "params/transformer/state" / KERNEL.replace("/", ".")
+    (file,) = folder.glob("c/0/0/0")
     file.unlink()
     with pytest.raises(ValueError, match=r"out/kernel cannot be read: .*is missing"):
-        jitjax.load(copy, quantise="int8")
+        jitjax.load(copy_of_few, quantise="int8")
 
 
-def test_sharding_is_asked_for_values_and_scales(saved, int8):
-    for path, arguments in ((saved, {"quantise": "int8"}), (int8, {})):
+def test_sharding_is_asked_for_values_and_scales(saved_few, int8):
+    for path, arguments in ((saved_few, {"quantise": "int8"}), (int8, {})):
         asked: dict[str, tuple[int, ...]] = {}
 
         def sharding(name: str, shape: tuple[int, ...], asked=asked) -> jax.sharding.Sharding:

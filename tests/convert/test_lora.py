@@ -149,7 +149,7 @@ def test_load_merges_updates(tmp_path, states, params):
     """`load` returns merged device arrays of the requested dtype; the checkpoint is unchanged."""
     update, folder = random_update(4), tmp_path / "checkpoint"
     lora = write(tmp_path, "lora", original(update))
-    jitjax.save(dataclasses.replace(params, t5={}, clip={}), folder)
+    jitjax.save(dataclasses.replace(params, t5={}, clip={}, autoencoder={}), folder)
     loaded = jitjax.load(folder, loras=[(lora, 0.5)])
     assert_close(loaded.transformer, merged(states, (update, 0.5)))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.transformer))

@@ -65,16 +65,17 @@ def test_a_quantised_checkpoint_has_no_diffusers_folder(tmp_path, capsys):
     assert "--quantise: invalid choice: 'int3'" in capsys.readouterr().err
 
 
+@jax.jit
 def weights(tree):
     """Return a tree with quantised kernels as plain ones, their low-rank updates added."""
 
     def weight(leaf):
         if not is_quantised(leaf):
-            return np.asarray(leaf)
+            return leaf
         kernel = jax.vmap(lambda block: dequantise(block, "float32"))(leaf)
         if leaf.down is not None:
             kernel += jnp.einsum("nir,nr...->ni...", leaf.down, leaf.up)
-        return np.asarray(kernel)
+        return kernel
 
     return jax.tree.map(weight, tree, is_leaf=is_quantised)
 
