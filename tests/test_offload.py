@@ -40,8 +40,11 @@ def part_bytes(params, *parts):
 def watch(monkeypatch, ids_before):
     """Record the device bytes of parameters when each model starts and when it ends."""
     seen = []
+    gc.collect()
+    gc.freeze()  # later collections look at what is made from here on, and take no time
 
     def count(name):
+        gc.collect()
         arrays = [x for x in jax.live_arrays() if id(x) not in ids_before]
         device = [x for x in arrays if x.sharding.memory_kind == "device"]
         seen.append((name, sum(x.nbytes for x in device)))

@@ -88,6 +88,7 @@ def slow(*values, id):
     ("plan", "solver"),
     [
         pytest.param(Plan(3), None, id="dense-Euler"),
+        slow(SPARSE, None, id="sparse-Euler"),
         slow(SPARSE, AdamsBashforth2(), id="sparse-AB2"),
         slow(SPARSE, Multistep(), id="sparse-multistep"),
     ],
