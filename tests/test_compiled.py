@@ -10,7 +10,7 @@ import pytest
 import jitjax
 from jitjax.sampler.plan import Plan
 
-PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0), microflow="hit")
+PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0), microflow="hit")
 PROMPTS = ["a large red circle", "a small blue square"]
 
 

@@ -40,6 +40,8 @@ def part_bytes(params, *parts):
 def watch(monkeypatch, ids_before):
     """Record the device bytes of parameters when each model starts and when it ends."""
     seen = []
+    gc.collect()
+    gc.freeze()  # later collections look at what is made from here on, and take no time
 
     def count(name):
         gc.collect()
@@ -100,12 +102,10 @@ def test_each_function_alone(folder, on_host):
     conditioning = jitjax.encode_prompt(on_host, "a red circle")
     expected = jitjax.encode_prompt(params, "a red circle")
     np.testing.assert_array_equal(conditioning.text, expected.text)
-    noise = jnp.ones((1, 16, 64))
-    tokens, trace = jitjax.denoise(
-        on_host, conditioning, noise, plan=Plan(1, (1.0,), (1.0,)), trace=True
-    )
+    noise = jnp.ones((1, 4, 64))
+    tokens, trace = jitjax.denoise(on_host, conditioning, noise, plan=Plan(1), trace=True)
     assert trace.evaluations == 1
-    images = jitjax.decode(on_host, tokens, grid=(4, 4))
+    images = jitjax.decode(on_host, tokens, grid=(2, 2))
     assert images.sharding.memory_kind == "device"
     encoded = jitjax.encode(on_host, images)
     np.testing.assert_array_equal(encoded, jitjax.encode(params, images))

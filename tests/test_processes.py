@@ -42,7 +42,6 @@ def start(folder: Path, checkpoint: Path, number: int, port: int) -> subprocess.
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "",
     }
     arguments = [f"localhost:{port}", "2", str(number), checkpoint, folder / f"{number}.npy"]
     with (folder / f"error-{number}").open("w") as errors:

@@ -47,7 +47,8 @@ def test_predictions_are_those_of_the_velocity(run):
         velocity, noise, sigmas, plan=plan, grid=GRID, first_anchors=jnp.arange(0, 24, 2)[None],
         trace=True,
     )  # fmt: skip
-    predictions = trace.predictions()
+    predictions = np.asarray(trace.predictions())
+    trace, noise, sigmas, target = jax.tree.map(np.asarray, (trace, noise, sigmas, target))
     before = [noise, trace.states[0], trace.transitions[0].after, trace.transitions[1].after]
     before += [trace.states[3]]
     stages = (0, 0, 1, 2, 2)

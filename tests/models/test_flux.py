@@ -180,7 +180,7 @@ def test_gradient_reaches_every_parameter(params):
 )
 def test_narrow_dtypes(params, dtype, tolerance: float):
     inputs = random_inputs(2)
-    narrow = {"params": jax.tree.map(lambda x: x.astype(dtype), params)}
+    narrow = {"params": jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)}
     apply = jax.jit(FluxTransformer(CONFIG, dtype).apply)
     got = apply(narrow, **inputs)
     assert got.dtype == jnp.float32
