@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,19 +20,23 @@ GRID = (4, 5)
 
 def draws(key, batch: int = 3) -> dict[str, np.ndarray]:
     """Return all kinds of draws of jitjax for a batch."""
+    return jax.tree.map(np.asarray, draw(key, batch))
+
+
+@partial(jax.jit, static_argnums=1)
+def draw(key, batch):
     keys = batch_keys(key, batch)
     noise_keys, anchor_keys = split(keys)
 
     def anchors(fill):
         return jax.vmap(lambda k: first_anchors(k, GRID, 13, fill=fill))(anchor_keys)
 
-    result = {
+    return {
         "noise": draw_noise(noise_keys, GRID, 2),
         "random anchors": anchors("random"),
         "dithered anchors": anchors("dither"),
         "scores": jax.vmap(lambda k: uniform(k, (7,)))(fold_in(keys, jnp.full(batch, 2))),
     }
-    return {name: np.asarray(value) for name, value in result.items()}
 
 
 def assert_equal(got, expected):
