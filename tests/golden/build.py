@@ -83,7 +83,9 @@ def random_tree(shapes: Any, seed: int) -> Any:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         width = leaf.shape[-2] if len(leaf.shape) > 1 else 4
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(width), leaf.dtype)
+        # In NumPy, because JAX would compile the conversion for every shape.
+        values = rng.normal(size=leaf.shape) / np.sqrt(width)
+        return jnp.asarray(values.astype(leaf.dtype))
 
     return jax.tree.map(draw, shapes)
 
