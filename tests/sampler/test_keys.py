@@ -58,7 +58,7 @@ def test_draws_of_threefry_keys_are_those_of_jax_random():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])  # "unsafe_rbg" has keys of "rbg"
 @pytest.mark.parametrize(
     "setting",
     [
@@ -73,11 +73,10 @@ def test_draws_do_not_depend_on_the_configuration(implementation, setting):
     key = jax.random.key(3, impl=implementation)
     expected = draws(key)
     with setting():
+        # By a jitted function, which is compiled outside, too; and outside of `jit`.
         assert_equal(draws(key), expected)
-        # The configuration of the call decides, not that of the compilation.
-        noise = jax.jit(lambda k: draw_noise(batch_keys(k, 3), GRID, 2))
-        np.testing.assert_array_equal(noise(key), noise(jax.random.key(3, impl=implementation)))
-        np.testing.assert_array_equal(noise(key), draw_noise(batch_keys(key, 3), GRID, 2))
+        noise_keys, _ = split(batch_keys(key, 3))
+        np.testing.assert_array_equal(draw_noise(noise_keys, GRID, 2), expected["noise"])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
