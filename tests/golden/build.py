@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -83,9 +82,9 @@ def random_tree(shapes: Any, seed: int) -> Any:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         width = leaf.shape[-2] if len(leaf.shape) > 1 else 4
-        # In NumPy, because JAX would compile the conversion for every shape.
+        # Not by jax.numpy, which compiles a program for every shape.
         values = rng.normal(size=leaf.shape) / np.sqrt(width)
-        return jnp.asarray(values.astype(leaf.dtype))
+        return jax.device_put(values.astype(leaf.dtype))
 
     return jax.tree.map(draw, shapes)
 
