@@ -16,7 +16,10 @@ from jitjax.denoise import batch_keys
 from jitjax.sampler.plan import Plan
 
 PROMPT = "a large red circle"
-PLAN = Plan(3, (0.5, 0.75, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")
+PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0), microflow="hit", microflow_noise="initial")
+"""A step on half of the tokens, and one on all."""
+THREE = PLAN.replace(steps=3, densities=(0.5, 0.75, 1.0), stage_ends=(0.34, 0.67, 1.0))
+"""With a choice of new anchors."""
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +33,10 @@ def noise():
 
 
 def test_images_are_float32_in_0_to_1(small):
-    image = jitjax.sample(small, PROMPT, key=jax.random.key(0), height=64, width=96, plan=PLAN)
+    image = jitjax.sample(small, PROMPT, key=jax.random.key(0), height=64, width=96, plan=Plan(1))
     assert image.shape == (1, 64, 96, 3)
     assert image.dtype == jnp.float32
+    image = np.asarray(image)
     assert float(image.min()) >= 0
     assert float(image.max()) <= 1
     assert float(image.std()) > 0
@@ -43,19 +47,20 @@ def test_images_are_float32_in_0_to_1(small):
     "plan",
     [
         Plan(2, schedule="shifted"),
-        PLAN,
-        PLAN.replace(fill="dither", activation="random", microflow_noise="fresh"),
+        THREE,
+        THREE.replace(fill="dither", activation="random", microflow_noise="fresh"),
     ],
     ids=["dense", "sparse", "random choices"],
 )
 def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
     key = jax.random.key(3)
-    prompts = [PROMPT, "a small blue square", PROMPT]
-    batch = jitjax.sample(small, prompts, key=key, plan=plan)
+    prompts = [PROMPT, "a small blue square"]
+    batch = np.asarray(jitjax.sample(small, prompts, key=key, plan=plan))
     again = jitjax.sample(small, prompts, key=key, plan=plan)
     np.testing.assert_array_equal(batch, again)
-    assert float(jnp.abs(batch[0] - batch[2]).max()) > 1e-3  # Same prompt, different keys.
-    keys = batch_keys(key, 3)
+    keys = batch_keys(key, 2)
+    other = jitjax.sample(small, PROMPT, key=keys[1:2], plan=plan)
+    assert np.abs(batch[0] - other[0]).max() > 1e-3  # Same prompt, different keys.
     single = jitjax.sample(small, prompts[1], key=keys[1:2], plan=plan)
     # Each batch size compiles to its own program, which rounds differently.
     np.testing.assert_allclose(single[0], batch[1], atol=1e-4)
@@ -64,22 +69,21 @@ def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [Plan(2, schedule="shifted"), PLAN], ids=["dense", "sparse"])
-def test_in_bfloat16_other_batches_differ_by_rounding(plan):
+def test_in_bfloat16_other_batches_differ_by_rounding():
     """A mean of 0.5 % was measured: bfloat16 has 8 bits, and rounding is amplified by the steps.
 
     Another picture differs by more than 0.1.
     """
     params = jitjax.load("tiny", dtype=jnp.bfloat16)
-    keys = batch_keys(jax.random.key(3), 3)
-    options = {"plan": plan, "height": 64, "width": 64}
-    prompts = [PROMPT, "a small blue square", "a green ring"]
-    batch = jitjax.sample(params, prompts, key=keys, **options)
+    keys = batch_keys(jax.random.key(3), 2)
+    options = {"plan": THREE, "height": 64, "width": 64}
+    prompts = [PROMPT, "a small blue square"]
+    batch = np.asarray(jitjax.sample(params, prompts, key=keys, **options))
     again = jitjax.sample(params, prompts, key=keys, **options)
     np.testing.assert_array_equal(batch, again)
     single = jitjax.sample(params, prompts[1], key=keys[1:2], **options)
-    assert float(jnp.abs(single[0] - batch[1]).mean()) < 0.03
-    assert float(jnp.abs(batch[0] - batch[1]).mean()) > 0.1
+    assert np.abs(single[0] - batch[1]).mean() < 0.03
+    assert np.abs(batch[0] - batch[1]).mean() > 0.1
 
 
 def test_larger_batches_begin_with_the_keys_of_smaller_ones():
@@ -105,19 +109,19 @@ def test_progress_does_not_change_the_image(small, capsys):
     expected = jitjax.sample(small, PROMPT, **arguments)
     got = jitjax.sample(small, PROMPT, **arguments, progress=True)
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    assert "3/3" in capsys.readouterr().err
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_legacy_keys_are_accepted(small):
-    expected = jitjax.sample(small, PROMPT, key=jax.random.key(1), plan=Plan(1))
-    got = jitjax.sample(small, PROMPT, key=jax.random.PRNGKey(1), plan=Plan(1))
+    expected = jitjax.sample(small, PROMPT, key=jax.random.key(1), plan=PLAN)
+    got = jitjax.sample(small, PROMPT, key=jax.random.PRNGKey(1), plan=PLAN)
     np.testing.assert_array_equal(got, expected)
 
 
 def test_sample_accepts_a_conditioning(small, conditioning):
     key = jax.random.key(0)
-    from_prompts = jitjax.sample(small, [PROMPT, "a small blue square"], key=key, plan=Plan(1))
-    from_embeddings = jitjax.sample(small, conditioning, key=key, plan=Plan(1))
+    from_prompts = jitjax.sample(small, [PROMPT, "a small blue square"], key=key, plan=PLAN)
+    from_embeddings = jitjax.sample(small, conditioning, key=key, plan=PLAN)
     np.testing.assert_array_equal(from_prompts, from_embeddings)
 
 
@@ -139,22 +143,23 @@ def test_microflow_noise_argument(small, conditioning, noise):
 
 @pytest.mark.slow
 def test_denoise_under_jit_vmap_and_grad(small, conditioning, noise):
-    plan = PLAN.replace(densities=(0.5, 1.0), stage_ends=(0.5, 1.0))
+    def run(params, key):
+        return jitjax.denoise(params, conditioning, noise, plan=PLAN, key=key)
 
-    def run(params, noise, key):
-        return jitjax.denoise(params, conditioning, noise, plan=plan, key=key)
+    def loss(params, key):
+        tokens = run(params, key)
+        return (tokens**2).mean(), tokens
 
-    expected = run(small, noise, jax.random.key(1))
-    jitted = jax.jit(run)(small, noise, jax.random.key(1))
-    np.testing.assert_allclose(jitted, expected, rtol=1e-4, atol=1e-4)
-    keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
-    mapped = jax.vmap(lambda key: run(small, noise, key))(keys)
-    np.testing.assert_allclose(mapped[0], expected, rtol=1e-4, atol=1e-4)
-    gradient = jax.grad(lambda p: (run(p, noise, jax.random.key(1)) ** 2).mean())(small)
-    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient.transformer)]
+    keys = jax.random.split(jax.random.key(1), 2)
+    transformed = jax.jit(jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0)))
+    gradient, mapped = jax.tree.map(np.asarray, transformed(small, keys))
+    for got, key in zip(mapped, keys, strict=True):
+        np.testing.assert_allclose(got, run(small, key), rtol=1e-4, atol=1e-4)
+    assert np.abs(mapped[0] - mapped[1]).max() > 1e-2
+    largest = [np.abs(leaf).max() for leaf in jax.tree.leaves(gradient.transformer)]
     assert np.isfinite(largest).all()
     assert max(largest) > 0
-    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient.autoencoder))
+    assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(gradient.autoencoder))
 
 
 @pytest.mark.usefixtures("unchecked")

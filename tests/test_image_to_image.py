@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 
 import jax
@@ -75,14 +74,17 @@ def test_stages_before_the_entry_fall_away(small, strength, densities, ends):
 
 
 def test_every_entry_of_every_named_plan(small):
-    for plan, percent in itertools.product(PLANS.values(), range(1, 101)):
+    for plan in PLANS.values():
         sigmas = flux_sigmas(plan, 1024, small.config)
-        entered = enter_plan(plan, sigmas, percent / 100)
-        dropped = plan.steps - entered.steps
-        ends = [end - dropped for end in plan.stage_steps if end > dropped]
-        assert list(entered.stage_steps) == ends
-        assert entered.budgets(1024) == plan.budgets(1024)[-len(ends) :]
-        np.testing.assert_array_equal(flux_sigmas(entered, 1024, small.config), sigmas[dropped:])
+        for steps in range(1, plan.steps + 1):
+            entered = enter_plan(plan, sigmas, (steps - 0.5) / plan.steps)  # rounded up
+            assert entered.steps == steps
+            dropped = plan.steps - steps
+            ends = [end - dropped for end in plan.stage_steps if end > dropped]
+            assert list(entered.stage_steps) == ends
+            assert entered.budgets(1024) == plan.budgets(1024)[-len(ends) :]
+            kept = flux_sigmas(entered, 1024, small.config)
+            np.testing.assert_array_equal(kept, sigmas[dropped:])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,8 @@ def test_sample_is_encode_mix_denoise_decode(small, images, plan):
 def test_the_trace_starts_at_the_picture_and_new_anchors_hit_their_noise(small, images):
     """The micro-flow's target is (1 - sigma) lifted + sigma noise, with the noise itself."""
     plan = SPARSE.replace(microflow="hit", microflow_noise="initial")
-    plan = jitjax.plan_at_strength(plan, 0.8, grid=(2, 4), config=small.config)
+    plan = jitjax.plan_at_strength(plan, 0.6, grid=(2, 4), config=small.config)
+    assert plan.stage_steps == (1, 3)
     noise, clean = (
         jax.random.normal(jax.random.key(1), (1, 8, 64)),
         jitjax.encode(small, images[:1]),
@@ -159,8 +162,9 @@ def test_the_trace_starts_at_the_picture_and_new_anchors_hit_their_noise(small, 
 @pytest.mark.slow
 def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
     params = jitjax.load("tiny")
+    plan = Plan(10, (0.5, 1.0), (0.6, 1.0))
     picture = jitjax.sample(
-        params, "a large red circle", key=jax.random.key(0), plan="7x", height=128, width=128
+        params, "a large red circle", key=jax.random.key(0), plan=plan, height=128, width=128
     )
     distances = []
     for strength in (0.2, 1.0):
@@ -168,7 +172,7 @@ def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
             params,
             "a small blue star",
             key=jax.random.key(1),
-            plan="7x",
+            plan=plan,
             image=picture,
             strength=strength,
         )
@@ -180,24 +184,25 @@ def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
 @pytest.mark.slow
 def test_keys_chunks_and_progress(small, images, shared):
     prompts, key = [PROMPT, "a small blue square", PROMPT], jax.random.key(3)
-    pictures = images[:1] if shared else np.concatenate([images, images[:1]])
-    options = {"plan": SPARSE, "strength": 0.8}
-    batch = jitjax.sample(small, prompts, key=key, image=pictures, **options)
-    keys = batch_keys(key, 3)
-    one = pictures if shared else pictures[1:2]
-    alone = jitjax.sample(small, prompts[1], key=keys[1:2], image=one, **options)
-    # Each batch size compiles to its own program, which rounds differently.
-    np.testing.assert_allclose(alone[0], batch[1], atol=1e-4)
+    pictures = images[:1] if shared else images[[0, 1, 0]]
+    options = {"plan": SPARSE, "strength": 0.6}
+    # Alone they run by programs that other tests compile, too.
+    expected = [
+        jitjax.sample(small, prompt, key=one_key[None], image=picture[None], **options)[0]
+        for prompt, one_key, picture in zip(
+            prompts, batch_keys(key, 3), images[[0, 0 if shared else 1, 0]], strict=True
+        )
+    ]
     calls: list[int] = []
     chunked = jitjax.sample(
         small, prompts, key=key, image=pictures, chunk=2, progress=calls.append, **options
     )
-    np.testing.assert_allclose(chunked, batch, atol=1e-4)
-    assert calls == [1] * 8  # 4 of the 5 steps, in two chunks
-    jitted = jax.jit(
-        lambda image, key: jitjax.sample(small, prompts, key=key, image=image, chunk=2, **options)
-    )(pictures, key)
-    np.testing.assert_allclose(jitted, batch, atol=1e-4)
+    # Each batch size compiles to its own program, which rounds differently.
+    np.testing.assert_allclose(chunked, expected, atol=1e-4)
+    assert calls == [1] * 6  # 3 of the 5 steps, in two chunks
+    if shared:  # it has to be repeated under `jit`
+        run = jax.jit(lambda *x: jitjax.sample(small, prompts, key=x[0], image=x[1], **options))
+        np.testing.assert_allclose(run(key, pictures), expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -205,16 +210,20 @@ def test_image_to_image_under_vmap_and_grad(small, images):
     text = jitjax.encode_prompt(small, PROMPT)
 
     def run(image, key):
-        return jitjax.sample(small, text, key=key, plan=SPARSE, image=image[None], strength=0.6)[0]
+        # Of the last stage, because the compilation of gradients takes long.
+        options = {"plan": SPARSE, "strength": 0.4}
+        return jitjax.sample(small, text, key=key, image=image[None], **options)[0]
+
+    def loss(image, key):
+        made = run(image, key)
+        return (made**2).mean(), made
 
     keys = jax.random.split(jax.random.key(0), 2)
-    mapped = jax.jit(jax.vmap(run))(jnp.asarray(images), keys)
-    expected = jnp.stack([run(*pair) for pair in zip(images, keys, strict=True)])
+    gradients, mapped = jax.jit(jax.vmap(jax.grad(loss, has_aux=True)))(jnp.asarray(images), keys)
+    expected = [run(*pair) for pair in zip(images, keys, strict=True)]
     np.testing.assert_allclose(mapped, expected, atol=1e-4)
-    slope = jax.jit(jax.grad(lambda image: (run(image, keys[0]) ** 2).mean()))
-    gradient = slope(jnp.asarray(images[0]))
-    assert np.isfinite(gradient).all()
-    assert (jnp.abs(gradient).max(-1) > 0).mean() > 0.9
+    assert np.isfinite(gradients).all()
+    assert (np.abs(gradients).max(-1) > 0).mean() > 0.9
 
 
 @pytest.mark.usefixtures("unchecked")

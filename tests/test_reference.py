@@ -63,39 +63,43 @@ def denoise(small, text, noise, reference, plan, **options) -> Any:
     )
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_network_runs_on_both_and_returns_the_anchors(small, text, noise, reference, padded):
-    """Reference tokens are at (1, row, column) of their own grid, before the anchors."""
-    config = small.config.transformer
-    index = jnp.broadcast_to(jnp.array([7, 0, 2]), (2, 3))
-    own = jnp.array([[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1], [1, 2, 0], [1, 2, 1]])
-    where = positions(index, GRID)
-    guidance, sigma = jnp.full(2, 3.5), jnp.full(2, 0.5)
+ANCHORS = np.array([[7, 0, 2], [7, 0, 2]])
+
+
+@pytest.fixture(scope="module")
+def velocity_of_anchors(small, text, noise, reference) -> np.ndarray:
+    """Reference tokens are at (1, row, column) of their own grid."""
+    own = np.array([[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1], [1, 2, 0], [1, 2, 1]])
+    where = np.concatenate([positions(jnp.asarray(ANCHORS), GRID), [own, own]], axis=1)
+    # Before the anchors in `FluxVelocity`, and here in the other order.
+    tokens = np.concatenate([np.asarray(noise)[:, ANCHORS[0]], reference], axis=1)
 
     @jax.jit
     def forward(tokens, where):
-        return FluxTransformer(config).apply(
-            {"params": small.transformer}, tokens, where, text.text, text.pooled, sigma, guidance
-        )
+        inputs = text.text, text.pooled, jnp.full(2, 0.5), jnp.full(2, 3.5)
+        model = FluxTransformer(small.config.transformer)
+        return model.apply({"params": small.transformer}, tokens, where, *inputs)
 
-    expected = np.asarray(
-        forward(
-            jnp.concatenate([noise[:, index[0]], reference], axis=1),  # in the other order
-            jnp.concatenate([where, jnp.broadcast_to(own, (2, 6, 3))], axis=1),
-        )
-    )[:, :3]
-    tokens, valid = noise[:, index[0]], None
+    return np.asarray(forward(tokens, where))[:, :3]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_network_runs_on_both_and_returns_the_anchors(
+    small, text, noise, reference, velocity_of_anchors, padded
+):
+    where = np.asarray(positions(jnp.asarray(ANCHORS), GRID))
+    tokens, valid = np.asarray(noise)[:, ANCHORS[0]], None
     if padded:
-        tokens = jnp.pad(tokens, ((0, 0), (0, 2), (0, 0)), constant_values=jnp.nan)
-        where = jnp.pad(where, ((0, 0), (0, 2), (0, 0)), constant_values=9)
-        valid = jnp.broadcast_to(jnp.arange(5) < 3, (2, 5))
+        tokens = np.pad(tokens, ((0, 0), (0, 2), (0, 0)), constant_values=np.nan)
+        where = np.pad(where, ((0, 0), (0, 2), (0, 0)), constant_values=9)
+        valid = np.broadcast_to(np.arange(5) < 3, (2, 5))
     inputs = VelocityInputs(
-        small.transformer, text, guidance, reference=reference.reshape(2, *OWN, 64)
+        small.transformer, text, jnp.full(2, 3.5), reference=reference.reshape(2, *OWN, 64)
     )
-    velocity = jax.jit(FluxVelocity(config))
-    got = velocity(tokens, where, jnp.asarray(0.5), valid, inputs)
+    velocity = jax.jit(FluxVelocity(small.config.transformer))
+    got = np.asarray(velocity(tokens, where, jnp.asarray(0.5), valid, inputs))
     assert got.shape == tokens.shape
-    np.testing.assert_allclose(got[:, :3], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[:, :3], velocity_of_anchors, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_stays_last(small, text, noise, reference, monkeypatch):
@@ -181,15 +185,15 @@ def test_without_a_size_the_result_has_the_references(small):
 
 @pytest.mark.slow
 def test_batches_chunks_and_progress(small, pictures):
-    prompts, calls = [PROMPT, "a small blue square", PROMPT], []
+    prompts, calls = [PROMPT, "a small blue square"], []
     options: Any = {"key": KEY, "plan": DENSE, "height": 32, "width": 64}
-    shared = jitjax.sample(small, prompts, reference=pictures[:1], **options)
+    shared = np.asarray(jitjax.sample(small, prompts, reference=pictures[:1], **options))
     chunked = jitjax.sample(
-        small, prompts, reference=pictures[[0, 1, 0]], chunk=2, progress=calls.append, **options
+        small, prompts, reference=pictures, chunk=1, progress=calls.append, **options
     )
     assert calls == [1] * 4
     # Each batch size compiles to its own program, which rounds differently.
-    np.testing.assert_allclose(chunked[::2], shared[::2], atol=1e-4)
+    np.testing.assert_allclose(chunked[0], shared[0], atol=1e-4)
     assert np.abs(chunked[1] - shared[1]).max() > 0.01
 
 
@@ -207,7 +211,7 @@ def test_jit_vmap_and_grad(small, text, noise, reference):
     expected = denoise(small, text, noise, reference, ONE_STEP, key=keys)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert np.isfinite(gradients).all()
-    assert (jnp.abs(gradients) > 0).mean() > 0.9
+    assert (np.abs(gradients) > 0).mean() > 0.9
 
 
 def fail(*arguments, **options):

@@ -115,7 +115,7 @@ def params(folder):
 
     def random_tree(tree):
         return jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), tree
+            lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)), tree
         )
 
     return FluxParams(
@@ -303,7 +303,8 @@ def test_encode_prompt(params):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_encode_prompt_in_the_parameters_dtype(params, dtype):
     narrow = {
-        name: jax.tree.map(lambda x: x.astype(dtype), vars(params)[name]) for name in ("t5", "clip")
+        name: jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype)), vars(params)[name])
+        for name in ("t5", "clip")
     }
     got = encode_prompt(dataclasses.replace(params, **narrow), "red")
     exact = encode_prompt(params, "red")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -83,7 +82,9 @@ def random_tree(shapes: Any, seed: int) -> Any:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         width = leaf.shape[-2] if len(leaf.shape) > 1 else 4
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(width), leaf.dtype)
+        # Not by jax.numpy, which compiles a program for every shape.
+        values = rng.normal(size=leaf.shape) / np.sqrt(width)
+        return jax.device_put(values.astype(leaf.dtype))
 
     return jax.tree.map(draw, shapes)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,12 @@ def test_local_variance_equals_numpy(grid, channels, seed):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@partial(jax.jit, static_argnums=(2, 3))
+def pad_and_activate(old, scores, old_budget, budget):
+    anchors = AnchorSet.padded(old, old_budget + 3, scores.shape[1])
+    return activate(anchors, scores, old_budget, budget)
+
+
 @given(grids, shares, shares, st.integers(0, 99))
 def test_activate_keeps_old_anchors_and_adds_the_highest_scores(grid, first, second, seed):
     n = grid[0] * grid[1]
@@ -127,9 +135,7 @@ def test_activate_keeps_old_anchors_and_adds_the_highest_scores(grid, first, sec
     rng = np.random.default_rng(seed)
     old = np.stack([rng.permutation(n)[:old_budget] for _ in range(2)])
     scores = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1).astype(np.float32)
-    anchors = AnchorSet.padded(jnp.asarray(old), old_budget + 3, n)
-    run = jax.jit(activate, static_argnums=(2, 3))
-    index, new = run(anchors, jnp.asarray(scores), old_budget, budget)
+    index, new = (np.asarray(x) for x in pad_and_activate(old, scores, old_budget, budget))
     for sample in range(2):
         is_old = set(old[sample].tolist())
         ranked = [i for i in np.argsort(-scores[sample]) if i not in is_old]

@@ -6,37 +6,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
 from jitjax.sampler.plan import Plan
 from jitjax.sampler.transition import microflow
 
-sigmas = st.tuples(st.floats(0.02, 1), st.floats(0.01, 0.95)).map(lambda p: (p[0], p[0] * p[1]))
-states = jax.random.normal(jax.random.key(0), (2, 2, 9, 4))
+START = np.random.default_rng(0).uniform(0.02, 1, 12).astype(np.float32)
+START[:2] = 0.02, 1
+END = START * np.random.default_rng(1).uniform(0.01, 0.95, 12).astype(np.float32)
+END[:4] = START[:4] * np.float32([0.01, 0.95, 0.95, 0.01])
+STATE, TARGET = np.random.default_rng(2).normal(size=(2, 2, 9, 4)).astype(np.float32)
 
 
-def move(plan: Plan, start: float, end: float) -> np.ndarray:
-    return np.asarray(microflow(plan, *states, jnp.float32(start), jnp.float32(end)))
+def assert_moves(plan: Plan, expected: np.ndarray, target_sigma: np.ndarray, tolerance: float):
+    """Check a micro-flow between all pairs of sigmas, also against its closed form."""
+    ends = jax.vmap(microflow, (None, None, None, 0, 0))
+    got = np.asarray(jax.jit(ends, static_argnums=0)(plan, STATE, TARGET, START, END))
+    for moved, *sigmas in zip(got, START, END, target_sigma, strict=True):
+        np.testing.assert_allclose(moved, expected, rtol=tolerance, atol=tolerance)
+        closed_form = oracles.microflow(STATE, TARGET, *sigmas)
+        np.testing.assert_allclose(moved, closed_form, rtol=tolerance, atol=tolerance)
 
 
-@given(sigmas, st.integers(1, 6))
-def test_hit_reaches_the_target_in_any_number_of_steps(ends, steps):
-    got = move(Plan(1, microflow="hit", microflow_steps=steps), *ends)
-    np.testing.assert_allclose(got, states[1], rtol=1e-5, atol=1e-5)
-    closed_form = oracles.microflow(*states, *ends, ends[1])
-    np.testing.assert_allclose(got, closed_form, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_hit_reaches_the_target_in_any_number_of_steps(steps):
+    plan = Plan(1, microflow="hit", microflow_steps=steps)
+    assert_moves(plan, TARGET, END, 1e-5)
 
 
-@given(sigmas, st.integers(1, 6), st.floats(1, 8))
-def test_blend_covers_its_fraction_of_the_gap_in_any_number_of_steps(ends, steps, relax):
-    got = move(Plan(1, microflow="blend", relax=relax, microflow_steps=steps), *ends)
-    y, target = states
-    np.testing.assert_allclose(got, y + (target - y) / relax, rtol=1e-4, atol=1e-4)
-    start, end = ends
-    closed_form = oracles.microflow(y, target, start, end, start + relax * (end - start))
-    np.testing.assert_allclose(got, closed_form, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("steps", "relax"), [(1, 1.0), (2, 8.0), (3, 1.3), (6, 3.7)])
+def test_blend_covers_its_fraction_of_the_gap_in_any_number_of_steps(steps, relax):
+    plan = Plan(1, microflow="blend", relax=relax, microflow_steps=steps)
+    expected = STATE + (TARGET - STATE) / relax
+    assert_moves(plan, expected, START + relax * (END - START), 1e-4)
 
 
 def test_none_leaves_tokens_unchanged():
-    np.testing.assert_array_equal(move(Plan(1, microflow="none"), 0.7, 0.6), states[0])
+    plan = Plan(1, microflow="none")
+    moved = microflow(plan, jnp.asarray(STATE), jnp.asarray(TARGET), START[0], END[0])
+    np.testing.assert_array_equal(moved, STATE)
