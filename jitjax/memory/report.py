@@ -115,7 +115,6 @@ WITHOUT_ENCODERS = ("transformer", "autoencoder")
 ROWS = (
     Row("FLUX.1-dev, bfloat16", {}),
     Row("FLUX.1-dev, bfloat16, 4 pictures", {"batch": 4, "plan": "4x"}),
-    Row("FLUX.1-dev, bfloat16, 2048 px", {"height": 2048, "width": 2048}),
     Row("FLUX.1-dev, bfloat16, on each of 2 cards", {"mesh": {"model": 2}}),
     Row("FLUX.1-dev, int8", {"quantise": "int8"}),
     Row("FLUX.1-dev, int8, prompts encoded before", {"quantise": "int8",
