@@ -57,6 +57,17 @@ def test_draws_of_threefry_keys_are_those_of_jax_random():
     np.testing.assert_array_equal(jax.random.key_data(batch_keys(key, 2))[1], expected)
 
 
+def test_other_keys_become_threefry_keys_by_their_words():
+    """Another rule would give other pictures for the same key."""
+    key = jax.random.key(3, impl="rbg")
+    words = jax.random.key_data(key)
+    expected = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for word in words[2:]:
+        expected = jax.random.fold_in(expected, word)
+    got = threefry_keys(key)
+    np.testing.assert_array_equal(jax.random.key_data(got), jax.random.key_data(expected))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])  # "unsafe_rbg" has keys of "rbg"
 @pytest.mark.parametrize(
