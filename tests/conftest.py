@@ -37,19 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let tests, also their processes, compile in a third of the time that users need.
 
     Programs are compiled without LLVM's optimisations, in one piece, and without the newer way to
-    emit fused loops on a CPU, which XLA has no switch for since jax 0.11. `-m parity` compiles
-    with optimisations, `-m gpu` as users do.
+    emit fused loops, which XLA has no switch for since jax 0.11. `-m parity` and `-m gpu` compile
+    as users do.
     """
     # Tracing makes millions of objects, few of them in cycles.
     gc.set_threshold(100_000, 50, 100)
-    chosen = re.search(r"(?<!not )\b(parity|gpu)\b", config.option.markexpr)
-    if chosen and chosen[1] == "gpu":
+    if re.search(r"(?<!not )\b(parity|gpu)\b", config.option.markexpr):
         return
-    flags = []
-    if not chosen:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        jax.config.update("jax_disable_most_optimizations", True)
-        flags.append("--xla_cpu_parallel_codegen_split_count=1")
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     set_flags = os.environ.get("XLA_FLAGS", "")
