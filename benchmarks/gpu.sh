@@ -74,7 +74,7 @@ for which in "${parts[@]}"; do
             --plans --profile "$out/kernels-xla.txt" ;;
     speed-rehearsed)
         part speed 300 "$python" -m benchmarks.speed --model tiny --size 64 --text 32 \
-            --dtype float32 --matmul 256 --plans 7x --out "$out/speed.jsonl" \
+            --dtype float32 --matmul 256 --plans multistep-7 --out "$out/speed.jsonl" \
             --profile "$out/kernels.txt" "${small[@]}" ;;
     torch)
         part torch 90 "$python" -m benchmarks.torch_speed --out "$out/torch.jsonl" ;;
@@ -89,19 +89,20 @@ for which in "${parts[@]}"; do
             --batch 96 --jobs 14 --out "$out/quality.jsonl" --methods "${methods[@]}" ;;
     quality-rehearsed)
         part quality 200 "$python" -m benchmarks.quality --quick --jobs 2 \
-            --out "$out/quality.jsonl" --methods 7x ;;
+            --out "$out/quality.jsonl" --methods multistep-7 ;;
     memory)
         part memory 60 "$python" -m benchmarks.memory --out "$out/memory.jsonl"
         part memory 60 "$python" -m benchmarks.memory --quantise int8 --out "$out/memory.jsonl" ;;
     memory-rehearsed)
-        part memory 150 "$python" -m benchmarks.memory --model middle --out "$out/memory.jsonl" ;;
+        part memory 60 "$python" -m benchmarks.memory --model middle --parts encoders decoder \
+            --out "$out/memory.jsonl" ;;
     quantised)
         for kind in int8 int4 float8; do
             part quantised 50 "$python" -m benchmarks.speed --quantise "$kind" --plans \
                 --out "$out/quantised.jsonl" --profile "$out/kernels-$kind.txt"
         done ;;
     quantised-rehearsed)
-        part quantised 100 "$python" -m benchmarks.speed --model middle --size 64 --text 32 \
+        part quantised 60 "$python" -m benchmarks.speed --model tiny --size 64 --text 32 \
             --dtype float32 --matmul 256 --plans --quantise int4 --out "$out/quantised.jsonl" \
             "${small[@]}" ;;
     *)

@@ -62,11 +62,12 @@ MIDDLE = FluxConfig(
 )
 """Of a model this small, activations are most of what a program needs."""
 MODELS = {"flux-dev": FULL, "middle": MIDDLE}
+PARTS = ("encoders", "transformer", "image encoder", "decoder")
 Shape = jax.ShapeDtypeStruct
 
 
 class Case(NamedTuple):
-    """A program: of "encoders", "image encoder", "decoder", or stage `stage` of a plan."""
+    """A program of one of `PARTS`; of the transformer, stage `stage` of a plan."""
 
     part: str
     side: int
@@ -226,6 +227,9 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="flux-dev")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantise", choices=KINDS)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="only the programs of these"
+    )
     parser.add_argument("--out", type=Path, help="file to which rows are appended as JSON lines")
     args = parser.parse_args()
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
@@ -234,7 +238,7 @@ def main() -> None:
     weights = args.quantise or "not quantised"
     print(f"{args.model}, {dtype}, {weights}, {device}, jax {jax.__version__}\n")
     print("| program | XLA | estimate | temporaries, XLA | estimate |\n|---|---|---|---|---|")
-    for case in CASES:
+    for case in (case for case in CASES if case.part in args.parts):
         row = measure(MODELS[args.model], case, dtype, args.quantise, platform)
         sizes = ("xla", "estimate", "xla_temporaries", "estimated_temporaries")
         cells = " | ".join(f"{row[name] / 1e9:.3g}" for name in sizes)
