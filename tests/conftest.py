@@ -16,8 +16,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     # Only with a limit does JAX lock the cache, so that nothing half-written is read.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
-    # There is a worker for each core; threads of NumPy would wait for each other.
+    # There is a worker for each core; threads of NumPy and PyTorch would wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
@@ -37,12 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let tests, also their processes, compile in a third of the time that users need.
 
     Programs are compiled without LLVM's optimisations, in one piece, and without the newer way to
-    emit fused loops, which XLA has no switch for since jax 0.11. `-m parity` and `-m gpu` compile
-    as users do.
+    emit fused loops, which XLA has no switch for since jax 0.11. `-m gpu` compiles as users do.
     """
     # Tracing makes millions of objects, few of them in cycles.
     gc.set_threshold(100_000, 50, 100)
-    if re.search(r"(?<!not )\b(parity|gpu)\b", config.option.markexpr):
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)

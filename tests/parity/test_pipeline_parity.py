@@ -23,6 +23,16 @@ ROWS, COLUMNS = 8, 12
 STEPS = 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def llvm_optimises():
+    """Programs are optimised, as for users; the other tests compile in less time."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     from diffusers import FluxPipeline
