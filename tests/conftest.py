@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # The workers and the processes that they start share one compilation cache. It is removed at the
 # end, unless JITJAX_TEST_CACHE names a folder. The user's cache is neither read nor written.
@@ -69,6 +72,22 @@ settings.load_profile("jitjax")
 def small(tmp_path_factory: pytest.TempPathFactory) -> jitjax.FluxParams:
     """A randomly initialised pipeline with tokenizers and about 64 000 parameters."""
     return build.small_params(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def saved(small: jitjax.FluxParams, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `small`, which no test may edit."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    jitjax.save(small, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def load_once() -> Iterator[None]:
+    """`jitjax.load` reads a checkpoint once. For tests of commands that load it again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jitjax, "load", functools.cache(jitjax.load))
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import jitjax
 from jitjax import cli
 from jitjax.sampler.plan import DEFAULT_PLAN, PLANS
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 
 def run(*arguments: object) -> None:
     cli.main([str(argument) for argument in arguments])

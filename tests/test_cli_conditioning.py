@@ -14,14 +14,9 @@ from jitjax import cli
 from jitjax.checkpoint import TEXT_ENCODERS
 from jitjax.conditioning import Conditioning, read_conditioning
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 QUICK = ("--plan", "dense", "--steps", "1", "--size", "32")
-
-
-@pytest.fixture(scope="module")
-def folder(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    jitjax.save(small, path)
-    return path
 
 
 def run(capsys, *arguments):
@@ -49,8 +44,8 @@ def loaded(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_picture_is_the_same_on_every_way(capsys, folder, tmp_path, loaded):
-    prompt, common = "a red circle", ("--checkpoint", folder)
+def test_the_picture_is_the_same_on_every_way(capsys, saved, tmp_path, loaded):
+    prompt, common = "a red circle", ("--checkpoint", saved)
     path = tmp_path / "red.safetensors"
     plain, low, kept = (tmp_path / f"{name}.png" for name in ("plain", "low", "kept"))
     assert run(capsys, prompt, "-o", plain, *QUICK, *common)[0] == 0
@@ -74,10 +69,10 @@ def test_the_picture_is_the_same_on_every_way(capsys, folder, tmp_path, loaded):
 
 
 @pytest.mark.slow
-def test_parts_that_are_not_needed_may_be_missing(capsys, small, tmp_path, folder):
+def test_parts_that_are_not_needed_may_be_missing(capsys, small, tmp_path, saved):
     encoders, drawing = tmp_path / "encoders", tmp_path / "drawing"
-    jitjax.save(jitjax.load(folder, parts=TEXT_ENCODERS), encoders)
-    jitjax.save(jitjax.load(folder, parts=("transformer", "autoencoder")), drawing)
+    jitjax.save(jitjax.load(saved, parts=TEXT_ENCODERS), encoders)
+    jitjax.save(jitjax.load(saved, parts=("transformer", "autoencoder")), drawing)
     file, out = tmp_path / "a.safetensors", tmp_path / "a.png"
     assert run(capsys, "a red", "--save-conditioning", file, "--checkpoint", encoders)[0] == 0
     draw = ("--conditioning", file, "-o", out, *QUICK)

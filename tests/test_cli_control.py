@@ -15,6 +15,8 @@ from jitjax import cli, cli_image
 from jitjax.config import FluxConfig
 from jitjax.picture import seed_keys
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 RGB = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
 PLAN = jitjax.PLANS["multistep-12"].replace(steps=2)
 

@@ -14,6 +14,8 @@ from jitjax import cli, cli_image
 from jitjax.config import FluxConfig
 from jitjax.picture import seed_keys
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 RGB = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
 GREY16 = np.random.default_rng(1).integers(0, 2**16, (32, 48)).astype(np.uint16)
 

@@ -14,25 +14,20 @@ from jitjax.negative import DEFAULT_TRUE_GUIDANCE
 from jitjax.picture import seed_keys
 from jitjax.sampler.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 QUICK = ("--plan", "dense", "--steps", "1", "--size", "32")
 PROMPT, NEGATIVE = "a red circle", "blue square"
 
 
-@pytest.fixture(scope="module")
-def folder(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    jitjax.save(small, path)
-    return path
-
-
 @pytest.fixture
-def run(capsys, folder):
+def run(capsys, saved):
     """Run `jitjax` on the small checkpoint; return the exit status, and what is printed."""
 
     def run(*arguments):
         status = 0
         try:
-            cli.main([*map(str, arguments), *QUICK, "--checkpoint", str(folder)])
+            cli.main([*map(str, arguments), *QUICK, "--checkpoint", str(saved)])
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()

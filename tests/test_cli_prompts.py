@@ -14,6 +14,8 @@ from PIL import Image
 import jitjax
 from jitjax import cli, images, list_run
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 OPTIONS = ("--size", "32", "--plan", "dense", "--steps", "1")
 
 

@@ -12,14 +12,9 @@ from PIL import Image
 import jitjax
 from jitjax import cli, viz
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 QUICK = ("a red star", "--size", "48x64", "--plan", "dense", "--steps", "3")
-
-
-@pytest.fixture(scope="module")
-def folder(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    jitjax.save(small, path)
-    return path
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -32,7 +27,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_the_files_show_the_run(capsys, small, folder, tmp_path, monkeypatch):
+def test_the_files_show_the_run(capsys, small, saved, tmp_path, monkeypatch):
     traces = []
     sample = jitjax.sample
 
@@ -42,7 +37,7 @@ def test_the_files_show_the_run(capsys, small, folder, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(jitjax, "sample", record)
-    quick = (*QUICK, "--checkpoint", folder)
+    quick = (*QUICK, "--checkpoint", saved)
     png, gif = tmp_path / "run.png", tmp_path / "run.gif"
     status, out, _ = run(capsys, *quick, "-o", tmp_path / "a.png", "--trace", png, "--animate", gif)
     assert status == 0
@@ -64,18 +59,18 @@ def test_the_files_show_the_run(capsys, small, folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_picture_is_the_same_and_what_exists_is_replaced_only_if_that_is_asked_for(
-    capsys, folder, tmp_path
+    capsys, saved, tmp_path
 ):
     gif = tmp_path / "run.webp"
     gif.write_text("old")
-    arguments = (*QUICK, "--checkpoint", folder, "-o", tmp_path / "a.png", "--animate", gif)
+    arguments = (*QUICK, "--checkpoint", saved, "-o", tmp_path / "a.png", "--animate", gif)
     status, _, error = run(capsys, *arguments)
     assert status == 2
     assert "exists; expected a new name, or --overwrite to replace it" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run.webp"]
     assert run(capsys, *arguments, "--overwrite")[0] == 0
     assert Image.open(gif).format == "WEBP"
-    assert run(capsys, *QUICK, "--checkpoint", folder, "-o", tmp_path / "plain.png")[0] == 0
+    assert run(capsys, *QUICK, "--checkpoint", saved, "-o", tmp_path / "plain.png")[0] == 0
     pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "a.png")]
     np.testing.assert_array_equal(*pixels)
 

@@ -15,15 +15,8 @@ from jitjax.checkpoint.parameters import PARTS
 from jitjax.info import checkpoint_info
 
 
-@pytest.fixture(scope="module")
-def checkpoint(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    jitjax.save(small, path)
-    return path
-
-
-def test_parts_of_a_checkpoint(small, checkpoint):
-    info = checkpoint_info(str(checkpoint))
+def test_parts_of_a_checkpoint(small, saved):
+    info = checkpoint_info(str(saved))
     assert list(info["parts"]) == list(PARTS)
     for name, part in info["parts"].items():
         leaves = jax.tree.leaves(getattr(small, name))
@@ -57,8 +50,8 @@ def test_the_bundled_checkpoint():
     assert info["bytes"] > sum(part["bytes"] for part in info["parts"].values())
 
 
-def test_the_command_prints_parts_sources_and_loras(checkpoint, tmp_path, capsys):
-    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+def test_the_command_prints_parts_sources_and_loras(saved, tmp_path, capsys):
+    folder = shutil.copytree(saved, tmp_path / "checkpoint")
     metadata = json.loads((folder / "jitjax.json").read_text())
     metadata["sources"] = {
         "files": [

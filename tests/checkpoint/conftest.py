@@ -14,14 +14,6 @@ import pytest
 import jitjax
 
 
-@pytest.fixture(scope="session")
-def saved(small, tmp_path_factory) -> Path:
-    """A checkpoint of `small`, which no test may edit."""
-    path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    jitjax.save(small, path)
-    return path
-
-
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
