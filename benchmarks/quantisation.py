@@ -44,7 +44,8 @@ def errors(model: str, side: int) -> Iterator[dict[str, Any]]:
     where = positions(jnp.arange(reference.tokens), reference.grid)[None]
     prompt = reference.args[1]
     if MODELS[model] is None:  # a trained model, and a real prompt
-        prompt = jitjax.encode_prompt(jitjax.load(model), "a large red circle, blue background")
+        encoders = jitjax.load(model, parts=("t5", "clip"))
+        prompt = jitjax.encode_prompt(encoders, "a large red circle, blue background")
     evaluate = jax.jit(lambda y, sigma, args: reference.velocity(y, where, sigma, None, args))
 
     def velocities(weights: Any) -> np.ndarray:
