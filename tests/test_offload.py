@@ -17,8 +17,8 @@ from jitjax.sampler import solve
 from jitjax.sampler.plan import Plan
 
 sample_module = sys.modules["jitjax.sample"]  # `jitjax.sample` is the function
-PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0))
-SETTINGS = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": PLAN}
+SETTINGS = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": Plan(1)}
+"""One stage: where parameters are is a question of models, each of which runs."""
 
 
 @pytest.fixture(scope="module")
