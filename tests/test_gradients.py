@@ -15,13 +15,10 @@ import pytest
 from golden import build
 
 from jitjax.denoise import denoise, flux_sigmas
-from jitjax.models import param_shapes
-from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.sampler.solvers import AdamsBashforth2
 from jitjax.text import Conditioning
-from jitjax.velocity import FluxVelocity
 
 GRID = (4, 5)
 PLAN = Plan(6, (0.4, 0.7, 1.0), (0.34, 0.67, 1.0), microflow="hit", microflow_noise="initial")

@@ -162,7 +162,7 @@ def test_the_trace_starts_at_the_picture_and_new_anchors_hit_their_noise(small, 
 @pytest.mark.slow
 def test_trained_model_keeps_more_of_the_picture_at_lower_strength():
     params = jitjax.load("tiny")
-    plan = Plan(10, (0.5, 1.0), (0.6, 1.0))
+    plan = Plan(10)
     picture = jitjax.sample(
         params, "a large red circle", key=jax.random.key(0), plan=plan, height=128, width=128
     )
