@@ -47,6 +47,7 @@ from scipy.special import betaincinv
 
 import jitjax
 from benchmarks.caching_sampler import CachingPlan, solve, with_steps
+from benchmarks.gaussian import draw_anchors as draw_first
 from benchmarks.gaussian import linear_map, token_evaluations
 from benchmarks.gaussian_field import Field, LinearMap, ideal_velocity
 from benchmarks.quality import flops
@@ -54,7 +55,6 @@ from benchmarks.quality.judging import judge_image, similarity
 from benchmarks.quality.prompts import SPLITS, prompts
 from benchmarks.quality.scores import interval
 from jitjax.latents import draw_noise, token_grid
-from jitjax.sampler.anchors import first_anchors
 from jitjax.sampler.grid import Grid
 from jitjax.sampler.solvers import MeanVelocitySolver, Multistep
 from jitjax.velocity import FluxVelocity
@@ -159,9 +159,7 @@ def _name(plan: CachingPlan) -> str:
 
 def draw_anchors(plan: CachingPlan, grid: Grid, batch: int, seed: int) -> Int[Array, "b k"]:
     """Draw a plan's anchors: a strided layout, thinned at random; the same for all of a batch."""
-    index = first_anchors(
-        jax.random.key(seed), grid, plan.budget(grid[0] * grid[1]), layout="strided"
-    )
+    index = draw_first(jax.random.key(seed), grid, plan.budget(grid[0] * grid[1]), layout="strided")
     return jnp.broadcast_to(index, (batch, *index.shape))
 
 

@@ -32,14 +32,16 @@ def xla_flops(function: Callable[..., Any], *args: Any) -> float:
         ValueError: the function has a loop of unknown length, or a loop in a conditional whose
             branch is chosen at run time.
     """
-    return _flops(jax.make_jaxpr(function)(*args))
+    return _flops(jax.make_jaxpr(function)(*args))[0]
 
 
-def _flops(program: ClosedJaxpr) -> float:
-    flops = _flops_of_bodies_once(program)
+def _flops(program: ClosedJaxpr) -> tuple[float, float]:
+    """Return the FLOPs of a program, and those of each loop's body counted once, as XLA counts."""
+    flops = bodies_once = _flops_of_bodies_once(program)
     for body, length in _scans(program.jaxpr):
-        flops += length * _flops(body) - _flops_of_bodies_once(body)
-    return flops
+        of_body, of_body_once = _flops(body)
+        flops += length * of_body - of_body_once
+    return flops, bodies_once
 
 
 def _flops_of_bodies_once(program: ClosedJaxpr) -> float:

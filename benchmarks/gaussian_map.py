@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from benchmarks.gaussian import FLUX_SHIFT  # isort: skip  (before NumPy: it sets BLAS's threads)
+from benchmarks.gaussian import FLUX_SHIFT, draw_anchors  # isort: skip  (before NumPy: it sets BLAS's threads)
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from benchmarks.gaussian_field import Field, LinearMap
 from jitjax import AdamsBashforth2, Plan
-from jitjax.sampler.anchors import AnchorSet, first_anchors, fixed_grid_scores
+from jitjax.sampler.anchors import AnchorSet, fixed_grid_scores
 from jitjax.sampler.lifter import Lifter
 from jitjax.sampler.schedule import plan_sigmas
 from jitjax.sampler.solvers import MOST_EXTRAPOLATION
@@ -43,7 +43,7 @@ def _anchors(
     """Return the token indices of each stage's anchors; of all tokens in order for a dense one."""
     n = side**2
     key, _ = jax.random.split(jax.random.key(seed))
-    index = np.asarray(first_anchors(key, (side, side), budgets[0], layout=first, fill=fill))
+    index = np.asarray(draw_anchors(key, (side, side), budgets[0], layout=first, fill=fill))
     scores = np.array(fixed_grid_scores(1, (side, side))[0])
     stages = []
     for budget in budgets:

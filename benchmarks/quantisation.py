@@ -44,7 +44,8 @@ def errors(model: str, side: int) -> Iterator[dict[str, Any]]:
     where = positions(jnp.arange(reference.tokens), reference.grid)[None]
     prompt = reference.args[1]
     if MODELS[model] is None:  # a trained model, and a real prompt
-        prompt = jitjax.encode_prompt(jitjax.load(model), "a large red circle, blue background")
+        encoders = jitjax.load(model, parts=("t5", "clip"))
+        prompt = jitjax.encode_prompt(encoders, "a large red circle, blue background")
     evaluate = jax.jit(lambda y, sigma, args: reference.velocity(y, where, sigma, None, args))
 
     def velocities(weights: Any) -> np.ndarray:
@@ -53,12 +54,18 @@ def errors(model: str, side: int) -> Iterator[dict[str, Any]]:
 
     params = reference.params
     exact = velocities(params.transformer)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params.transformer)
+    narrow = in_bfloat16(params.transformer)
     weights = {kind: quantise_params(params, kind).transformer for kind in KINDS}
     for kind, tree in {"bfloat16": narrow, **weights}.items():
         pairs = zip(velocities(tree), exact, strict=True)
         row = [float(np.linalg.norm(got - e) / np.linalg.norm(e)) for got, e in pairs]
         yield {"row": "error", "model": model, "kind": kind, "sigmas": SIGMAS, "errors": row}
+
+
+@jax.jit
+def in_bfloat16(tree: Any) -> Any:
+    """Return a tree of arrays in bfloat16."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
 
 
 def lora_losses(model: str) -> Iterator[dict[str, Any]]:
@@ -130,7 +137,7 @@ def pictures(count: int, plan: str, kinds: tuple[str, ...]) -> Iterator[dict[str
     right_before = np.zeros(count)
     for kind in (None, *kinds):
         if kind == "bfloat16":
-            some = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+            some = in_bfloat16(params)
         else:
             some = params if kind is None else quantise_params(params, kind)
         side = params.config.image_size // params.config.pixels_per_token

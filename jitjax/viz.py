@@ -233,10 +233,11 @@ def animate(
     path = Path(path)
     if path.suffix.lower() not in ANIMATIONS:
         raise ValueError(f"path is {str(path)!r}; expected a name that ends in .webp or .gif")
-    pictures = frames(params, trace, grid, sample=sample)
-    first, *others = (Image.fromarray((p * 255).round().astype(np.uint8)) for p in pictures)
-    durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
+    # First of all, so that a file that cannot be written is told before anything is drawn.
     with atomic_file(path, overwrite=overwrite) as file:
+        pictures = frames(params, trace, grid, sample=sample)
+        first, *others = (Image.fromarray((p * 255).round().astype(np.uint8)) for p in pictures)
+        durations = [FRAME_MILLISECONDS] * len(others) + [LAST_FRAME_MILLISECONDS]
         first.save(
             file,
             format=ANIMATIONS[path.suffix.lower()],

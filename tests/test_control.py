@@ -109,17 +109,15 @@ def test_all_tokens_as_anchors_give_the_dense_result(canny, text, noise, control
 
 
 def test_sample_encodes_the_control_picture(canny, text, pictures):
-    plan = SPARSE.replace(pad_to=10)  # 12 of text and 4 anchors become 20
-    got = jitjax.sample(canny, text, key=KEY, plan=plan, control=pictures)
+    got = jitjax.sample(canny, text, key=KEY, plan=DENSE, control=pictures)
     assert got.shape == pictures.shape
     keys = [jax.random.split(key) for key in batch_keys(KEY, 2)]
     tokens = jitjax.denoise(
         canny,
         text,
         jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key, _ in keys]),
-        plan=plan,
+        plan=DENSE,
         grid=GRID,
-        key=jnp.stack([denoise_key for _, denoise_key in keys]),
         control=jitjax.encode(canny, pictures),
     )
     np.testing.assert_allclose(got, jitjax.decode(canny, tokens, grid=GRID), atol=1e-4)

@@ -83,14 +83,18 @@ def test_a_key_gives_the_same_sample_in_any_batch(small, images):
 def test_encode_under_jit_vmap_and_grad(small, images):
     images, key = jnp.asarray(images), jax.random.key(1)
     expected = jitjax.encode(small, images, key=key)
-    jitted = jax.jit(lambda p, x, k: jitjax.encode(p, x, key=k))(small, images, key)
+
+    def loss(images, params, key):
+        tokens = jitjax.encode(params, images, key=key)
+        return (tokens**2).mean(), tokens
+
+    gradient, jitted = jax.jit(jax.grad(loss, has_aux=True))(images, small, key)
     np.testing.assert_allclose(jitted, expected, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(gradient).all()
+    assert (np.abs(gradient).max((1, 2, 3)) > 0).all()
     keys = batch_keys(key, 2)
     mapped = jax.vmap(lambda x, k: jitjax.encode(small, x[None], key=k[None])[0])(images, keys)
     np.testing.assert_allclose(mapped, expected, rtol=1e-4, atol=1e-4)
-    gradient = np.asarray(jax.grad(lambda x: (jitjax.encode(small, x) ** 2).mean())(images))
-    assert np.isfinite(gradient).all()
-    assert (np.abs(gradient).max((1, 2, 3)) > 0).all()
 
 
 @pytest.mark.slow

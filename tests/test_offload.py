@@ -17,8 +17,8 @@ from jitjax.sampler import solve
 from jitjax.sampler.plan import Plan
 
 sample_module = sys.modules["jitjax.sample"]  # `jitjax.sample` is the function
-PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0))
-SETTINGS = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": PLAN}
+SETTINGS = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": Plan(1)}
+"""One stage: where parameters are is a question of models, each of which runs."""
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,11 @@ def peak(monkeypatch, load):
 
 
 @pytest.mark.slow
-def test_the_device_holds_the_largest_part_and_not_the_sum(folder, monkeypatch):
+def test_the_device_holds_the_largest_part_and_not_the_sum(small, folder, monkeypatch):
     """`jax.live_arrays` counts all arrays; states and embeddings are the slack."""
     low = peak(monkeypatch, lambda: jitjax.load(folder, low_memory=True))
     naive = peak(monkeypatch, lambda: jitjax.load(folder))
-    params = jitjax.load(folder)
-    parts = [part_bytes(params, "t5", "clip"), *(part_bytes(params, p) for p in PARTS[::3])]
+    parts = [part_bytes(small, "t5", "clip"), *(part_bytes(small, p) for p in PARTS[::3])]
     slack = 40_000
     assert slack < min(sum(parts) - max(parts), max(parts)) / 2
     assert max(parts) <= low < max(parts) + slack
@@ -90,17 +89,17 @@ def test_the_device_holds_the_largest_part_and_not_the_sum(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_same_picture_to_the_bit(folder, on_host):
-    expected = jitjax.sample(jitjax.load(folder), "a red circle", **SETTINGS)
+def test_same_picture_to_the_bit(small, on_host):
+    expected = jitjax.sample(small, "a red circle", **SETTINGS)
     got = jitjax.sample(on_host, "a red circle", **SETTINGS)
     np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.slow
-def test_each_function_alone(folder, on_host):
-    params, count = jitjax.load(folder), len(jax.live_arrays())
+def test_each_function_alone(small, on_host):
+    count = len(jax.live_arrays())
     conditioning = jitjax.encode_prompt(on_host, "a red circle")
-    expected = jitjax.encode_prompt(params, "a red circle")
+    expected = jitjax.encode_prompt(small, "a red circle")
     np.testing.assert_array_equal(conditioning.text, expected.text)
     noise = jnp.ones((1, 4, 64))
     tokens, trace = jitjax.denoise(on_host, conditioning, noise, plan=Plan(1), trace=True)
@@ -108,7 +107,7 @@ def test_each_function_alone(folder, on_host):
     images = jitjax.decode(on_host, tokens, grid=(2, 2))
     assert images.sharding.memory_kind == "device"
     encoded = jitjax.encode(on_host, images)
-    np.testing.assert_array_equal(encoded, jitjax.encode(params, images))
+    np.testing.assert_array_equal(encoded, jitjax.encode(small, images))
     assert encoded.sharding.memory_kind == "device"
     assert all(leaf.sharding.memory_kind == offload.HOST for leaf in jax.tree.leaves(on_host))
     del conditioning, expected, noise, tokens, trace, images, encoded

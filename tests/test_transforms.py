@@ -106,18 +106,24 @@ def test_forward_mode_and_second_derivatives_equal_finite_differences(plan, solv
         first = (f(x + h) - f(x - h)) / (2 * h)
         slope = jax.jit(jax.grad(f))
         second = (slope(x + h) - slope(x - h)) / (2 * h)
-        forward = {
-            "jacfwd": jax.jacfwd(f)(x),  # `jvp` under `vmap`
-            "linearize": jax.linearize(f, x)[1](1.0),
-            "grad": slope(x),
-        }
-        for name, value in forward.items():
+
+        @jax.jit  # one program for all
+        def derivatives(x):
+            once = {
+                "jacfwd": jax.jacfwd(f)(x),  # `jvp` under `vmap`
+                "linearize": jax.linearize(f, x)[1](1.0),
+                "grad": slope(x),
+            }
+            twice = {
+                "grad of grad": jax.grad(jax.grad(f))(x),
+                "hessian": jax.hessian(f)(x),  # `jvp` of `grad`, under `vmap`
+                "grad of jvp": jax.grad(lambda x: jax.jvp(f, (x,), (1.0,))[1])(x),
+            }
+            return once, twice
+
+        once, twice = derivatives(x)
+        for name, value in once.items():
             assert float(value) == pytest.approx(float(first), rel=1e-7), name
-        twice = {
-            "grad of grad": jax.grad(jax.grad(f))(x),
-            "hessian": jax.hessian(f)(x),  # `jvp` of `grad`, under `vmap`
-            "grad of jvp": jax.grad(lambda x: jax.jvp(f, (x,), (1.0,))[1])(x),
-        }
         for name, value in twice.items():
             assert float(value) == pytest.approx(float(second), rel=1e-6), name
 

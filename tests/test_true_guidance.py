@@ -91,7 +91,9 @@ def denoise(small, text, negative, scale=3.0, **options):
 @pytest.mark.slow
 def test_everything_after_the_network_uses_the_combination(small, text, negative):
     """Lifter, importance, micro-flow, history: as a solve of two separate passes, combined."""
-    plan, scale = SPARSE.replace(solver="multistep", microflow="hit"), jnp.array([3.0, 2.0])
+    # The third step, the first on all tokens, uses the history of the second.
+    plan = SHORT.replace(steps=4, solver="multistep", microflow="hit")
+    scale = jnp.array([3.0, 2.0])
     tokens, trace = denoise(small, text, negative, scale, plan=plan, trace=True)
     network = FluxVelocity(small.config.transformer)
 

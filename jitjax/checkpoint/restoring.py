@@ -188,8 +188,13 @@ def _cast(array: jax.Array, dtype: DTypeLike | None) -> tuple[jax.Array, str]:
     cast = array.astype(dtype)
     if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
         return cast, ""
-    overflows = bool((jnp.isfinite(array) & ~jnp.isfinite(cast)).any())
-    return cast, f"does not fit into {jnp.dtype(dtype).name}" if overflows else ""
+    return cast, f"does not fit into {jnp.dtype(dtype).name}" if _overflows(array, cast) else ""
+
+
+@jax.jit  # One program, without arrays of truth values; not with the cast, which XLA may leave out.
+def _overflows(array: jax.Array, cast: jax.Array) -> jax.Array:
+    """Whether a finite value is not finite after a cast."""
+    return (jnp.isfinite(array) & ~jnp.isfinite(cast)).any()
 
 
 def _damage_error(folder: Path, problems: Sequence[str]) -> ValueError:

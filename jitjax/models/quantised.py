@@ -225,6 +225,12 @@ def _quantise_leaf(leaf: Any, kind: str) -> Quantised:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(functools.partial(quantise_stack, kind=kind), leaf)
     blocks = [quantise_stack(leaf[i : i + 1], kind) for i in range(len(leaf))]
+    return _join(*blocks)
+
+
+@jax.jit
+def _join(*blocks: Quantised) -> Quantised:
+    """Return a stack of blocks; a program for each stack, and not for each of its arrays."""
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *blocks)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.build import random_tree
 
 import jitjax
 from benchmarks import solver_loop, speed, speed_models, timing
@@ -136,9 +137,23 @@ def test_turns_end_in_time_but_one():
     assert timing.measure_in_turns(two, 3, most_seconds=0).shape == (1, 2)
 
 
+def test_random_weights_have_their_mean_and_deviation():
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    params = timing.random_params({"in": {"kernel": shape, "scale": shape}})["in"]
+    for name, mean in (("kernel", 0), ("scale", 1)):
+        assert params[name].dtype == jnp.bfloat16
+        values = np.asarray(params[name], np.float32)
+        # Five standard errors of 4096 values, and the rounding of 1 + x to 8 bits.
+        assert values.mean() == pytest.approx(mean, abs=5 * 0.02 / 64)
+        assert values.std() == pytest.approx(0.02, rel=5 / 64 / np.sqrt(2))
+    assert (np.asarray(params["kernel"]) != np.asarray(params["scale"]) - 1).any()
+
+
 @pytest.fixture
 def small_model(monkeypatch):
     monkeypatch.setitem(speed_models.MODELS, "middle", SMALL)
+    # By NumPy: JAX compiles a program for each of 29 shapes.
+    monkeypatch.setattr(speed_models, "random_params", lambda abstract: random_tree(abstract, 0))
 
 
 @pytest.mark.slow

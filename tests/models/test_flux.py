@@ -61,13 +61,15 @@ def forward(params, inputs):
 
 @jax.jit
 def gradients(params, inputs):
-    """Gradients of the sum of squared velocities by the parameters and by the inputs."""
+    """Gradients of the sum of squared velocities by parameters and inputs, and the velocities."""
     valid = inputs.pop("valid", None)
 
     def loss(params, inputs):
-        return jnp.square(MODEL.apply({"params": params}, **inputs, valid=valid)).sum()
+        velocities = MODEL.apply({"params": params}, **inputs, valid=valid)
+        return jnp.square(velocities).sum(), velocities
 
-    return jax.grad(loss, argnums=(0, 1))(params, inputs)
+    (to_params, to_inputs), got = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, inputs)
+    return to_params, to_inputs, got
 
 
 def assert_close(got, expected):
@@ -117,10 +119,9 @@ def test_padding_does_not_change_velocities(params, garbage: float):
     for name, width in (("tokens", 4), ("positions", 3)):
         padding = np.full((2, 2, width), garbage, np.float32)
         padded[name] = jnp.asarray(np.concatenate([inputs[name], padding], axis=1))
-    got = forward(params, padded | {"valid": valid})
+    _, input_gradients, got = gradients(params, padded | {"valid": valid})
     assert_close(got[:, :5], forward(params, inputs))
     assert not np.asarray(got)[:, 5:].any()
-    _, input_gradients = gradients(params, padded | {"valid": valid})
     for gradient in (input_gradients["tokens"], input_gradients["positions"]):
         assert np.isfinite(gradient).all()
         assert not np.asarray(gradient)[:, 5:].any()
