@@ -18,7 +18,7 @@ from jitjax.sampler.plan import Plan
 
 sample_module = sys.modules["jitjax.sample"]  # `jitjax.sample` is the function
 SETTINGS = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": Plan(1)}
-"""One stage: where parameters are is a question of models, each of which runs."""
+TWO_STAGES = Plan(2, (0.5, 1.0), (0.5, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,9 @@ def test_the_device_holds_the_largest_part_and_not_the_sum(small, folder, monkey
 
 @pytest.mark.slow
 def test_same_picture_to_the_bit(small, on_host):
-    expected = jitjax.sample(small, "a red circle", **SETTINGS)
-    got = jitjax.sample(on_host, "a red circle", **SETTINGS)
+    settings = SETTINGS | {"plan": TWO_STAGES}
+    expected = jitjax.sample(small, "a red circle", **settings)
+    got = jitjax.sample(on_host, "a red circle", **settings)
     np.testing.assert_array_equal(got, expected)
 
 

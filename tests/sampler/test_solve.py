@@ -236,10 +236,8 @@ def test_every_option_runs_and_ignores_padding(option):
     scores = jnp.asarray(np.random.default_rng(5).uniform(size=(2, N)).astype(np.float32))
     plain = solve(plan, random_scores=scores)
     assert np.isfinite(plain).all()
-    # With the padding of another test, whose programs it then runs.
-    padded = solve(
-        plan.replace(pad_to=16), random_scores=scores, nan_in_padding=True, text_tokens=5
-    )
+    options = {"random_scores": scores, "nan_in_padding": True}
+    padded = solve(plan.replace(pad_to=16), text_tokens=5, **options)  # as in another test
     np.testing.assert_allclose(padded, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -279,9 +277,7 @@ def test_activation_random_follows_the_random_scores():
 @pytest.mark.parametrize("plan", [PLAN.replace(pad_to=32), slow(Plan(5))])
 @pytest.mark.parametrize("progress", [None, lambda done: None])
 def test_trace_agrees_with_the_solve_and_does_not_change_it(plan, progress):
-    plain = solve(plan, counted=True)  # which other tests compile, too
-    jax.block_until_ready(plain)
-    jax.effects_barrier()
+    plain = solve(plan)
     COUNT.clear()
     got, trace = solve(plan, trace=True, progress=progress, counted=True)
     jax.block_until_ready(trace)
