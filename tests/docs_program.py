@@ -9,6 +9,7 @@ that no package contains ("flux-canny", ...) are `tiny` with another random tran
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def write_inputs() -> None:
 
 def main(page: Path) -> None:
     """Run the blocks of a page."""
+    gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of them in cycles
     jitjax.load = load_small
     matplotlib.use("Agg")
     write_inputs()

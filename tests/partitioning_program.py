@@ -281,12 +281,12 @@ def check_quantised_pictures(folder: Path) -> None:
         one = jitjax.load(folder, quantise=kind)
         divided = jitjax.load(folder, quantise=kind, mesh=make_mesh(2, 2, 2))
         expected, tokens = (
-            jitjax.denoise(params, jitjax.encode_prompt(params, PROMPTS), noise, plan=DENSE)
-            for params in (one, divided)
+            jitjax.denoise(given, jitjax.encode_prompt(given, PROMPTS), noise, plan=DENSE)
+            for given in (one, divided)
         )
         np.testing.assert_allclose(tokens, expected, atol=TOLERANCE, err_msg=kind)
         stacks = [
-            params.transformer["single_blocks"]["mlp_up"]["kernel"] for params in (one, divided)
+            given.transformer["single_blocks"]["mlp_up"]["kernel"] for given in (one, divided)
         ]
         assert device_bytes(stacks[0].values) == 4 * device_bytes(stacks[1].values), kind
 
