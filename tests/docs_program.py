@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -61,6 +62,8 @@ def main(page: Path) -> None:
         above = "\n" * text.count("\n", 0, block.start(1))  # for the line numbers of tracebacks
         exec(compile(above + block[1], str(page), "exec"), names)
         blocks += 1
+    importlib.import_module("jitjax.cli")
+    assert not {"torch", "diffusers"} & set(sys.modules), "torch is imported, which users need not"
     print(blocks, "blocks")
 
 

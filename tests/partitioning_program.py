@@ -130,7 +130,7 @@ def expected_t5_bytes(fsdp: int, model: int) -> int:
 
 
 def check_pictures(folder: Path, params: FluxParams) -> None:
-    """Each axis with all eight devices; bytes of each part.
+    """Each axis with all eight devices, and bytes of each part; a mesh of one device.
 
     With one step on all tokens: `check_all_axes` has stages, where the batch is divided and where
     it is not.
@@ -148,6 +148,9 @@ def check_pictures(folder: Path, params: FluxParams) -> None:
         for part in ("clip", "autoencoder"):
             whole = device_bytes(getattr(params, part))
             assert device_bytes(getattr(divided, part)) == whole, (name, part)
+    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "model"), devices=jax.devices()[:1])
+    images = jitjax.sample(jitjax.load(folder, mesh=one), PROMPTS, key=KEY, **options)
+    np.testing.assert_array_equal(images, expected, err_msg="a mesh of one device")
 
 
 def check_all_axes(folder: Path, params: FluxParams) -> None:
