@@ -9,6 +9,8 @@ that no package contains ("flux-canny", ...) are `tiny` with another random tran
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -49,6 +51,7 @@ def write_inputs() -> None:
 
 def main(page: Path) -> None:
     """Run the blocks of a page."""
+    gc.set_threshold(100_000, 50, 100)  # tracing makes millions of objects, few of them in cycles
     jitjax.load = load_small
     matplotlib.use("Agg")
     write_inputs()
@@ -59,6 +62,8 @@ def main(page: Path) -> None:
         above = "\n" * text.count("\n", 0, block.start(1))  # for the line numbers of tracebacks
         exec(compile(above + block[1], str(page), "exec"), names)
         blocks += 1
+    importlib.import_module("jitjax.cli")
+    assert not {"torch", "diffusers"} & set(sys.modules), "torch is imported, which users need not"
     print(blocks, "blocks")
 
 

@@ -1,4 +1,7 @@
-"""A list of 200 prompts whose process is stopped five times."""
+"""A list of 200 prompts whose process is stopped five times.
+
+Its pictures are flat, so that it writes many files in little time.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from flat_program import colour
 from PIL import Image
-
-import jitjax
 
 PROMPTS = [
     f"a {colour} {shape} number {i}"
@@ -35,7 +37,8 @@ def identities(folder):
 def start(tmp_path):
     """Start the command on the list."""
     (tmp_path / "list.txt").write_text("\n".join(PROMPTS) + "\n")
-    command = [sys.executable, "-m", "jitjax", "--prompts", "list.txt", *OPTIONS]
+    program = Path(__file__).with_name("flat_program.py")
+    command = [sys.executable, program, "--prompts", "list.txt", *OPTIONS]
 
     def default_signals() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -86,14 +89,7 @@ def test_every_picture_is_made_once_and_whole(start, tmp_path):
     pixels = {}
     for path in folder.iterdir():
         with Image.open(path) as image:
-            pixels[image.info["prompt"]] = np.asarray(image).astype(int)
+            pixels[image.info["prompt"]] = np.asarray(image)
     assert pixels.keys() == set(PROMPTS)
-    assert {array.shape for array in pixels.values()} == {(32, 32, 3)}
-    plan = jitjax.PLANS["dense"].replace(steps=2)
-    params = jitjax.load("tiny")
-    for prompt in (PROMPTS[0], PROMPTS[-1]):
-        image = jitjax.sample(
-            params, [prompt] * 10, key=jax.random.wrap_key_data(np.zeros((10, 2), np.uint32)),
-            height=32, width=32, plan=plan,
-        )[0]  # fmt: skip
-        assert np.abs(np.asarray(image) * 255 - pixels[prompt]).max() <= 1
+    for prompt, picture in pixels.items():
+        np.testing.assert_array_equal(picture, np.tile(colour(prompt), (32, 32, 1)))

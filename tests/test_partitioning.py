@@ -180,13 +180,3 @@ def test_arguments_of_load():
             check_mesh(mesh, {})
     with pytest.raises(ValueError, match="mesh and sharding are both given"):
         jitjax.load("tiny", mesh=one, sharding=NamedSharding(one, P()))
-
-
-@pytest.mark.slow
-def test_a_mesh_of_one_device_changes_nothing(small, tmp_path):
-    jitjax.save(small, tmp_path / "saved")
-    params = jitjax.load(tmp_path / "saved", mesh=mesh_of(data=1, fsdp=1, model=1))
-    plain = jitjax.load(tmp_path / "saved")
-    options = {"key": jax.random.key(0), "plan": jitjax.Plan(2), "height": 64, "width": 64}
-    images = jitjax.sample(params, "a ring", **options)
-    np.testing.assert_array_equal(images, jitjax.sample(plain, "a ring", **options))
