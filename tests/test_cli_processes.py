@@ -254,6 +254,20 @@ def test_streams(environment, tmp_path, script, command):
         assert image.text["prompt"] == "ein grüner Kreis"
 
 
+def test_no_file_gets_the_number_of_a_closed_stream(environment):
+    """Or what libraries print would be written into it."""
+    program = """
+import sys
+sys.argv[0] = "jitjax"
+import jitjax
+with open(sys.executable) as file:
+    sys.exit(file.fileno() < 3)
+"""
+    command = [sys.executable, "-c", program]
+    done = shell('"$@" >&- 2>&- <&-', environment=environment, command=command)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("script", "status"),
     [('"$@" > /dev/full', 2), ('set -o pipefail; "$@" | true', 0), ('"$@" >&-', 0)],
