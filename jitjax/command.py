@@ -237,6 +237,14 @@ class _Unbreakable:
             self._stream.flush()
 
 
+def _give_up(stream: Any) -> None:
+    """Send what is left for a standard stream nowhere, or Python fails at it when it ends."""
+    if any(stream is standard for standard in (sys.__stdout__, sys.__stderr__)):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
     """Give libraries a standard error that exists and takes everything."""
@@ -249,6 +257,13 @@ def _streams() -> Iterator[None]:
         sys.stderr = original
         if original is None:
             stream.close()
+        else:
+            try:
+                stream.flush()
+            except OSError:
+                _give_up(stream)
+            except ValueError:  # it is closed
+                pass
 
 
 @contextlib.contextmanager
@@ -300,8 +315,7 @@ def write_line(text: str, stream: Any) -> None:
         stream.write(_encodable(text, stream) + "\n")
         stream.flush()
     except OSError as error:
-        if stream is sys.__stdout__:  # else Python complains about the same when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _give_up(stream)
         if not isinstance(error, BrokenPipeError):
             raise
 

@@ -24,6 +24,9 @@ from tqdm import tqdm
 import jitjax
 from jitjax import cli
 
+SECONDS = 0.1
+"""Of a step, so that a list takes long enough to be stopped amid it."""
+
 
 def colour(prompt: str) -> np.ndarray:
     """Return the colour of a prompt's picture, [3], uint8."""
@@ -45,7 +48,7 @@ def flat_pictures(
     hidden = progress is not True or sys.stderr is None
     with tqdm(total=plan.steps, unit="step", disable=hidden) as bar:
         for _ in range(plan.steps):
-            time.sleep(0.01)
+            time.sleep(SECONDS)
             (progress if callable(progress) else bar.update)(1)
     colours = np.stack([colour(prompt) for prompt in prompts]).astype(np.float32) / 255
     return np.broadcast_to(colours[:, None, None], (len(prompts), height, width, 3))

@@ -30,7 +30,9 @@ FLAT = [sys.executable, str(FLAT_PROGRAM)]
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """The environment of the commands, with the compilation cache that all tests share."""
-    return os.environ | {"PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    environment.pop("PYTHONUNBUFFERED", None)  # with it no text waits for the end of a command
+    return environment
 
 
 def run(*arguments, environment, command=COMMAND, **options) -> subprocess.CompletedProcess[str]:
