@@ -47,7 +47,7 @@ def test_matches_the_authors_program(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pad_to"), zip(build.RECORDINGS, (64, 128), strict=True))
+@pytest.mark.parametrize(("name", "pad_to"), list(zip(build.RECORDINGS, (64, 128), strict=True)))
 def test_padding_does_not_change_the_result(params, name, pad_to):
     arrays = replay.read_recording(build.HERE / f"{name}.npz")
     plan = replay.recorded_plan(arrays).replace(pad_to=pad_to)
