@@ -22,15 +22,8 @@ TWO_STAGES = Plan(2, (0.5, 1.0), (0.5, 1.0))
 
 
 @pytest.fixture(scope="module")
-def folder(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    jitjax.save(small, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def on_host(folder):
-    return jitjax.load(folder, low_memory=True)
+def on_host(saved):
+    return jitjax.load(saved, low_memory=True)
 
 
 def part_bytes(params, *parts):
@@ -77,10 +70,10 @@ def peak(monkeypatch, load):
 
 
 @pytest.mark.slow
-def test_the_device_holds_the_largest_part_and_not_the_sum(small, folder, monkeypatch):
+def test_the_device_holds_the_largest_part_and_not_the_sum(small, saved, monkeypatch):
     """`jax.live_arrays` counts all arrays; states and embeddings are the slack."""
-    low = peak(monkeypatch, lambda: jitjax.load(folder, low_memory=True))
-    naive = peak(monkeypatch, lambda: jitjax.load(folder))
+    low = peak(monkeypatch, lambda: jitjax.load(saved, low_memory=True))
+    naive = peak(monkeypatch, lambda: jitjax.load(saved))
     parts = [part_bytes(small, "t5", "clip"), *(part_bytes(small, p) for p in PARTS[::3])]
     slack = 40_000
     assert slack < min(sum(parts) - max(parts), max(parts)) / 2
@@ -117,15 +110,15 @@ def test_each_function_alone(small, on_host):
 
 
 @pytest.mark.slow
-def test_dtype_and_sharding_of_load(folder):
+def test_dtype_and_sharding_of_load(saved):
     device = jax.local_devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     options = {"dtype": "bfloat16", "parts": ("clip",)}
-    params = jitjax.load(folder, low_memory=True, sharding=sharding, **options)
+    params = jitjax.load(saved, low_memory=True, sharding=sharding, **options)
     for leaf in jax.tree.leaves(params):
         assert leaf.dtype == jnp.bfloat16
         assert leaf.sharding == sharding.with_memory_kind(offload.HOST)
-    expected = jitjax.load(folder, **options)
+    expected = jitjax.load(saved, **options)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
