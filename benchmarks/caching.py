@@ -47,8 +47,7 @@ from scipy.special import betaincinv
 
 import jitjax
 from benchmarks.caching_sampler import CachingPlan, solve, with_steps
-from benchmarks.gaussian import draw_anchors as draw_first
-from benchmarks.gaussian import linear_map, token_evaluations
+from benchmarks.gaussian import jitted_first_anchors, linear_map, token_evaluations
 from benchmarks.gaussian_field import Field, LinearMap, ideal_velocity
 from benchmarks.quality import flops
 from benchmarks.quality.judging import judge_image, similarity
@@ -159,7 +158,9 @@ def _name(plan: CachingPlan) -> str:
 
 def draw_anchors(plan: CachingPlan, grid: Grid, batch: int, seed: int) -> Int[Array, "b k"]:
     """Draw a plan's anchors: a strided layout, thinned at random; the same for all of a batch."""
-    index = draw_first(jax.random.key(seed), grid, plan.budget(grid[0] * grid[1]), layout="strided")
+    index = jitted_first_anchors(
+        jax.random.key(seed), grid, plan.budget(grid[0] * grid[1]), layout="strided"
+    )
     return jnp.broadcast_to(index, (batch, *index.shape))
 
 

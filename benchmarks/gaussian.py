@@ -55,8 +55,10 @@ CHANNELS = 16
 SOLVERS = ("euler", "multistep")
 """Values of `Plan.solver` that every plan is judged with."""
 
-draw_anchors = jax.jit(first_anchors, static_argnums=(1, 2), static_argnames=("layout", "fill"))
-"""`first_anchors` as one program."""
+jitted_first_anchors = jax.jit(
+    first_anchors, static_argnums=(1, 2), static_argnames=("layout", "fill")
+)
+"""`first_anchors` as one program, instead of one for each of its operations."""
 
 BANDS = {"low": (0, 2), "mid": (3, 6), "high": (7, None)}
 """First and last frequency of each band, in whole waves per picture."""
@@ -88,7 +90,9 @@ def solve(
     with jax.enable_x64(True):
         if budget < field.tokens:
             fill, activation = jax.random.split(jax.random.key(seed))
-            anchors = draw_anchors(fill, field.grid, budget, layout=plan.first, fill=plan.fill)
+            anchors = jitted_first_anchors(
+                fill, field.grid, budget, layout=plan.first, fill=plan.fill
+            )
             scores = jax.random.uniform(activation, (field.tokens,))
             anchors, scores = (
                 jnp.broadcast_to(x, (noise.shape[0], *x.shape)) for x in (anchors, scores)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from benchmarks.gaussian import FLUX_SHIFT, draw_anchors  # isort: skip  (before NumPy: it sets BLAS's threads)
+from benchmarks.gaussian import FLUX_SHIFT, jitted_first_anchors  # isort: skip  (before NumPy: it sets BLAS's threads)
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def _anchors(
     """Return the token indices of each stage's anchors; of all tokens in order for a dense one."""
     n = side**2
     key, _ = jax.random.split(jax.random.key(seed))
-    index = np.asarray(draw_anchors(key, (side, side), budgets[0], layout=first, fill=fill))
+    index = np.asarray(jitted_first_anchors(key, (side, side), budgets[0], layout=first, fill=fill))
     scores = np.array(fixed_grid_scores(1, (side, side))[0])
     stages = []
     for budget in budgets:

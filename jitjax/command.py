@@ -238,7 +238,10 @@ class _Unbreakable:
 
 
 def _give_up(stream: Any) -> None:
-    """Send what is left for a standard stream nowhere, or Python fails at it when it ends."""
+    """Point a standard stream that cannot be written to the null device.
+
+    Otherwise Python writes what is left when it ends, fails again, and exits with status 120.
+    """
     if any(stream is standard for standard in (sys.__stdout__, sys.__stderr__)):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -27,9 +27,10 @@ STEPS = 4
 def llvm_optimises():
     """Programs are optimised, as for users; the other tests compile in less time."""
     jax.clear_caches()
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
 
 
