@@ -269,11 +269,14 @@ def _as_picture(name: str, image: Any) -> Float[np.ndarray, "h w 3"]:
 
 
 def _decode(params: FluxParams, tokens: Array, grid: Grid) -> Float[np.ndarray, "k h w 3"]:
-    parts = [
-        np.asarray(decode(params, tokens[i : i + DECODED_AT_ONCE], grid=grid))
-        for i in range(0, len(tokens), DECODED_AT_ONCE)
-    ]
-    return np.clip(np.concatenate(parts), 0, 1)
+    pictures: list[np.ndarray] = []
+    count = min(len(tokens), DECODED_AT_ONCE)
+    for end in range(count, len(tokens) + count, count):
+        # The last piece begins earlier, or another program would be compiled for what is left.
+        first = min(end, len(tokens)) - count
+        piece = np.asarray(decode(params, tokens[first : first + count], grid=grid))
+        pictures.extend(piece[len(pictures) - first :])
+    return np.clip(np.stack(pictures), 0, 1)
 
 
 def _active(trace: Trace, grid: Grid, stage: int, sample: int) -> Bool[np.ndarray, "rows columns"]:

@@ -204,35 +204,43 @@ def velocity_program(folder: Path, *sizes: int, batch: int = BATCH) -> list[Coll
     return collectives(compiled.as_text() or "")
 
 
-def check_programs(folder: Path) -> None:
-    """Which exchanges there are, and how large their results are on one device."""
-    h, tokens = HIDDEN, 16 + CONFIG.text_length
-    kernels = 2 * (3 + 1 + 4 + 4) * h**2 + (3 + 4 + 5) * h**2  # of a block of each kind
-    vectors = (2 * 6 + 3) * h  # per sample
-    out = 5 * h**2
+TOKENS = 16 + CONFIG.text_length
+ALL_KERNELS = (2 * (3 + 1 + 4 + 4) + (3 + 4 + 5)) * HIDDEN**2  # of a block of each kind
+VECTORS = (2 * 6 + 3) * HIDDEN  # per sample
+OUT = 5 * HIDDEN**2
+"""Elements of the largest kernel of one block."""
 
-    for batch in (BATCH, 1):
-        found = velocity_program(folder, 1, 8, 1, batch=batch)
-        in_loop = [c for c in found if c.in_loop]
-        assert {c.kind for c in in_loop} == {"all-gather"}, in_loop
-        assert total(in_loop, "all-gather") == kernels + batch * vectors, in_loop
-        assert max(c.elements for c in in_loop) == out, in_loop  # the largest kernel of one block
-        assert all(c.elements <= BATCH * 2 * h for c in found if not c.in_loop), found
 
+def check_fsdp_program(folder: Path, batch: int = BATCH) -> None:
+    """Each block's kernels are gathered in the loop over the blocks, and nothing else is."""
+    found = velocity_program(folder, 1, 8, 1, batch=batch)
+    in_loop = [c for c in found if c.in_loop]
+    assert {c.kind for c in in_loop} == {"all-gather"}, in_loop
+    assert total(in_loop, "all-gather") == ALL_KERNELS + batch * VECTORS, in_loop
+    assert max(c.elements for c in in_loop) == OUT, in_loop
+    assert all(c.elements <= BATCH * 2 * HIDDEN for c in found if not c.in_loop), found
+
+
+def check_model_program(folder: Path) -> None:
+    """The sums after the output projections: attention and MLP of either stream, and the single."""
     found = velocity_program(folder, 1, 1, 8)
     in_loop = [c for c in found if c.in_loop]
-    # The sums after the output projections: attention and MLP of either stream, and the single one.
-    assert total(in_loop, "all-reduce") == (2 + 1) * BATCH * tokens * h, in_loop
-    assert total(in_loop, "all-gather") == BATCH * vectors, in_loop
-    assert total(in_loop, "all-to-all") == out // 8, in_loop  # columns for rows: a device's share
+    assert total(in_loop, "all-reduce") == (2 + 1) * BATCH * TOKENS * HIDDEN, in_loop
+    assert total(in_loop, "all-gather") == BATCH * VECTORS, in_loop
+    assert total(in_loop, "all-to-all") == OUT // 8, in_loop  # columns for rows: a device's share
     assert {c.kind for c in in_loop} == {"all-reduce", "all-gather", "all-to-all"}, in_loop
-    assert all(c.elements <= BATCH * 2 * h for c in found if not c.in_loop), found
+    assert all(c.elements <= BATCH * 2 * HIDDEN for c in found if not c.in_loop), found
+
+
+def check_other_programs(folder: Path) -> None:
+    """One sample over eight devices, all axes at once, and data alone."""
+    check_fsdp_program(folder, batch=1)
 
     found = velocity_program(folder, 2, 2, 2)
     in_loop = [c for c in found if c.in_loop]
-    assert total(in_loop, "all-reduce") == (2 + 1) * (BATCH // 4) * tokens * h, in_loop
-    assert total(in_loop, "all-gather") == kernels // 2 + BATCH * vectors, in_loop
-    assert total(in_loop, "all-to-all") == out // 2, in_loop
+    assert total(in_loop, "all-reduce") == (2 + 1) * (BATCH // 4) * TOKENS * HIDDEN, in_loop
+    assert total(in_loop, "all-gather") == ALL_KERNELS // 2 + BATCH * VECTORS, in_loop
+    assert total(in_loop, "all-to-all") == OUT // 2, in_loop
 
     assert not [c for c in velocity_program(folder, 8, 1, 1) if c.in_loop]
 
@@ -339,7 +347,9 @@ def main() -> None:
         checks = {
             "pictures": lambda: check_pictures(folder, params),
             "all axes": lambda: check_all_axes(folder, params),
-            "programs": lambda: check_programs(folder),
+            "fsdp program": lambda: check_fsdp_program(folder),
+            "model program": lambda: check_model_program(folder),
+            "other programs": lambda: check_other_programs(folder),
             "quantised": check_quantised,
             "quantised pictures": lambda: check_quantised_pictures(folder),
             "gradients": lambda: check_gradients(folder, params),

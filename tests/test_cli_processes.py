@@ -129,7 +129,8 @@ def test_signals_leave_nothing_half_written(environment, tmp_path, signum, text,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("option", "name"), [("--animate", "b.webp"), slow("--trace", "b.png")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "name"), [("--animate", "b.webp"), ("--trace", "b.png")])
 def test_ctrl_c_while_the_trace_is_written(environment, tmp_path, option, name):
     program = SLOW_WRITER.format(wait=WAIT, saves=2)
     command = [sys.executable, "-c", program, *QUICK, "-o", "a.png", option, name]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 
+import flat_program
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,6 +35,14 @@ def run(tmp_path, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run_list
+
+
+@pytest.fixture
+def flat(monkeypatch) -> None:
+    """Pictures are flat, which takes no programs."""
+    for name in ("encode_prompt", "sample"):
+        monkeypatch.setattr(jitjax, name, getattr(jitjax, name))  # to be as before at the end
+    flat_program.install()
 
 
 @pytest.fixture
@@ -87,7 +96,7 @@ def test_pictures_are_those_of_single_prompts(run, tmp_path, capsys):
     assert np.abs(pictures(tmp_path / "q")["a blue star 8"][0] - pixels).max() <= 1
 
 
-def test_lines_of_equal_size_and_plan_are_made_together(run, tmp_path, batches):
+def test_lines_of_equal_size_and_plan_are_made_together(run, tmp_path, flat, batches):
     lines = [json.dumps({"prompt": f"star {i}", "size": "48x32"} | more) for i, more in
              enumerate([{}, {"size": 32}, {}, {"seed": 3}, {"size": "32"}, {}, {"plan": "dense"},
                         {"prompt": "star 0", "seed": 0}, {"size": 32}])]  # fmt: skip

@@ -27,7 +27,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_the_files_show_the_run(capsys, small, saved, tmp_path, monkeypatch):
+def test_the_files_show_the_run(capsys, saved, tmp_path, monkeypatch):
     traces = []
     sample = jitjax.sample
 
@@ -44,7 +44,7 @@ def test_the_files_show_the_run(capsys, small, saved, tmp_path, monkeypatch):
     assert out.splitlines()[1:] == [f"{png}: the trace", f"{gif}: the animation"]
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
     expected = io.BytesIO()
-    viz.show_trace(small, traces[0], (4, 3)).savefig(expected, format="png")
+    viz.show_trace(jitjax.load(saved), traces[0], (4, 3)).savefig(expected, format="png")
     np.testing.assert_array_equal(Image.open(png), Image.open(expected))
     with Image.open(gif) as image:
         assert image.size == (48 * 6, 64 * 6)  # enlarged to at least 384 rows

@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_runs import PROMPTS, SIZE, SPARSE
 
 import jitjax
-from jitjax.sampler.plan import Plan
-
-PLAN = Plan(2, (0.5, 1.0), (0.5, 1.0), microflow="hit")
-PROMPTS = ["a large red circle", "a small blue square"]
 
 
 @pytest.fixture(scope="module")
 def compiled(small):
-    return jitjax.compile(small, plan=PLAN, height=64, width=96, batch=2)
+    return jitjax.compile(small, plan=SPARSE, batch=2, **SIZE)
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def compilations():
 def test_result_equals_sample(small, compiled):
     key, guidance = jax.random.key(3), jnp.asarray([2.0, 4.0])
     got = compiled(PROMPTS, key=key, guidance=guidance)
-    options = {"plan": PLAN, "height": 64, "width": 96, "guidance": guidance}
+    options = {"plan": SPARSE, "guidance": guidance, **SIZE}
     expected = jitjax.sample(small, PROMPTS, key=key, **options)
     assert got.dtype == jnp.float32
     # One program for all rounds differently from one per stage.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_runs
 from safetensors.numpy import load_file, save_file
 
 import jitjax
@@ -49,7 +50,7 @@ def test_narrow_embeddings_are_widened_exactly(tmp_path, dtype):
 
 
 def test_a_picture_of_a_file_is_that_of_its_prompts(small, tmp_path):
-    settings = {"key": jax.random.key(0), "height": 32, "width": 32, "plan": jitjax.Plan(1)}
+    settings = {"key": jax.random.key(0), "plan": shared_runs.DENSE, **shared_runs.SIZE}
     encoded = jitjax.encode_prompt(small, ["a red circle", "blue"])
     encoded.save(tmp_path / "a.safetensors")
     loaded = Conditioning.load(tmp_path / "a.safetensors")

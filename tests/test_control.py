@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import build
+from shared_runs import DENSE, GRID, HEIGHT, PROMPTS, SPARSE, WIDTH
 
 import jitjax
 from jitjax.denoise import batch_keys
@@ -19,14 +20,11 @@ from jitjax.sampler.grid import positions
 from jitjax.sampler.plan import Plan
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-PROMPT = "a large red circle"
-GRID = (2, 4)
-DENSE = Plan(2, schedule="shifted")
-SPARSE = Plan(2, (0.5, 1.0), (0.5, 1.0))
+PROMPT = PROMPTS[0]
 ONE_STEP = Plan(1)
 """For gradients, whose compilation takes long."""
 KEY = jax.random.key(0)
-MASK = np.zeros((1, 32, 64), np.float32)
+MASK = np.zeros((1, HEIGHT, WIDTH), np.float32)
 MASK[:, 5:20, 30:47] = 1
 
 
@@ -42,7 +40,7 @@ def fill(small):
 
 @pytest.fixture(scope="module")
 def text(small):
-    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+    return jitjax.encode_prompt(small, PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def control():
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    return np.random.default_rng(0).uniform(0, 1, (2, 32, 64, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(0, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
 
 
 ANCHORS = np.array([[7, 0, 2], [1, 6, 3]])
@@ -195,11 +193,10 @@ def test_fill_keeps_what_is_outside_the_mask(fill, text, pictures):
 
 @pytest.mark.slow
 def test_fill_in_chunks_with_a_mask_for_all(fill, pictures):
-    prompts = [PROMPT, "a small blue square"]
     options: Any = {"key": KEY, "plan": DENSE, "strength": 0.5}
-    shared = jitjax.sample(fill, prompts, image=pictures[:1], mask=MASK > 0, **options)
+    shared = jitjax.sample(fill, PROMPTS, image=pictures[:1], mask=MASK > 0, **options)
     masks = MASK.repeat(2, axis=0)
-    chunked = jitjax.sample(fill, prompts, image=pictures, mask=masks, chunk=1, **options)
+    chunked = jitjax.sample(fill, PROMPTS, image=pictures, mask=masks, chunk=1, **options)
     np.testing.assert_allclose(chunked[0], shared[0], atol=1e-4)
     np.testing.assert_array_equal(chunked[1][MASK[0] == 0], pictures[1][MASK[0] == 0])
     # A mask that is 1 everywhere is allowed: the model is shown nothing of the picture.

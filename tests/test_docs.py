@@ -116,13 +116,19 @@ def test_fields_are_described(name):
     assert sections(cls).get("Attributes", set()) == fields
 
 
-def test_examples_in_docstrings():
+def examples(name: str) -> list[doctest.DocTest]:
+    """Return the examples of a public name, and of the methods of a class."""
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(public(name)), exclude_empty=True)
     names = {"jax": jax, "jnp": jnp, "jitjax": jitjax}
+    found = finder.find(public(name), name, module=False, globs=names)
+    return [test for test in found if test.examples]
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTED + VIZ if examples(name)])
+def test_examples_in_docstrings(name):
     runner = doctest.DocTestRunner()
-    for name in DOCUMENTED + VIZ:
-        finder = doctest.DocTestFinder(recurse=inspect.isclass(public(name)))
-        for test in finder.find(public(name), name, module=False, globs=dict(names)):
-            runner.run(test)
+    for test in examples(name):
+        runner.run(test)
     assert runner.summarize().attempted > 0
     assert runner.summarize().failed == 0
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_runs
+from shared_runs import GRID, HEIGHT, PROMPTS, SIZE, WIDTH
 
 import jitjax
 from jitjax.denoise import batch_keys, flux_sigmas
@@ -15,7 +17,7 @@ from jitjax.sampler.entry import enter_plan, first_step
 from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.schedule import beta_sigmas
 
-PROMPT = "a large red circle"
+PROMPT = PROMPTS[0]
 DENSE = Plan(4, schedule="shifted")
 SPARSE = Plan(5, (0.5, 0.75, 1.0), (0.4, 0.6, 1.0))
 """Stages of 2, 1 and 2 steps."""
@@ -23,7 +25,7 @@ SPARSE = Plan(5, (0.5, 0.75, 1.0), (0.4, 0.6, 1.0))
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return np.random.default_rng(0).uniform(0, 1, (2, 32, 64, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(0, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +90,14 @@ def test_every_entry_of_every_named_plan(small):
 
 
 @pytest.mark.parametrize(
-    "plan", [DENSE, pytest.param(SPARSE, marks=pytest.mark.slow)], ids=["dense", "sparse"]
+    "plan",
+    [shared_runs.DENSE, pytest.param(SPARSE, marks=pytest.mark.slow)],
+    ids=["dense", "sparse"],
 )
 def test_strength_1_is_plain_sampling(small, images, plan):
     key = jax.random.key(0)
-    expected = jitjax.sample(small, PROMPT, key=key, plan=plan, height=32, width=64)
-    got = jitjax.sample(small, PROMPT, key=key, plan=plan, image=images[:1], strength=1.0)
+    expected = jitjax.sample(small, PROMPTS, key=key, plan=plan, **SIZE)
+    got = jitjax.sample(small, PROMPTS, key=key, plan=plan, image=images, strength=1.0)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -101,32 +105,35 @@ def test_strength_1_is_plain_sampling(small, images, plan):
     "plan",
     [
         pytest.param(DENSE, marks=pytest.mark.slow),
-        SPARSE,
+        # Its second step is the first, on some of the tokens; then two steps on all.
+        shared_runs.SPARSE.replace(steps=4, microflow="blend", microflow_noise="fresh"),
+        pytest.param(SPARSE, marks=pytest.mark.slow),
         pytest.param(
             SPARSE.replace(microflow_noise="initial", solver="multistep"), marks=pytest.mark.slow
         ),
     ],
-    ids=["dense", "sparse", "initial noise"],
+    ids=["dense", "sparse", "three stages", "initial noise"],
 )
 def test_sample_is_encode_mix_denoise_decode(small, images, plan):
-    key, strength = jax.random.key(5), 0.8
-    got = jitjax.sample(small, PROMPT, key=key, plan=plan, image=images[:1], strength=strength)
-    noise_key, denoise_key = jax.random.split(batch_keys(key, 1)[0])
-    noise = jax.random.normal(noise_key, (1, 8, 64))
-    entered = jitjax.plan_at_strength(plan, strength, grid=(2, 4), config=small.config)
+    key, strength = jax.random.key(5), 0.7
+    got = jitjax.sample(small, PROMPTS, key=key, plan=plan, image=images, strength=strength)
+    noise_keys, denoise_keys = jax.vmap(jax.random.split, out_axes=1)(batch_keys(key, 2))
+    noise = jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key in noise_keys])
+    entered = jitjax.plan_at_strength(plan, strength, grid=GRID, config=small.config)
+    assert entered.steps == plan.steps - 1
     sigma = flux_sigmas(plan, 8, small.config)[plan.steps - entered.steps]
-    start = (1 - sigma) * jitjax.encode(small, images[:1]) + sigma * noise
+    start = (1 - sigma) * jitjax.encode(small, images) + sigma * noise
     tokens = jitjax.denoise(
         small,
-        jitjax.encode_prompt(small, PROMPT),
+        jitjax.encode_prompt(small, PROMPTS),
         start,
         plan=entered,
-        grid=(2, 4),
-        key=denoise_key[None],
+        grid=GRID,
+        key=denoise_keys,
         # "initial" is the noise, and not the first state.
         microflow_noise=noise if plan.microflow_noise == "initial" else None,
     )
-    expected = jitjax.decode(small, tokens, grid=(2, 4))
+    expected = jitjax.decode(small, tokens, grid=GRID)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_runs
 
 import jitjax
 from jitjax.denoise import batch_keys, flux_sigmas
@@ -20,7 +21,6 @@ from jitjax.sampler.plan import PLANS, Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.task import check_task, plan_and_inputs
 
-PROMPT = "a large red circle"
 DENSE = Plan(3, schedule="shifted")
 SPARSE = Plan(3, (0.25, 0.75, 1.0), (0.4, 0.7, 1.0), pad_to=4)
 HEIGHT, WIDTH = 64, 96
@@ -320,7 +320,7 @@ JIT = SPARSE.replace(solver="multistep")
 
 @pytest.fixture(scope="module")
 def texts(small) -> jitjax.Conditioning:
-    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+    return jitjax.encode_prompt(small, shared_runs.PROMPTS)
 
 
 def one_of(texts: jitjax.Conditioning, i: int) -> jitjax.Conditioning:
@@ -369,6 +369,7 @@ def test_keys_chunks_and_progress(small, images, texts):
     assert calls == [1] * 6
 
 
+@pytest.mark.slow
 def test_a_known_mask_under_jit_runs_on_its_anchors(small, images, texts):
     """The mask is closed over; the picture and the key are traced. One of each for all prompts."""
 
@@ -403,15 +404,16 @@ def test_inpainting_under_vmap_and_grad(small, images, texts):
 
 
 def test_a_mask_of_ones_is_sampling_without_one(small, images, texts):
-    ones = np.ones((2, HEIGHT, WIDTH, 1), bool)
-    options = {"key": KEY, "plan": DENSE}
-    plain = jitjax.sample(small, texts, height=HEIGHT, width=WIDTH, **options)
+    images = images[:, : shared_runs.HEIGHT, : shared_runs.WIDTH]
+    ones = np.ones((*images.shape[:3], 1), bool)
+    options = {"key": KEY, "plan": shared_runs.DENSE}
+    plain = jitjax.sample(small, texts, **shared_runs.SIZE, **options)
     got = jitjax.sample(small, texts, image=images, mask=ones, **options)
     np.testing.assert_array_equal(got, plain)  # the strength is 1 by default
 
     def prepared(**task):
         given = check_task(task, None, None, small.config)[0]
-        return plan_and_inputs(given, SPARSE, GRID, 2, small.config)
+        return plan_and_inputs(given, SPARSE, shared_runs.GRID, 2, small.config)
 
     task = {"image": images, "strength": 0.7}
     assert prepared(**task, mask=ones) == prepared(**task)
@@ -470,12 +472,12 @@ def test_errors_before_any_model_runs(small, images, monkeypatch, change, error,
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"image": images, "mask": SMALL, "key": jax.random.key(0)} | change
     with pytest.raises(error, match=message):
-        jitjax.sample(small, [PROMPT] * 2, **arguments)
+        jitjax.sample(small, shared_runs.PROMPTS, **arguments)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_denoise_names_what_does_not_fit(small, images):
-    text, noise = jitjax.encode_prompt(small, PROMPT), jnp.zeros((1, N, 64))
+    text, noise = jitjax.encode_prompt(small, "a star"), jnp.zeros((1, N, 64))
     mask = mask_tokens(SMALL, small.config)
     with pytest.raises(ValueError, match="mask is given, but clean is None"):
         jitjax.denoise(small, text, noise, plan=DENSE, grid=GRID, mask=mask)

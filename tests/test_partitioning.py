@@ -37,10 +37,17 @@ def full_size_shapes(*parts: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(
     "checks",
     [
-        pytest.param(["programs"], id="programs"),
+        pytest.param(["fsdp program", "model program"], id="programs"),
         pytest.param(
-            ["pictures", "all axes", "quantised", "quantised pictures", "gradients"],
-            id="pictures, quantised, gradients",
+            [
+                "other programs",
+                "pictures",
+                "all axes",
+                "quantised",
+                "quantised pictures",
+                "gradients",
+            ],
+            id="other programs, pictures, quantised, gradients",
             marks=pytest.mark.slow,
         ),
     ],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import build
+from shared_runs import DENSE, GRID, PROMPTS, SIZE, SPARSE
 
 import jitjax
 from jitjax.denoise import batch_keys
@@ -20,10 +21,7 @@ from jitjax.sampler.plan import Plan
 from jitjax.task import check_task
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-PROMPT = "a large red circle"
-GRID, OWN = (2, 4), (3, 2)
-DENSE = Plan(2, schedule="shifted")
-SPARSE = Plan(2, (0.5, 1.0), (0.5, 1.0))
+OWN = (3, 2)
 ONE_STEP = Plan(1)
 """For gradients, whose compilation takes long."""
 KEY = jax.random.key(0)
@@ -31,7 +29,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def text(small):
-    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+    return jitjax.encode_prompt(small, PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ def test_padding_counts_the_reference_and_changes_nothing(small, text, noise, re
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FluxVelocity, "__call__", record)
         padded = denoise(small, text, noise, reference, SPARSE.replace(pad_to=8))
-    # 12 of text, 6 of the reference and 4 anchors are 22, padded to 24.
+    # 12 of text, 6 of the reference and 5 anchors are 23, padded to 24.
     assert (6, False) in seen
     np.testing.assert_allclose(padded, got, rtol=1e-4, atol=1e-4)
 
@@ -160,15 +158,14 @@ def test_a_reference_of_the_same_size_needs_no_grid(small, text, noise):
 
 
 def test_sample_encodes_the_reference_on_its_own_grid(small, text, pictures):
-    got = jitjax.sample(small, text, key=KEY, plan=SPARSE, height=32, width=64, reference=pictures)
+    got = jitjax.sample(small, text, key=KEY, plan=DENSE, reference=pictures, **SIZE)
     keys = [jax.random.split(key) for key in batch_keys(KEY, 2)]
     tokens = jitjax.denoise(
         small,
         text,
         jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key, _ in keys]),
-        plan=SPARSE,
+        plan=DENSE,
         grid=GRID,
-        key=jnp.stack([denoise_key for _, denoise_key in keys]),
         reference=jitjax.encode(small, pictures),
         reference_grid=OWN,
     )
@@ -185,11 +182,11 @@ def test_without_a_size_the_result_has_the_references(small):
 
 @pytest.mark.slow
 def test_batches_chunks_and_progress(small, pictures):
-    prompts, calls = [PROMPT, "a small blue square"], []
-    options: Any = {"key": KEY, "plan": DENSE, "height": 32, "width": 64}
-    shared = np.asarray(jitjax.sample(small, prompts, reference=pictures[:1], **options))
+    calls: list[int] = []
+    options: Any = {"key": KEY, "plan": DENSE, **SIZE}
+    shared = np.asarray(jitjax.sample(small, PROMPTS, reference=pictures[:1], **options))
     chunked = jitjax.sample(
-        small, prompts, reference=pictures, chunk=1, progress=calls.append, **options
+        small, PROMPTS, reference=pictures, chunk=1, progress=calls.append, **options
     )
     assert calls == [1] * 4
     # Each batch size compiles to its own program, which rounds differently.
@@ -235,7 +232,7 @@ def test_errors_before_any_model_runs(small, pictures, monkeypatch, change, erro
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], name, fail)
     arguments = {"reference": pictures, "key": KEY} | change
     with pytest.raises(error, match=message):
-        jitjax.sample(small, [PROMPT] * 2, **arguments)
+        jitjax.sample(small, PROMPTS, **arguments)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -262,7 +259,7 @@ def test_denoise_checks_the_reference(small, text, noise, reference, monkeypatch
 def test_models_with_further_channels_take_no_reference(small, text, noise, reference, pictures):
     canny = build.with_input_channels(small, 128)
     with pytest.raises(ValueError, match="there is reference, but the model takes a control pict"):
-        jitjax.sample(canny, PROMPT, key=KEY, control=pictures[:1], reference=pictures[:1])
+        jitjax.sample(canny, PROMPTS[0], key=KEY, control=pictures[:1], reference=pictures[:1])
     with pytest.raises(ValueError, match="reference is given, but the model takes a control pict"):
         denoise(canny, text, noise, reference, DENSE, control=noise)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_runs import GRID, HEIGHT, PROMPTS, SIZE, SPARSE, WIDTH
 
 import jitjax
 from jitjax.denoise import batch_keys, flux_sigmas
@@ -15,11 +16,8 @@ from jitjax.latents import draw_noise
 from jitjax.sampler.keys import split
 from jitjax.sampler.plan import Plan
 
-PROMPTS = ["a large red circle", "a small blue square"]
-PLAN = Plan(3, (0.5, 1.0), (0.5, 1.0), microflow_noise="fresh")
-"""A step on 3 of 6 tokens, two on all."""
-GRID = (2, 3)
-SIZE = {"height": 32, "width": 48}
+PLAN = SPARSE.replace(steps=3, microflow_noise="fresh")
+"""A step on 5 of 8 tokens, two on all."""
 KEY = jax.random.key(3)
 
 
@@ -30,7 +28,7 @@ def noise_and_keys() -> tuple[jax.Array, jax.Array]:
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    return np.random.default_rng(0).random((1, 32, 48, 3), np.float32)
+    return np.random.default_rng(0).random((1, HEIGHT, WIDTH, 3), np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def test_pictures_are_the_same_and_the_trace_is_that_of_denoise(small, made):
     jax.tree.map(np.testing.assert_array_equal, trace, expected)
     np.testing.assert_array_equal(trace.start, noise)
     assert trace.stage_steps == (1, 2)
-    assert [anchors.shape for anchors in trace.anchors] == [(2, 3), (2, 6)]
+    assert [anchors.shape for anchors in trace.anchors] == [(2, 5), (2, 8)]
 
 
 def test_without_it_nothing_is_recorded(small):
@@ -64,8 +62,8 @@ def test_without_it_nothing_is_recorded(small):
 
     assert str(outputs()) == str(outputs(trace=False))
     shapes = [x.aval.shape for x in outputs(trace=False).jaxpr.outvars]
-    assert shapes == [(2, 32, 48, 3)]
-    assert (3, 2, 6, 64) in [x.aval.shape for x in outputs(trace=True).jaxpr.outvars]
+    assert shapes == [(2, 32, 64, 3)]
+    assert (3, 2, 8, 64) in [x.aval.shape for x in outputs(trace=True).jaxpr.outvars]
     assert inspect.signature(jitjax.sample).parameters["trace"].default is False
 
 
@@ -87,7 +85,7 @@ def test_from_a_picture(small, picture):
     images, trace = jitjax.sample(
         small, PROMPTS, key=KEY, plan=dense, image=picture, strength=0.5, trace=True
     )
-    sigma = flux_sigmas(dense, 6, small.config)[2]
+    sigma = flux_sigmas(dense, 8, small.config)[2]
     clean = jitjax.encode(small, jnp.repeat(jnp.asarray(picture), 2, 0))
     noise, _ = noise_and_keys()
     np.testing.assert_allclose(trace.start, (1 - sigma) * clean + sigma * noise, atol=1e-5)
@@ -98,13 +96,13 @@ def test_from_a_picture(small, picture):
 @pytest.mark.slow
 def test_inside_a_mask(small, picture):
     """Tokens outside of the mask end as those of the picture."""
-    mask = np.zeros((1, 32, 48), np.float32)
+    mask = np.zeros((1, HEIGHT, WIDTH), np.float32)
     mask[:, :16, :16] = 1
     images, trace = jitjax.sample(
         small, PROMPTS, key=KEY, plan=PLAN, image=picture, mask=mask, trace=True
     )
     clean = jitjax.encode(small, jnp.repeat(jnp.asarray(picture), 2, 0))
-    np.testing.assert_allclose(trace.states[-1][:, 5], clean[:, 5], atol=1e-5)
+    np.testing.assert_allclose(trace.states[-1][:, 7], clean[:, 7], atol=1e-5)
     assert np.abs(trace.states[-1][:, 0] - clean[:, 0]).max() > 0.1
     np.testing.assert_array_equal(images[:, 16:], np.repeat(picture[:, 16:], 2, 0))
     plain = jitjax.sample(small, PROMPTS, key=KEY, plan=PLAN, image=picture, mask=mask)

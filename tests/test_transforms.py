@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_runs
 
 import jitjax
 from jitjax.sampler.plan import Plan
@@ -272,9 +273,10 @@ def test_denoise_names_what_is_wrong_before_any_step(small, change, message):
 
 
 def test_microflow_none_needs_no_noise_and_no_key(small):
-    conditioning = jitjax.encode_prompt(small, "a large red circle")
-    noise = jax.random.normal(jax.random.key(0), (1, 16, 64))
-    options = {"plan": SPARSE.replace(microflow="none"), "first_anchors": jnp.arange(8)}
+    conditioning = jitjax.encode_prompt(small, shared_runs.PROMPTS)
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 64))
+    plan = shared_runs.SPARSE.replace(microflow="none", microflow_noise="fresh")
+    options = {"plan": plan, "grid": shared_runs.GRID, "first_anchors": jnp.arange(5)}
     without = jitjax.denoise(small, conditioning, noise, **options)
     with_key = jitjax.denoise(small, conditioning, noise, key=jax.random.key(0), **options)
     np.testing.assert_array_equal(without, with_key)

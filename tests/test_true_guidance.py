@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_runs import GRID, PROMPTS, SIZE
+from shared_runs import SPARSE as SHORT
 
 import jitjax
 from jitjax.denoise import _draw, batch_keys, flux_sigmas
@@ -20,12 +22,10 @@ from jitjax.sampler.plan import Plan
 from jitjax.sampler.solve import jit_solve
 from jitjax.velocity import FluxVelocity, VelocityInputs
 
-PROMPT, NEGATIVE = "a large red circle", "blue square"
-GRID, SIZE = (4, 4), {"height": 64, "width": 64}
+NEGATIVE = "blue square"
+TOKENS = 8
 SPARSE = Plan(3, (0.5, 0.75, 1.0), (0.4, 0.7, 1.0))
-"""Stages of 1 step each, on 8, 12 and 16 tokens."""
-SHORT = Plan(2, (0.5, 1.0), (0.5, 1.0))
-"""Stages of 1 step each, on 8 and 16 tokens: which become anchors is no question."""
+"""Stages of 1 step each, on 4, 6 and 8 tokens."""
 ONE_STEP = Plan(1)
 """For gradients, whose compilation takes long."""
 KEY = jax.random.key(0)
@@ -33,7 +33,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def text(small) -> jitjax.Conditioning:
-    return jitjax.encode_prompt(small, [PROMPT, "a small blue square"])
+    return jitjax.encode_prompt(small, PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def call(velocity, *args):
 
 
 def evaluate(small, conditioning, *guided, tokens=None, valid=None):
-    tokens = jax.random.normal(jax.random.key(4), (2, 16, 64)) if tokens is None else tokens
-    where = jnp.broadcast_to(positions(jnp.arange(16), GRID), (2, 16, 3))
+    tokens = jax.random.normal(jax.random.key(4), (2, TOKENS, 64)) if tokens is None else tokens
+    where = jnp.broadcast_to(positions(jnp.arange(TOKENS), GRID), (2, TOKENS, 3))
     inputs = VelocityInputs(small.transformer, conditioning, jnp.array([3.5, 1.0]), *guided)
     velocity = FluxVelocity(small.config.transformer)
     return np.asarray(call(velocity, tokens, where, jnp.float32(0.6), valid, inputs))
@@ -71,8 +71,8 @@ def test_the_velocity_combines_those_of_both_prompts(small, text, negative):
 
 
 def test_padded_slots_do_not_matter(small, text, negative):
-    tokens = jax.random.normal(jax.random.key(4), (2, 16, 64))
-    valid = jnp.arange(16)[None] < jnp.array([[12], [9]])
+    tokens = jax.random.normal(jax.random.key(4), (2, TOKENS, 64))
+    valid = jnp.arange(TOKENS)[None] < jnp.array([[7], [5]])
     broken = jnp.where(valid[:, :, None], tokens, jnp.nan)
     got, expected = (
         evaluate(small, text, negative, jnp.array([3.0, 2.0]), tokens=x, valid=valid)
@@ -83,9 +83,10 @@ def test_padded_slots_do_not_matter(small, text, negative):
 
 
 def denoise(small, text, negative, scale=3.0, **options):
-    noise = jax.random.normal(jax.random.key(1), (text.text.shape[0], 16, 64))
+    noise = jax.random.normal(jax.random.key(1), (text.text.shape[0], TOKENS, 64))
     guided = {"negative": negative, "true_guidance": scale}
-    return jitjax.denoise(small, text, noise, **{"plan": SPARSE, "key": KEY} | guided | options)
+    own = {"plan": SPARSE, "grid": GRID, "key": KEY}
+    return jitjax.denoise(small, text, noise, **own | guided | options)
 
 
 @pytest.mark.slow
@@ -104,12 +105,12 @@ def test_everything_after_the_network_uses_the_combination(small, text, negative
         )
         return of_negative + scale[:, None, None] * (positive - of_negative)
 
-    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
-    drawn = _draw(plan, GRID, 8, 64, batch_keys(KEY, 2))
+    noise = jax.random.normal(jax.random.key(1), (2, TOKENS, 64))
+    drawn = _draw(plan, GRID, 5, 64, batch_keys(KEY, 2))
     expected, other = jit_solve(
         combined,
         noise,
-        jnp.asarray(flux_sigmas(plan, 16, small.config)),
+        jnp.asarray(flux_sigmas(plan, TOKENS, small.config)),
         plan=plan,
         grid=GRID,
         first_anchors=drawn[0],
@@ -135,20 +136,27 @@ def test_both_passes_run_on_the_anchors_only_one_after_another(small, text, nega
         check(config, tokens, *others)
 
     monkeypatch.setattr(flux, "_check_inputs", record)
-    plan = Plan(2, (0.3, 1.0), (0.5, 1.0))  # of no other test, so that it is traced
+    plan = Plan(2, (0.5, 1.0), (0.5, 1.0))  # of no other test, so that it is traced
     jaxpr = jax.make_jaxpr(lambda: denoise(small, text, negative, plan=plan))()
-    assert set(traced) == {(2, 4), (2, 16)}
+    assert set(traced) == {(2, 4), (2, TOKENS)}
     # Traced once for both prompts: a loop of two passes, around the loops over the blocks.
     assert len(traced) == 2
     assert "length=2" in str(jaxpr)
 
 
 def test_scale_1_and_no_negative_prompt_run_the_same_program(small, text, negative):
-    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
+    noise = jax.random.normal(jax.random.key(1), (2, TOKENS, 64))
 
     def run(scale, of_negative):
         return lambda noise: jitjax.denoise(
-            small, text, noise, plan=SHORT, key=KEY, negative=of_negative, true_guidance=scale
+            small,
+            text,
+            noise,
+            plan=SHORT,
+            grid=GRID,
+            key=KEY,
+            negative=of_negative,
+            true_guidance=scale,
         )
 
     plain, off, also_off = (
@@ -161,7 +169,7 @@ def test_scale_1_and_no_negative_prompt_run_the_same_program(small, text, negati
     assert default == str(jax.make_jaxpr(run(DEFAULT_TRUE_GUIDANCE, negative))(noise))
     # A traced scale of 1 costs a second pass, and gives the same up to rounding.
     traced = jax.jit(lambda scale: denoise(small, text, negative, scale, plan=ONE_STEP))(1.0)
-    plain = jitjax.denoise(small, text, noise, plan=ONE_STEP, key=KEY)
+    plain = jitjax.denoise(small, text, noise, plan=ONE_STEP, grid=GRID, key=KEY)
     np.testing.assert_allclose(traced, plain, rtol=1e-3, atol=1e-4)
 
 
@@ -171,7 +179,6 @@ def sampled(small):
     return np.asarray(sample(small))
 
 
-PROMPTS = [PROMPT, "a small blue square"]
 NEGATIVES = [NEGATIVE, "grey"]
 SCALES = jnp.array([3.0, 1.0])
 
@@ -185,12 +192,13 @@ def sample(small, prompts=PROMPTS, negatives=NEGATIVES, scale=SCALES, key=KEY, *
 
 def test_sample_is_encode_denoise_decode(small, sampled):
     noise_keys, denoise_keys = jax.vmap(jax.random.split, out_axes=1)(batch_keys(KEY, 2))
-    noise = jax.vmap(lambda key: jax.random.normal(key, (16, 64)))(noise_keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (TOKENS, 64)))(noise_keys)
     tokens = jitjax.denoise(
         small,
         jitjax.encode_prompt(small, PROMPTS),
         noise,
         plan=SHORT,
+        grid=GRID,
         key=denoise_keys,
         negative=jitjax.encode_prompt(small, NEGATIVES),
         true_guidance=SCALES,
@@ -201,6 +209,7 @@ def test_sample_is_encode_denoise_decode(small, sampled):
     assert np.abs(plain[0] - sampled[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_ways_to_give_the_negative_prompts(small, sampled):
     """One per prompt or one for all, strings or encoded, with prompts that are strings or not."""
     encoded = jitjax.encode_prompt(small, NEGATIVES)
@@ -229,6 +238,8 @@ def test_a_shared_negative_prompt_is_encoded_once(small, monkeypatch):
 
     # Nothing but the encoders is of interest.
     monkeypatch.setattr(sys.modules["jitjax.sample"], "denoise", lambda *args, **_: args[2])
+    blank = np.zeros((1, *SIZE.values(), 3), np.float32)
+    monkeypatch.setattr(sys.modules["jitjax.sample"], "decode", lambda *_, **__: blank)
     for module in ("negative", "task"):
         monkeypatch.setattr(sys.modules[f"jitjax.{module}"], "encode_tokens", record)
     sample(small, negatives=NEGATIVE, chunk=1)
@@ -258,11 +269,11 @@ def test_parameters_in_host_memory(small, sampled):
 
 @pytest.mark.slow
 def test_vmap_and_gradients(small, text, negative):
-    noise = jax.random.normal(jax.random.key(1), (2, 16, 64))
+    noise = jax.random.normal(jax.random.key(1), (2, TOKENS, 64))
 
     def run(of_negative, scale, text, noise):
         options = {"negative": of_negative, "true_guidance": scale}
-        return jitjax.denoise(small, text, noise, plan=ONE_STEP, **options)
+        return jitjax.denoise(small, text, noise, plan=ONE_STEP, grid=GRID, **options)
 
     def loss(*inputs):
         tokens = run(*jax.tree.map(lambda x: x[None], inputs))[0]

@@ -37,7 +37,7 @@ def look_once(monkeypatch, seen) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "count"), [(256, 80), pytest.param(512, 40, marks=pytest.mark.slow)]
+    ("side", "count"), [(256, 40), pytest.param(512, 40, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("degradation", DEGRADATIONS)
 def test_agrees_with_scenes_of_one_thing(side, count, degradation):

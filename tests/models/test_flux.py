@@ -188,7 +188,7 @@ def test_narrow_dtypes(params, dtype, tolerance: float):
     expected = forward(params, inputs)
     assert jnp.abs(got - expected).max() < tolerance * jnp.abs(expected).max()
     # Sigma is embedded in float32: a change too small for the dtype changes the velocities.
-    first, second = (jnp.full(2, sigma) for sigma in (0.9, 0.90005))
+    first, second = (jnp.full(2, sigma, jnp.float32) for sigma in (0.9, 0.90005))
     np.testing.assert_array_equal(first.astype(dtype), second.astype(dtype))
     velocities = [apply(narrow, **(inputs | {"sigma": sigma})) for sigma in (first, second)]
     assert jnp.abs(velocities[0] - velocities[1]).max() > 0

@@ -124,9 +124,9 @@ def test_padding_does_not_change_the_result():
 
 
 def test_sample_does_not_depend_on_its_batch():
-    both = solve()
+    both = solve(TWO_STAGES)
     for i in range(2):
-        alone = solve(rows=slice(i, i + 1))
+        alone = solve(TWO_STAGES, rows=slice(i, i + 1))
         np.testing.assert_allclose(alone[0], both[i], rtol=1e-6, atol=1e-6)
 
 
@@ -242,13 +242,13 @@ def test_every_option_runs_and_ignores_padding(option):
 
 
 def test_microflow_none_leaves_the_state_unchanged():
-    _, trace = solve(PLAN.replace(microflow="none"), trace=True)
+    _, trace = solve(TWO_STAGES.replace(microflow="none"), trace=True)
     transition = trace.transitions[0]
     np.testing.assert_array_equal(transition.before, transition.after)
 
 
 def test_lift_none_freezes_other_tokens_but_blurs_the_clean_prediction():
-    _, trace = solve(PLAN.replace(lift="none"), trace=True)
+    _, trace = solve(TWO_STAGES.replace(lift="none"), trace=True)
     trace = jax.tree.map(np.asarray, trace)
     others = np.setdiff1d(np.arange(N), trace.anchors[0][0])
     np.testing.assert_array_equal(trace.states[1, 0, others], NOISE[0, others])
