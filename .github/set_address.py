@@ -3,8 +3,8 @@
     python .github/set_address.py https://github.com/OWNER/jitjax
 
 adds a Colab badge to each notebook and to the README, lets the notebooks install from the
-repository, and puts the address into pyproject.toml, CITATION.cff and mkdocs.yml. Run it when the
-repository is public, and again if it moves; then commit what it changed. Needs jupytext.
+repository, and puts the address into pyproject.toml, CITATION.cff and mkdocs.yml. Needs jupytext.
+`workflows/address.yml` runs it at every push to GitHub and commits what it changed.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def run(*arguments: object) -> None:
 
 def test_png_stores_prompt_and_settings(tmp_path, capsys):
     out = tmp_path / "circle.png"
-    run("a large red circle", "-o", out, "--size", "64x32", "--steps", 4, "--seed", 3)
+    run("a large red circle", "-o", out, "--size", "48x32", "--steps", 4, "--seed", 3)
     with Image.open(out) as image:
-        assert image.size == (64, 32)
+        assert image.size == (48, 32)
         assert image.text["prompt"] == "a large red circle"
         settings = json.loads(image.text["settings"])
     assert settings["seed"] == 3

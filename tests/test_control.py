@@ -170,10 +170,10 @@ def test_covered_pixels_are_grey(pictures):
 
 
 def test_fill_keeps_what_is_outside_the_mask(fill, text, pictures):
-    """It runs as without a mask, on all tokens or the plan's anchors; pixels are composited."""
+    """It runs on the tokens of the plan, as without a mask; pixels are composited."""
     soft = np.minimum(MASK, 1)
     soft[:, 20:24, 30:47] = 0.25  # is not covered, but mixed
-    got = jitjax.sample(fill, text, key=KEY, plan=SPARSE, image=pictures, mask=soft)
+    got = jitjax.sample(fill, text, key=KEY, plan=DENSE, image=pictures, mask=soft)
     outside = soft[0] == 0
     np.testing.assert_array_equal(got[:, outside], pictures[:, outside])
     keys = [jax.random.split(key) for key in batch_keys(KEY, 2)]
@@ -181,9 +181,8 @@ def test_fill_keeps_what_is_outside_the_mask(fill, text, pictures):
         fill,
         text,
         jnp.stack([jax.random.normal(noise_key, (8, 64)) for noise_key, _ in keys]),
-        plan=SPARSE,
+        plan=DENSE,
         grid=GRID,
-        key=jnp.stack([denoise_key for _, denoise_key in keys]),
         control=fill_tokens(fill, pictures, MASK.repeat(2, axis=0)),
     )
     made = jitjax.decode(fill, tokens, grid=GRID)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_runs import HEIGHT, WIDTH
 
 import jitjax
 from jitjax.denoise import batch_keys
@@ -17,7 +18,7 @@ from jitjax.models.autoencoder import Autoencoder
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return np.random.default_rng(0).uniform(0, 1, (2, 32, 48, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(0, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
 
 
 @pytest.mark.slow

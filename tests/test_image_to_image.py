@@ -105,7 +105,7 @@ def test_strength_1_is_plain_sampling(small, images, plan):
     "plan",
     [
         pytest.param(DENSE, marks=pytest.mark.slow),
-        # Its second step is the first, on some of the tokens; then two steps on all.
+        # Without its first step, a step on some of the tokens is left, and two on all.
         shared_runs.SPARSE.replace(steps=4, microflow="blend", microflow_noise="fresh"),
         pytest.param(SPARSE, marks=pytest.mark.slow),
         pytest.param(

@@ -109,7 +109,7 @@ def test_repr_is_a_short_summary(small, unchecked):
 def test_repr_of_arrays_without_values(small):
     shown = []
     jax.jit(lambda params: shown.append(repr(params)))(small)
-    deleted = jax.tree.map(lambda x: jnp.asarray(np.array(x)), small)
+    deleted = jax.tree.map(lambda x: jax.device_put(np.array(x)), small)
     jax.tree.map(lambda x: x.delete(), deleted)
     assert shown == [repr(deleted)] == [repr(small)]
     repr(jax.tree.map(lambda x: None, small))

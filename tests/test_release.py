@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import jitjax
 
@@ -63,6 +67,42 @@ def test_the_address_of_the_repository(copy: Path):
         in (copy / "CITATION.cff").read_text()
     )
     assert set_address(copy, "https://github.com/other/jit.jax/") == []
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_the_workflow_that_writes_the_address(copy: Path, tmp_path_factory):
+    """Its commands, run as GitHub would: a push adds the badges, the next changes nothing."""
+    pytest.importorskip("jupytext")
+    shutil.copytree(ROOT / ".github", copy / ".github")
+    origin = tmp_path_factory.mktemp("origin")
+    git(origin, "init", "--bare", "--initial-branch", "main")
+    git(copy, "init", "--initial-branch", "main")
+    git(copy, "remote", "add", "origin", str(origin))
+    git(copy, "add", ".")
+    git(copy, "commit", "--message", "All files")
+    git(copy, "push", "--set-upstream", "origin", "main")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/address.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands.pop(0) == "pip install jupytext"
+    environment = os.environ | {
+        "GITHUB_SERVER_URL": "https://github.com",
+        "GITHUB_REPOSITORY": "first/jitjax",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for commits in (2, 2):
+        for command in commands:
+            subprocess.run(["bash", "-e", "-c", command], cwd=copy, env=environment, check=True)
+        assert int(git(origin, "rev-list", "--count", "main")) == commits
+    for name in ("README.md", "notebooks/quickstart.ipynb"):
+        text = git(origin, "show", f"main:{name}")
+        assert "colab.research.google.com/github/first/jitjax/blob/main/notebooks/quick" in text
+    assert git(copy, "status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,13 @@ CLOSED_OVER = {
 }
 
 
-@pytest.mark.parametrize("transform", CLOSED_OVER)
+QUICK = ("jit", "vmap", "map", "eval_shape")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLOSED_OVER],
+)
 def test_concrete_inputs_may_be_closed_over(transform):
     x = jnp.float32(0.7)
     got = CLOSED_OVER[transform](solve, x)

@@ -23,9 +23,14 @@ HIT = jitjax.PLANS["7x"].replace(activation="grid", microflow="hit", microflow_n
     "changes",
     [
         pytest.param({"solver": "multistep"}, marks=pytest.mark.slow),
-        {"solver": jitjax.AdamsBashforth2(), "lift": "narrow"},
+        pytest.param(
+            {"solver": jitjax.AdamsBashforth2(), "lift": "narrow"}, marks=pytest.mark.slow
+        ),
         {"microflow": "blend", "lift": "linear", "first": "strided"},
-        {"microflow": "none", "lift": "none", "solver": "multistep", "fill": "dither"},
+        pytest.param(
+            {"microflow": "none", "lift": "none", "solver": "multistep", "fill": "dither"},
+            marks=pytest.mark.slow,
+        ),
         {
             "densities": (0.4, 1.0),
             "stage_ends": (0.7, 1.0),

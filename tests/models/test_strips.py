@@ -61,7 +61,8 @@ def tiny():
     ("config", "shape", "pixels"),
     [
         (TWO_LEVELS, (2, 9, 7, 4), 2**9),  # a last strip of fewer rows than the others
-        (TWO_LEVELS, (1, 1, 8, 4), 1),  # a picture that is lower than a strip
+        # A picture that is lower than a strip:
+        pytest.param(TWO_LEVELS, (1, 1, 8, 4), 1, marks=pytest.mark.slow),
         pytest.param(CONFIG, (2, 9, 7, 4), 1, marks=pytest.mark.slow),  # the lowest possible strips
         pytest.param(CONFIG, (2, 9, 7, 4), 2**9, marks=pytest.mark.slow),
         pytest.param(CONFIG, (2, 9, 7, 4), 2**20, marks=pytest.mark.slow),  # one strip
@@ -151,7 +152,8 @@ def encoder_params(config):
     ("config", "shape", "pixels"),
     [
         (TWO_LEVELS, (2, 36, 28, 3), 2**9),  # a last strip of fewer rows than the others
-        (TWO_LEVELS, (1, 4, 8, 3), 1),  # one row of the result
+        # One row of the result:
+        pytest.param(TWO_LEVELS, (1, 4, 8, 3), 1, marks=pytest.mark.slow),
         pytest.param(CONFIG, (2, 36, 28, 3), 2**9, marks=pytest.mark.slow),
         pytest.param(CONFIG, (1, 4, 8, 3), 1, marks=pytest.mark.slow),
         # The lowest possible strips, and one strip.

@@ -63,10 +63,8 @@ def test_full_size_memory(side):
     assert memory.temp_size_in_bytes < 2 * side**2 * FULL.block_out_channels[0] * 4
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "most"),
-    [pytest.param(1024, 1024, 392, marks=pytest.mark.slow), (1024, 1040, 200)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width", "most"), [(1024, 1024, 392), (1024, 1040, 200)])
 def test_full_size_memory_of_the_encoder(height, width, most):
     """Values of temporaries per pixel: the whole encoder holds three arrays of the first level."""
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)

@@ -114,7 +114,9 @@ def test_all_words_of_a_key_count():
     assert len({jax.random.key_data(threefry_keys(key)).tobytes() for key in keys}) == 5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])
+@pytest.mark.parametrize(
+    "implementation", ["threefry2x32", pytest.param("rbg", marks=pytest.mark.slow)]
+)
 def test_raw_keys_are_those_of_their_width(implementation):
     key = jax.random.key(5, impl=implementation)
     with jax.default_prng_impl("rbg" if implementation != "rbg" else "threefry2x32"):

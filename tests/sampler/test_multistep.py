@@ -105,7 +105,14 @@ def distance(plan: Plan) -> float:
     return float(np.trace(COVARIANCE) + np.trace(made @ made.T) - 2 * common) / N
 
 
-@pytest.mark.parametrize("plan", [PLAN, PLAN.replace(densities=(1.0,), stage_ends=(1.0,))])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(PLAN, marks=pytest.mark.slow),
+        PLAN.replace(densities=(1.0,), stage_ends=(1.0,)),
+    ],
+    ids=["sparse", "dense"],
+)
 def test_pictures_are_nearer_to_the_truth_than_eulers(plan):
     assert distance(plan.replace(solver="multistep")) < 0.6 * distance(plan)
 
