@@ -150,7 +150,7 @@ def test_nothing_is_loaded_if_all_is_made(run, monkeypatch):
     assert run(["a red circle"])[:2] == (0, "")
 
 
-def test_failures_are_told_by_line_and_the_rest_is_made(run, tmp_path, monkeypatch):
+def test_failures_are_told_by_line_and_the_rest_is_made(run, flat, tmp_path):
     sample, tokenize, write = jitjax.sample, list_run.tokenize, images.write_png
 
     def sample_with_nan(params, prompts, **options):
@@ -170,11 +170,12 @@ def test_failures_are_told_by_line_and_the_rest_is_made(run, tmp_path, monkeypat
             raise OSError(28, "No space left on device", str(path))
         write(path, image, prompt, *rest, **options)
 
-    monkeypatch.setattr(jitjax, "sample", sample_with_nan)
-    monkeypatch.setattr(list_run, "tokenize", refuse)
-    monkeypatch.setattr(images, "write_png", full_disk)
     lines = ["a star", "{broken}", "not finite", "# c", "refused", "no space", "a ring"]
-    status, out, error = run(lines, "--batch", "3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jitjax, "sample", sample_with_nan)
+        patch.setattr(list_run, "tokenize", refuse)
+        patch.setattr(images, "write_png", full_disk)
+        status, out, error = run(lines, "--batch", "3")
     assert status == 1
     assert sorted(pictures(tmp_path / "list-pictures")) == ["a ring 0", "a star 0"]
     assert out.count("\n") == 2
@@ -185,8 +186,6 @@ def test_failures_are_told_by_line_and_the_rest_is_made(run, tmp_path, monkeypat
                                     strict=True):  # fmt: skip
         assert line.startswith(f"jitjax: line {number}: {text}")
     # What failed is tried again, and only that.
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
     status, out, _ = run(["a star", "not finite", "refused", "no space", "a ring"], "--batch", "3")
     assert (status, out.count("\n")) == (0, 3)
 
@@ -259,7 +258,7 @@ def test_other_files_are_not_replaced(run, tmp_path, monkeypatch):
     assert "exists and is not a file" in error
 
 
-def test_files_that_appear_meanwhile(run, tmp_path, monkeypatch):
+def test_files_that_appear_meanwhile(run, flat, tmp_path, monkeypatch):
     """A right one is kept; another is not replaced."""
     assert run(["a star", "a ring", "x"], "-o", "made", "--batch", "3")[0] == 0
     ring, star = sorted((tmp_path / "made").glob("a-*"))

@@ -49,7 +49,7 @@ def test_full_size_transformer():
 @pytest.mark.parametrize(
     ("side", "batch", "plan", "number"),
     [
-        (512, 4, "jit-10x", 0),
+        pytest.param(512, 4, "jit-10x", 0, marks=pytest.mark.slow),
         pytest.param(512, 2, "7x", 2, marks=pytest.mark.slow),
         pytest.param(256, 16, "dense", 0, marks=pytest.mark.slow),
     ],

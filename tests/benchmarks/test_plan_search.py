@@ -26,7 +26,9 @@ HIT = jitjax.PLANS["7x"].replace(activation="grid", microflow="hit", microflow_n
         pytest.param(
             {"solver": jitjax.AdamsBashforth2(), "lift": "narrow"}, marks=pytest.mark.slow
         ),
-        {"microflow": "blend", "lift": "linear", "first": "strided"},
+        pytest.param(
+            {"microflow": "blend", "lift": "linear", "first": "strided"}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"microflow": "none", "lift": "none", "solver": "multistep", "fill": "dither"},
             marks=pytest.mark.slow,

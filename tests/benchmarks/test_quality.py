@@ -342,6 +342,7 @@ def test_similarity_falls_with_the_difference():
     assert near_scores["ssim"] > far_scores["ssim"]
 
 
+@pytest.mark.slow
 def test_judging_in_other_processes_gives_the_same_results():
     batch_prompts = prompts(1, seeds=1)[:2]
     scenes = [render(prompt.scene, 64, 64).astype(np.float32) for prompt in batch_prompts]

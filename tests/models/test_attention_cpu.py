@@ -34,6 +34,7 @@ def test_blocks_equal_the_formula(monkeypatch, block: int, valid: int):
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_blocks_have_the_derivatives_of_one_block(monkeypatch):
     inputs = arrays("float32", 37)
 

@@ -90,7 +90,10 @@ def test_draws_do_not_depend_on_the_configuration(implementation, setting):
         np.testing.assert_array_equal(draw_noise(noise_keys, GRID, 2), expected["noise"])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    ["threefry2x32", *(pytest.param(name, marks=pytest.mark.slow) for name in IMPLEMENTATIONS[1:])],
+)
 def test_each_sample_is_drawn_from_its_own_key(implementation):
     keys = jax.random.split(jax.random.key(0, impl=implementation), 3)
     batch = draws(keys)

@@ -117,6 +117,7 @@ def test_pictures_are_nearer_to_the_truth_than_eulers(plan):
     assert distance(plan.replace(solver="multistep")) < 0.6 * distance(plan)
 
 
+@pytest.mark.slow
 def test_history_is_kept_over_transitions_and_helps(monkeypatch):
     plan = PLAN.replace(solver="multistep")
     kept = distance(plan)
