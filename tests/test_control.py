@@ -76,7 +76,7 @@ def velocity_of_anchors(canny, text, noise, control) -> np.ndarray:
     return np.asarray(forward(np.concatenate([noise, control], axis=2)[SAMPLES, ANCHORS]))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_anchors_get_their_own_rows(canny, text, noise, control, velocity_of_anchors, padded):
     where = np.asarray(positions(jnp.asarray(ANCHORS), GRID))
     tokens, valid = np.asarray(noise)[SAMPLES, ANCHORS], None

@@ -200,7 +200,9 @@ ALL_OF_ONE = np.stack([np.append(ANCHORS[0], [N] * 16), np.arange(N)])
 @pytest.mark.parametrize(
     "anchors", [None, ANCHORS, ALL_OF_ONE], ids=["all tokens", "anchors", "all of one sample"]
 )
-@pytest.mark.parametrize("midpoint", [False, True], ids=["Euler", "midpoint"])
+@pytest.mark.parametrize(
+    "midpoint", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["Euler", "midpoint"]
+)
 def test_the_state_is_imposed_before_and_after_every_step(anchors, midpoint):
     known, start = random_known()
     expected = by_numpy(known, start, anchors, midpoint)
@@ -218,7 +220,11 @@ def test_the_state_is_imposed_before_and_after_every_step(anchors, midpoint):
         np.testing.assert_array_equal(trace.anchors[0], anchors)
 
 
-@pytest.mark.parametrize("solver", ["multistep", diffrax.Tsit5()], ids=["multistep", "Tsit5"])
+@pytest.mark.parametrize(
+    "solver",
+    ["multistep", pytest.param(diffrax.Tsit5(), marks=pytest.mark.slow)],
+    ids=["multistep", "Tsit5"],
+)
 def test_solvers_with_a_memory(solver):
     """With a mask of ones nothing is imposed; and step by step is as in one call."""
     known, start = random_known()

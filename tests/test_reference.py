@@ -81,7 +81,7 @@ def velocity_of_anchors(small, text, noise, reference) -> np.ndarray:
     return np.asarray(forward(tokens, where))[:, :3]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_network_runs_on_both_and_returns_the_anchors(
     small, text, noise, reference, velocity_of_anchors, padded
 ):

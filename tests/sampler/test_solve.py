@@ -177,9 +177,9 @@ def wave(tokens, positions, sigma, valid, args, xp=jnp):
     [
         ((6, 6), (), 1.0, "blur"),
         ((5, 3), (0.3, 0.6), 3.0, "blur"),
-        ((3, 8), (0.3, 0.45, 0.8), 1.0, "linear"),
+        slow((3, 8), (0.3, 0.45, 0.8), 1.0, "linear"),
         ((2, 2), (0.5,), 0.0, "linear"),
-        ((1, 7), (0.3, 0.6), 0.0, "blur"),
+        slow((1, 7), (0.3, 0.6), 0.0, "blur"),
     ],
 )
 def test_solve_equals_numpy_reference(grid, sparse, relax, kind):
@@ -257,6 +257,7 @@ def test_lift_none_freezes_other_tokens_but_blurs_the_clean_prediction():
     np.testing.assert_allclose(trace.transitions[0].lifted[0], lifted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_activation_grid_chooses_other_anchors_than_importance():
     _, importance = solve(trace=True)
     _, grid = solve(PLAN.replace(activation="grid"), trace=True)
