@@ -269,6 +269,7 @@ def _as_picture(name: str, image: Any) -> Float[np.ndarray, "h w 3"]:
 
 
 def _decode(params: FluxParams, tokens: Array, grid: Grid) -> Float[np.ndarray, "k h w 3"]:
+    """Decode tokens, [k, n, d], to pictures in [0, 1]: `DECODED_AT_ONCE`, all by one program."""
     pictures: list[np.ndarray] = []
     count = min(len(tokens), DECODED_AT_ONCE)
     for end in range(count, len(tokens) + count, count):

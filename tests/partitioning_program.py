@@ -204,11 +204,11 @@ def velocity_program(folder: Path, *sizes: int, batch: int = BATCH) -> list[Coll
     return collectives(compiled.as_text() or "")
 
 
+# Elements of the arrays that devices exchange:
 TOKENS = 16 + CONFIG.text_length
-ALL_KERNELS = (2 * (3 + 1 + 4 + 4) + (3 + 4 + 5)) * HIDDEN**2  # of a block of each kind
-VECTORS = (2 * 6 + 3) * HIDDEN  # per sample
-OUT = 5 * HIDDEN**2
-"""Elements of the largest kernel of one block."""
+KERNELS_OF_BLOCKS = (2 * (3 + 1 + 4 + 4) + (3 + 4 + 5)) * HIDDEN**2  # of a block of each kind
+MODULATION = (2 * 6 + 3) * HIDDEN  # per sample
+LARGEST_KERNEL = 5 * HIDDEN**2  # of one block
 
 
 def check_fsdp_program(folder: Path, batch: int = BATCH) -> None:
@@ -216,18 +216,19 @@ def check_fsdp_program(folder: Path, batch: int = BATCH) -> None:
     found = velocity_program(folder, 1, 8, 1, batch=batch)
     in_loop = [c for c in found if c.in_loop]
     assert {c.kind for c in in_loop} == {"all-gather"}, in_loop
-    assert total(in_loop, "all-gather") == ALL_KERNELS + batch * VECTORS, in_loop
-    assert max(c.elements for c in in_loop) == OUT, in_loop
+    assert total(in_loop, "all-gather") == KERNELS_OF_BLOCKS + batch * MODULATION, in_loop
+    assert max(c.elements for c in in_loop) == LARGEST_KERNEL, in_loop
     assert all(c.elements <= BATCH * 2 * HIDDEN for c in found if not c.in_loop), found
 
 
 def check_model_program(folder: Path) -> None:
-    """The sums after the output projections: attention and MLP of either stream, and the single."""
+    """Sums after the output projections: attention and MLP of either stream, and the single one."""
     found = velocity_program(folder, 1, 1, 8)
     in_loop = [c for c in found if c.in_loop]
     assert total(in_loop, "all-reduce") == (2 + 1) * BATCH * TOKENS * HIDDEN, in_loop
-    assert total(in_loop, "all-gather") == BATCH * VECTORS, in_loop
-    assert total(in_loop, "all-to-all") == OUT // 8, in_loop  # columns for rows: a device's share
+    assert total(in_loop, "all-gather") == BATCH * MODULATION, in_loop
+    # Columns for rows: a device's share.
+    assert total(in_loop, "all-to-all") == LARGEST_KERNEL // 8, in_loop
     assert {c.kind for c in in_loop} == {"all-reduce", "all-gather", "all-to-all"}, in_loop
     assert all(c.elements <= BATCH * 2 * HIDDEN for c in found if not c.in_loop), found
 
@@ -239,8 +240,8 @@ def check_other_programs(folder: Path) -> None:
     found = velocity_program(folder, 2, 2, 2)
     in_loop = [c for c in found if c.in_loop]
     assert total(in_loop, "all-reduce") == (2 + 1) * (BATCH // 4) * TOKENS * HIDDEN, in_loop
-    assert total(in_loop, "all-gather") == ALL_KERNELS // 2 + BATCH * VECTORS, in_loop
-    assert total(in_loop, "all-to-all") == OUT // 2, in_loop
+    assert total(in_loop, "all-gather") == KERNELS_OF_BLOCKS // 2 + BATCH * MODULATION, in_loop
+    assert total(in_loop, "all-to-all") == LARGEST_KERNEL // 2, in_loop
 
     assert not [c for c in velocity_program(folder, 8, 1, 1) if c.in_loop]
 

@@ -70,7 +70,7 @@ def test_a_key_gives_the_same_image_in_any_batch_and_padding(small, plan):
 def test_in_bfloat16_other_batches_differ_by_rounding():
     """A mean of 0.5 % was measured: bfloat16 has 8 bits, and rounding is amplified by the steps.
 
-    Another picture differs by 0.1.
+    Another picture differs by 10 %.
     """
     params = jitjax.load("tiny", dtype=jnp.bfloat16)
     keys = batch_keys(jax.random.key(3), 2)
@@ -80,8 +80,9 @@ def test_in_bfloat16_other_batches_differ_by_rounding():
     again = jitjax.sample(params, prompts, key=keys, **options)
     np.testing.assert_array_equal(batch, again)
     single = jitjax.sample(params, prompts[1], key=keys[1:2], **options)
-    assert np.abs(single[0] - batch[1]).mean() < 0.03
-    assert np.abs(batch[0] - batch[1]).mean() > 0.09
+    rounding = np.abs(single[0] - batch[1]).mean()
+    assert rounding < 0.03
+    assert np.abs(batch[0] - batch[1]).mean() > 10 * rounding
 
 
 def test_larger_batches_begin_with_the_keys_of_smaller_ones():
